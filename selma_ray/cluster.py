@@ -1,0 +1,79 @@
+"""The connection to Ray and what each role may take from it; the only caller of ray.init."""
+
+import logging
+import os
+from typing import Any, Literal
+
+import ray
+from pydantic import Field
+
+from selma_ray.config import StrictModel
+
+__all__ = ["ClusterConfig", "Role", "connect", "cpu_count", "role_options", "thread_env"]
+
+Role = Literal["llm", "render", "train", "serve"]
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterConfig(StrictModel):
+    """How a run reaches Ray and places its roles."""
+
+    address: str | None = None
+    """Address of a running cluster; none joins the cluster of RAY_ADDRESS, or starts a local one."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of a local cluster; none takes the machine's."""
+    object_store_memory_gb: float = Field(default=1.0, gt=0.1)
+    """Shared memory of a local cluster's object store, in GB."""
+    use_labels: bool = False
+    """Place each role on nodes labelled role=llm, render, train or serve, as cluster.yaml's worker groups are."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    """Level of the logs of workers and of selma_ray itself."""
+
+
+def connect(config: ClusterConfig) -> None:
+    """Join or start Ray once in this process; a second call does nothing."""
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {
+        "logging_level": config.log_level,
+        "log_to_driver": config.log_level == "DEBUG",
+        "runtime_env": {"env_vars": _worker_env()},
+    }
+    if address:
+        options["address"] = address
+    else:
+        options["num_cpus"] = config.num_cpus
+        options["object_store_memory"] = int(config.object_store_memory_gb * 1e9)
+        options["include_dashboard"] = False
+    ray.init(**options)
+
+
+def cpu_count() -> int:
+    """Return the logical CPUs of the connected cluster."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def role_options(role: Role, config: ClusterConfig) -> dict[str, Any]:
+    """Return the Ray options that place a task or actor of `role`; empty unless the recipe uses labels."""
+    return {"label_selector": {"role": role}} if config.use_labels else {}
+
+
+def thread_env(num_threads: int) -> dict[str, str]:
+    """Return the environment variables that hold numeric libraries to `num_threads`."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(num_threads))
+
+
+def _worker_env() -> dict[str, str]:
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    return {key: os.environ.get(key, value) for key, value in quiet.items()}

@@ -1,0 +1,105 @@
+"""Strict configuration: frozen models, YAML files, `key.path=value` overrides, and errors that name the remedy."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from selma_ray.errors import ConfigError
+
+__all__ = ["StrictModel", "apply_overrides", "read_yaml", "validate"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """A frozen model that refuses unknown keys; the docstring under a field documents it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping from `path`; raises ConfigError where it is missing, malformed or no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} must be YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `mapping` in which each `key.path=value` (the value read as YAML) is set."""
+    result = _copied(mapping)
+    for override in overrides:
+        key_path, separator, text = override.partition("=")
+        if not separator or not key_path.strip():
+            raise ConfigError(f"an override must read key.path=value, got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key_path} must be set to a YAML value, got {text!r}; quote it") from None
+        *parents, leaf = key_path.strip().split(".")
+        node = result
+        for depth, key in enumerate(parents):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a single value, so {key_path} cannot be set")
+        node[leaf] = value
+    return result
+
+
+def validate(model_class: type[Model], mapping: Mapping[str, Any], source: str) -> Model:
+    """Validate `mapping` as `model_class`; raises ConfigError with one line that explains the first fault."""
+    try:
+        return model_class.model_validate(mapping)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ConfigError(f"{source}: {_explained(model_class, faults[0])}{more}") from None
+
+
+def _copied(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+
+
+def _explained(model_class: type[BaseModel], fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location) or "the whole"
+    value = repr(fault.get("input"))
+    value = value if len(value) <= 80 else value[:77] + "..."
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model_class, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+        return f"{key} is not a known key; {remedy}"
+    if fault["type"] == "missing":
+        return f"{key} is required; set it"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key} {message[:1].lower()}{message[1:]}, got {value}"
+
+
+def _fields_at(model_class: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for key in location:
+        field = model_class.model_fields.get(key)
+        nested = _nested_model(field.annotation) if field else None
+        if nested is None:
+            break
+        model_class = nested
+    return list(model_class.model_fields)
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(filter(None, map(_nested_model, typing.get_args(annotation))), None)
+    return None

@@ -1,0 +1,84 @@
+"""Every error that selma_ray raises on purpose.
+
+    SelmaError                  exit code 1
+    ├── ConfigError             exit code 2: a recipe, an override or a command line is wrong
+    │   ├── SkillError          a skill file is wrong
+    │   ├── ModelNotFoundError  a model folder or hub name cannot be opened
+    │   └── RunMismatchError    the run folder belongs to another recipe
+    ├── StorageError            the run folder cannot be read or written
+    ├── PromptYieldError        a skill cannot reach its number of prompts
+    ├── RenderError             too many images failed
+    ├── TrainingError           an expert could not be fitted
+    ├── AdapterError            a LoRA adapter cannot be read or does not fit
+    ├── CaptionError            a caption is outside the miniature's grammar
+    └── JudgeError              a judge or a question set cannot be used
+
+Each message is one line: key or file, rule, value, remedy.
+"""
+
+__all__ = [
+    "AdapterError",
+    "CaptionError",
+    "ConfigError",
+    "JudgeError",
+    "ModelNotFoundError",
+    "PromptYieldError",
+    "RenderError",
+    "RunMismatchError",
+    "SelmaError",
+    "SkillError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class SelmaError(Exception):
+    """An error a user can mend; the command line prints its one line without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(SelmaError):
+    """A recipe, an override or a command line breaks a rule."""
+
+    exit_code = 2
+
+
+class SkillError(ConfigError):
+    """A skill file breaks a rule."""
+
+
+class ModelNotFoundError(ConfigError):
+    """A model folder or hub name cannot be opened."""
+
+
+class RunMismatchError(ConfigError):
+    """A run folder was made with a different recipe."""
+
+
+class StorageError(SelmaError):
+    """A run folder cannot be read or written."""
+
+
+class PromptYieldError(SelmaError):
+    """A skill did not reach its number of kept prompts within its bound on requests."""
+
+
+class RenderError(SelmaError):
+    """More than the allowed share of images failed."""
+
+
+class TrainingError(SelmaError):
+    """An expert could not be fitted."""
+
+
+class AdapterError(SelmaError):
+    """A LoRA adapter cannot be read, or does not fit the model or the other adapters."""
+
+
+class CaptionError(SelmaError):
+    """A caption is outside the miniature's grammar."""
+
+
+class JudgeError(SelmaError):
+    """A judge, its answers or its questions cannot be used."""

@@ -1,0 +1,52 @@
+"""How models are evaluated."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from selma_ray.config import StrictModel
+from selma_ray.models.config import SamplingConfig
+
+__all__ = ["EvaluationConfig", "JudgeConfig"]
+
+
+class JudgeConfig(StrictModel):
+    """The model that answers questions about images."""
+
+    name: str = "miniature"
+    """`miniature`, a local folder, or a hub name."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images judged at once."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs of a judge."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of a judge."""
+
+
+class EvaluationConfig(StrictModel):
+    """Which prompts are rendered by which models, and how their images are scored."""
+
+    suite: str = "miniature"
+    """`miniature` (its fixed held-out captions) or a JSON Lines file of prompts with questions."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Prompts taken from the suite, spread evenly over its skills; none takes all."""
+    seeds: tuple[int, ...] = (0,)
+    """Sampling seeds; every model renders every prompt once for each."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How each image is sampled, the same for every model."""
+    experts: bool = True
+    """Evaluate each expert on its own beside base and merged."""
+    batch_size: int = Field(default=16, ge=1)
+    """Images one pipeline call renders."""
+    renderers: int = Field(default=1, ge=1)
+    """Renderer actors for each model."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs of a renderer."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of a renderer."""
+    dsg_scorer: Literal["official", "dpg", "selma"] = "official"
+    """Which of DSG's scorers the table shows."""
+    bootstrap_resamples: int = Field(default=2000, ge=100)
+    """Resamples behind each confidence interval."""
+    judge: JudgeConfig = JudgeConfig()
+    """The judge."""

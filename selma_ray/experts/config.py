@@ -1,0 +1,68 @@
+"""How skill experts are fitted (SELMA, section 3.3)."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from selma_ray.config import StrictModel
+
+__all__ = ["ExpertsConfig", "LoraSettings"]
+
+
+class LoraSettings(StrictModel):
+    """The adapter's shape."""
+
+    rank: int = Field(default=128, ge=1)
+    """Rank r of the adapter."""
+    alpha: float = Field(default=128, gt=0)
+    """Numerator of the adapter's scale alpha/r."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the modules that get an adapter."""
+
+
+class ExpertsConfig(StrictModel):
+    """How one LoRA expert per skill is trained."""
+
+    lora: LoraSettings = LoraSettings()
+    """The adapter's shape."""
+    steps: int = Field(default=5000, ge=1)
+    """Optimiser steps of each expert."""
+    batch_size: int = Field(default=64, ge=1)
+    """Global batch size of an optimiser step, over all workers and accumulation."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples one worker holds at once; none takes its whole share."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes on after warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """AdamW's weight decay."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Training precision; auto takes bf16 where the hardware has it, else fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    workers_per_expert: int = Field(default=1, ge=1)
+    """Ray Train workers of each expert."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs of a worker."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of a worker; 0 trains on the CPU."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Experts fitted at once; none takes what the cluster's resources allow."""
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts of an expert from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "ExpertsConfig":
+        if self.batch_size % self.workers_per_expert:
+            raise ValueError(f"batch_size must divide by workers_per_expert, got {self.batch_size} and {self.workers_per_expert}")
+        per_worker = self.batch_size // self.workers_per_expert
+        if self.micro_batch_size and per_worker % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size must divide a worker's share of the batch ({per_worker}), got {self.micro_batch_size}")
+        return self

@@ -1,0 +1,64 @@
+"""From the name of a model in a recipe to a folder that can be loaded, and a revision that content ids can name."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from selma_ray.errors import ModelNotFoundError
+from selma_ray.miniature import locate as miniature
+
+__all__ = ["LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FINGERPRINTED_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """A loadable model: `path` is a local folder or a hub name, `revision` names its exact content."""
+
+    path: str
+    revision: str
+
+
+def locate_text_to_image(name: str, revision: str | None = None) -> LocatedModel:
+    """Locate a text-to-image pipeline; raises ModelNotFoundError where a folder is missing or is no pipeline."""
+    return _locate(name, revision, miniature.text_to_image_dir, required_file="model_index.json")
+
+
+def locate_llm(name: str, revision: str | None = None) -> LocatedModel:
+    """Locate a language model; raises ModelNotFoundError where a folder is missing or holds no model."""
+    return _locate(name, revision, miniature.llm_dir, required_file="config.json")
+
+
+def locate_judge(name: str, revision: str | None = None) -> LocatedModel:
+    """Locate a judge; raises ModelNotFoundError where a folder is missing or holds no model."""
+    return _locate(name, revision, miniature.judge_dir, required_file="config.json")
+
+
+def _locate(name: str, revision: str | None, miniature_dir, required_file: str) -> LocatedModel:
+    if name == "miniature":
+        folder = miniature_dir()
+        return LocatedModel(str(folder), _fingerprint(folder))
+    folder = Path(name).expanduser().absolute()
+    if folder.is_dir():
+        if not (folder / required_file).is_file():
+            raise ModelNotFoundError(f"model folder {name} must hold {required_file}; name the folder that save_pretrained wrote")
+        return LocatedModel(str(folder), _fingerprint(folder))
+    if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):
+        raise ModelNotFoundError(f"model folder {name} does not exist; give a folder, a hub name (owner/model) or miniature")
+    return LocatedModel(name, revision or "main")
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return a hash of every file's name, size and both ends: cheap for large weights, and changed by any retraining."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}:{size}:".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(_FINGERPRINTED_BYTES))
+            stream.seek(max(0, size - _FINGERPRINTED_BYTES))
+            digest.update(stream.read(_FINGERPRINTED_BYTES))
+    return digest.hexdigest()[:16]

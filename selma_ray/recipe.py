@@ -1,0 +1,62 @@
+"""The recipe of a run: one file, composed of each stage's own config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import Field, field_validator
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.config import StrictModel, apply_overrides, read_yaml, validate
+from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.images.config import ImagesConfig
+from selma_ray.merging.config import MergingConfig
+from selma_ray.models.config import ModelConfig
+from selma_ray.prompts.config import PromptsConfig
+from selma_ray.serving.config import ServingConfig
+
+__all__ = ["Recipe", "load_recipe"]
+
+
+class Recipe(StrictModel):
+    """Everything a run depends on."""
+
+    run_dir: str
+    """The run's folder: a path, s3://… or gs://…"""
+    seed: int = Field(default=0, ge=0)
+    """The seed that every other seed is derived from."""
+    skills: tuple[str, ...] = Field(min_length=1)
+    """Names of packaged skills, or paths of skill files."""
+    model: ModelConfig = ModelConfig()
+    """The text-to-image model to improve."""
+    prompts: PromptsConfig = PromptsConfig()
+    """Stage 1: the LLM writes prompts."""
+    images: ImagesConfig = ImagesConfig()
+    """Stage 2: the model renders them."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Stage 3: one LoRA expert per skill."""
+    merging: MergingConfig = MergingConfig()
+    """Stage 4: the experts become one model."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Stage 5: base, experts and merged model are scored."""
+    serving: ServingConfig = ServingConfig()
+    """Stage 6: the merged model answers HTTP requests."""
+    cluster: ClusterConfig = ClusterConfig()
+    """How the run reaches Ray."""
+
+    @field_validator("skills")
+    @classmethod
+    def _no_skill_twice(cls, skills: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(skills)) != len(skills):
+            raise ValueError("must name each skill once")
+        return skills
+
+    def as_yaml(self) -> str:
+        """Return the resolved recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key.path=value` overrides; raises ConfigError with one line."""
+    return validate(Recipe, apply_overrides(read_yaml(Path(path)), overrides), source=str(path))

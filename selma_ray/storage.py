@@ -1,0 +1,147 @@
+"""A run's folder on any filesystem pyarrow opens (local, s3://, gs://), written one whole object at a time.
+
+A reader never sees half an object: locally a file is written beside its place and renamed over it; object stores show an
+object when it is closed. Nothing is appended to and nothing is renamed on object stores.
+"""
+
+import errno
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from selma_ray.errors import StorageError
+
+__all__ = ["RunFolder"]
+
+_PART_SUFFIX = ".part"
+
+
+class RunFolder:
+    """One run's folder; every path given to it is relative to its root. Pickles, so that actors on any node can hold it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        try:
+            self._filesystem, self._root = fs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"run folder {uri!r} cannot be opened ({error}); use a path, s3://… or gs://…") from None
+        self.is_local = isinstance(self._filesystem, fs.LocalFileSystem)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({self.uri!r})"
+
+    def path(self, *parts: str) -> str:
+        """Return the full path or URI of `parts` below the root."""
+        return str(PurePosixPath(self.uri, *parts)) if self.is_local else "/".join((self.uri.rstrip("/"), *parts))
+
+    def local_path(self, *parts: str) -> Path:
+        """Return a local path below the root; raises StorageError where the run is not on a mounted filesystem."""
+        if not self.is_local:
+            raise StorageError(f"{self.uri} is not a mounted folder; training needs run_dir on a filesystem all nodes share")
+        return Path(self.uri, *parts)
+
+    def exists(self, *parts: str) -> bool:
+        """Tell whether an object or folder stands at `parts`."""
+        return self._filesystem.get_file_info(self._inner(*parts)).type != fs.FileType.NotFound
+
+    def files(self, *parts: str, suffix: str = "") -> list[str]:
+        """Return the sorted relative paths of all finished files below `parts` whose names end in `suffix`."""
+        selector = fs.FileSelector(self._inner(*parts), allow_not_found=True, recursive=True)
+        prefix = len(self._root.rstrip("/")) + 1
+        return sorted(
+            info.path[prefix:]
+            for info in self._filesystem.get_file_info(selector)
+            if info.type == fs.FileType.File and info.path.endswith(suffix) and not info.path.endswith(_PART_SUFFIX)
+        )
+
+    def read_bytes(self, *parts: str) -> bytes:
+        """Return an object's bytes; raises StorageError where it cannot be read."""
+        try:
+            with self._filesystem.open_input_stream(self._inner(*parts), compression=None) as stream:
+                return stream.read()
+        except OSError as error:
+            raise StorageError(f"{self.path(*parts)} cannot be read: {error}") from None
+
+    def write_bytes(self, content: bytes | memoryview, *parts: str) -> None:
+        """Write a whole object atomically; raises StorageError where the disk is full or the storage cannot be reached."""
+        target = self._inner(*parts)
+        with _storage_errors(self.path(*parts)):
+            if self.is_local:
+                _replace_file(Path(target), content)
+            else:
+                with self._filesystem.open_output_stream(target, compression=None) as stream:
+                    stream.write(content)
+
+    def read_json(self, *parts: str) -> Any:
+        """Return a JSON object's value; raises StorageError where it is unreadable."""
+        try:
+            return json.loads(self.read_bytes(*parts))
+        except ValueError as error:
+            raise StorageError(f"{self.path(*parts)} must be JSON ({error}); delete it to have it made again") from None
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        """Write `value` as JSON, atomically."""
+        self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
+
+    def read_table(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the rows of several Parquet files as one table; `paths` must not be empty."""
+        return pa.concat_tables(
+            pq.read_table(io.BytesIO(self.read_bytes(path)), columns=list(columns) if columns else None) for path in paths
+        )
+
+    def write_table(self, table: pa.Table, *parts: str) -> None:
+        """Write `table` as one Parquet file, atomically."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write_bytes(buffer.getbuffer(), *parts)
+
+    def delete(self, *parts: str) -> None:
+        """Delete an object or a whole folder; what is not there is no error."""
+        info = self._filesystem.get_file_info(self._inner(*parts))
+        if info.type == fs.FileType.Directory:
+            self._filesystem.delete_dir(info.path)
+        elif info.type == fs.FileType.File:
+            self._filesystem.delete_file(info.path)
+
+    def mark_done(self, stage: str, summary: dict[str, Any]) -> None:
+        """Record that `stage` is finished, with a summary for people and reports."""
+        self.write_json(summary, "done", f"{stage}.json")
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """Return the summary of a finished `stage`, or None."""
+        return self.read_json("done", f"{stage}.json") if self.exists("done", f"{stage}.json") else None
+
+    def _inner(self, *parts: str) -> str:
+        return "/".join((self._root.rstrip("/"), *parts))
+
+
+def _replace_file(target: Path, content: bytes | memoryview) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}{_PART_SUFFIX}")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"no space left to write {path}; free some and run the same command again") from None
+        raise StorageError(f"{path} cannot be written: {error}; mend it and run the same command again") from None
