@@ -1,0 +1,1 @@
+"""Entry points for `serve deploy` and `serve run`."""

@@ -1,0 +1,54 @@
+# `make demo` runs the whole loop; `make test` runs the tests. Both set up .venv first, with pinned CPU builds.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print(sys.executable)' 2>/dev/null)))
+BIN := .venv/bin
+READY := .venv/.ready
+# Package sources that the environment names for pip are honoured.
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+FIND_LINKS := $(foreach source,$(PIP_FIND_LINKS),--find-links $(source))
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --no-deps $(FIND_LINKS)
+PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-heavy lint format lock setup clean help
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## Make .venv with pinned CPU builds
+
+$(READY): requirements/cpu.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "selma_ray needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up .venv with $(PYTHON) (about 4 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements/cpu.txt)"
+	@$(INSTALL) --quiet -r requirements/cpu.txt \
+		|| { echo "The CPU build of torch is not among this environment's sources: taking it from PyTorch's index"; \
+		     $(INSTALL) --index $(PYTORCH_CPU_INDEX) --index-strategy unsafe-best-match -r requirements/cpu.txt; }
+	@$(INSTALL) --quiet -e .
+	@touch $@
+
+demo: $(READY) ## Run the whole loop on the miniature and serve its merged model
+	@$(BIN)/selma run jobs/recipes/demo.yaml
+
+test: $(READY) ## Run the test suite
+	@$(BIN)/python -m pytest -m "not heavy and not gpu"
+
+test-heavy: $(READY) ## Run the tests that take minutes
+	@$(BIN)/python -m pytest -m "heavy and not gpu"
+
+lint: $(READY) ## Check style, types and the layers of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY) ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt
+	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/overrides.txt \
+		--python-version 3.11 --no-header --no-annotate $(FIND_LINKS) -o requirements/cpu.txt
+
+clean: ## Delete .venv and the runs
+	@rm -rf .venv runs

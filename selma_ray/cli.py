@@ -1,0 +1,89 @@
+"""The command line: `selma run|generate|train|merge|evaluate|report|serve RECIPE [key.path=value …]`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from selma_ray import __version__
+from selma_ray.errors import SelmaError
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "run": "the whole loop, from prompts to one image fetched from the served, merged model",
+    "generate": "write prompts and render images",
+    "train": "fit one LoRA expert per skill",
+    "merge": "merge the experts",
+    "evaluate": "score base, experts and merged model",
+    "report": "write report.html and report.json again",
+    "serve": "serve the merged model over HTTP until interrupted",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        _execute(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        known = _selma_error(error)
+        if known is None:
+            print(f"selma: unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", file=sys.stderr)
+            return 1
+        print(f"selma: {_first_line(known)}", file=sys.stderr)
+        return known.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="selma", description="Make a text-to-image model follow its prompts better, and serve it.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, description in _COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        command.add_argument("recipe", help="recipe file, such as jobs/recipes/demo.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _execute(options: argparse.Namespace) -> None:
+    from selma_ray.loop import open_run
+    from selma_ray.recipe import load_recipe
+
+    run = open_run(load_recipe(options.recipe, options.overrides))
+    from selma_ray import console
+
+    if options.command == "run":
+        console.run_all(run)
+    elif options.command == "report":
+        console.write_report(run)
+    elif options.command == "serve":
+        console.serve(run)
+    else:
+        console.run_one(run, options.command)
+
+
+def _selma_error(error: BaseException | None) -> SelmaError | None:
+    """Return the SelmaError that an error is or was caused by; Ray wraps what tasks and actors raise."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        cause: Any = getattr(error, "cause", None)
+        if isinstance(cause, BaseException):
+            error = cause
+            continue
+        if isinstance(error, SelmaError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

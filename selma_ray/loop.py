@@ -1,0 +1,187 @@
+"""The whole loop: each stage of a run in order, every one skipped where the run's folder says that it is finished."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from selma_ray.cluster import connect
+from selma_ray.errors import ConfigError, RunMismatchError
+from selma_ray.recipe import Recipe
+from selma_ray.skills import Skill, load_skills
+from selma_ray.storage import RunFolder
+
+__all__ = ["Progress", "Report", "Run", "STAGES", "evaluate", "generate", "merge", "open_run", "run_stage", "train"]
+
+logger = logging.getLogger(__name__)
+
+# Keys that say where and how fast a run works, not what comes out of it: they may change between two starts of a run.
+_PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving")
+_PLACEMENT_KEYS = {
+    "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
+    "cpus_per_worker", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage has come: `done` of `total` units, with a detail for people."""
+
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe, its folder and its skills, checked against one another."""
+
+    recipe: Recipe
+    folder: RunFolder
+    skills: tuple[Skill, ...]
+
+    @property
+    def skill_names(self) -> list[str]:
+        """Return the names of the skills, in the recipe's order."""
+        return [skill.name for skill in self.skills]
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Check everything a recipe names, then write it to its run folder; a run folder of another recipe is refused."""
+    from selma_ray.models.locate import locate_judge, locate_llm, locate_text_to_image
+
+    skills = tuple(load_skills(recipe.skills))
+    unknown = set(recipe.merging.weights or {}) - {skill.name for skill in skills}
+    if unknown:
+        raise ConfigError(f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; mend the name")
+    locate_text_to_image(recipe.model.name, recipe.model.revision)
+    locate_judge(recipe.evaluation.judge.name)
+    locate_llm(recipe.prompts.llm.name, recipe.prompts.llm.revision)
+    folder = RunFolder(recipe.run_dir)
+    if folder.exists("recipe.yaml"):
+        _refuse_other_recipe(yaml.safe_load(folder.read_bytes("recipe.yaml")), recipe, folder)
+    else:
+        folder.write_bytes(recipe.as_yaml().encode(), "recipe.yaml")
+    return Run(recipe, folder, skills)
+
+
+def generate(run: Run, report: Report) -> dict[str, Any]:
+    """Stream prompts from the LLM into the renderers; returns counts of both."""
+    from selma_ray.images.stream import image_summary, render_stream
+    from selma_ray.prompts.stream import prompt_stream, prompt_summary
+
+    recipe = run.recipe
+    prompts = prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster)
+    images = render_stream(prompts, recipe.images, recipe.model, recipe.seed, run.folder, recipe.cluster)
+    total = _train_prompts(recipe) * len(run.skills) * recipe.images.per_prompt
+    done = total - total
+    for row in images.iter_rows():
+        done += 1
+        report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
+    return {"prompts": prompt_summary(run.folder, run.skill_names), "images": image_summary(run.folder, run.skill_names)}
+
+
+def train(run: Run, report: Report) -> dict[str, Any]:
+    """Fit one expert per skill, all at once within the cluster's means; returns their final losses."""
+    from selma_ray.experts.launch import train_experts
+
+    recipe = run.recipe
+    results = train_experts(
+        run.folder, run.skill_names, recipe.model, recipe.experts, recipe.seed, recipe.cluster,
+        on_progress=lambda event: report(Progress("train", event.done_steps, event.total_steps, event.detail)),
+    )  # fmt: skip
+    return {name: result.as_dict() for name, result in results.items()}
+
+
+def merge(run: Run, report: Report) -> dict[str, Any]:
+    """Merge the experts into one pipeline; returns what merging lost."""
+    from selma_ray.merging.run import merge_experts
+
+    report(Progress("merge", 0, 1))
+    summary = merge_experts(run.folder, run.skill_names, run.recipe.model, run.recipe.merging)
+    report(Progress("merge", 1, 1))
+    return summary.as_dict()
+
+
+def evaluate(run: Run, report: Report) -> dict[str, Any]:
+    """Score base, experts and merged model on the same prompts and seeds, then write the report."""
+    from selma_ray.evaluation.questions import load_suite
+    from selma_ray.evaluation.run import evaluate_models
+
+    recipe = run.recipe
+    suite = load_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts)
+    summary = evaluate_models(
+        run.folder, _models_under_test(run), suite, recipe.evaluation, recipe.seed, recipe.cluster,
+        on_progress=lambda event: report(Progress("evaluate", event.done, event.total, event.detail)),
+    )  # fmt: skip
+    return summary.as_dict()
+
+
+STAGES: Mapping[str, Callable[[Run, Report], dict[str, Any]]] = {
+    "generate": generate,
+    "train": train,
+    "merge": merge,
+    "evaluate": evaluate,
+}
+
+
+def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
+    """Run one stage unless it is finished; returns its summary either way. Raises ConfigError where an earlier one is missing."""
+    finished = run.folder.done(name)
+    if finished is not None:
+        logger.info("%s is finished in %s", name, run.folder.uri)
+        return finished
+    names = list(STAGES)
+    for earlier in names[: names.index(name)]:
+        if run.folder.done(earlier) is None:
+            raise ConfigError(f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first")
+    connect(run.recipe.cluster)
+    summary = STAGES[name](run, report)
+    run.folder.mark_done(name, summary)
+    return summary
+
+
+def _models_under_test(run: Run) -> dict[str, Any]:
+    from selma_ray.evaluation.run import ModelUnderTest
+
+    recipe = run.recipe
+    models = {"base": ModelUnderTest(recipe.model)}
+    if recipe.evaluation.experts:
+        for name in run.skill_names:
+            models[name] = ModelUnderTest(recipe.model, adapter_dir=run.folder.path("experts", name))
+    merged = recipe.model.model_copy(update={"name": run.folder.path("merged", recipe.merging.name, "pipeline")})
+    return models | {"merged": ModelUnderTest(merged)}
+
+
+def _train_prompts(recipe: Recipe) -> int:
+    from selma_ray.prompts.stream import train_count
+
+    return train_count(recipe.prompts)
+
+
+def _refuse_other_recipe(before: dict[str, Any], recipe: Recipe, folder: RunFolder) -> None:
+    now = yaml.safe_load(recipe.as_yaml())
+    for section in now.keys() | before.keys():
+        if section in _PLACEMENT_SECTIONS:
+            continue
+        difference = _first_difference(before.get(section), now.get(section), section)
+        if difference:
+            key, old, new = difference
+            raise RunMismatchError(
+                f"{folder.uri} was made with {key}={old!r}, this recipe says {new!r}; set run_dir to a new folder or undo the change"
+            )
+
+
+def _first_difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any] | None:
+    if key.rpartition(".")[2] in _PLACEMENT_KEYS:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        nested = (_first_difference(before.get(name), now.get(name), f"{key}.{name}") for name in sorted(before.keys() | now.keys()))
+        return next(filter(None, nested), None)
+    return None if before == now else (key, before, now)

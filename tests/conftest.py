@@ -1,0 +1,25 @@
+"""Fixtures for every suite."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED_EVAL = Path(__file__).resolve().parents[2] / "shared" / "eval"
+
+
+@pytest.fixture(scope="session")
+def shared_eval() -> Path:
+    """Return the folder of evaluation data and oracles, or skip where it is not laid beside the checkout."""
+    if not SHARED_EVAL.is_dir():
+        pytest.skip("the folder shared/eval with evaluation data is not beside this checkout")
+    return SHARED_EVAL
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Stable Diffusion folder with small random weights: 64 px images, 16 x 16 x 4 latents."""
+    from tests.tiny_models import save_tiny_stable_diffusion
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    save_tiny_stable_diffusion(folder)
+    return folder

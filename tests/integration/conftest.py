@@ -1,0 +1,15 @@
+"""One Ray for all integration tests."""
+
+import pytest
+
+from selma_ray.cluster import ClusterConfig, connect
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Start Ray with four logical CPUs, once."""
+    import ray
+
+    connect(ClusterConfig(num_cpus=4, object_store_memory_gb=0.5))
+    yield
+    ray.shutdown()
