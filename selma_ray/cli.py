@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         known = _selma_error(error)
         if known is None:
-            print(f"selma: unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", file=sys.stderr)
+            print(
+                f"selma: unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", file=sys.stderr
+            )
             return 1
         print(f"selma: {_first_line(known)}", file=sys.stderr)
         return known.exit_code
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="selma", description="Make a text-to-image model follow its prompts better, and serve it.")
+    parser = argparse.ArgumentParser(
+        prog="selma", description="Make a text-to-image model follow its prompts better, and serve it."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in _COMMANDS.items():
@@ -87,3 +91,7 @@ def _selma_error(error: BaseException | None) -> SelmaError | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

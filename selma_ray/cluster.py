@@ -50,6 +50,7 @@ def connect(config: ClusterConfig) -> None:
         options["object_store_memory"] = int(config.object_store_memory_gb * 1e9)
         options["include_dashboard"] = False
     ray.init(**options)
+    _quiet_ray_data(config)
 
 
 def cpu_count() -> int:
@@ -77,3 +78,11 @@ def _worker_env() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
     }
     return {key: os.environ.get(key, value) for key, value in quiet.items()}
+
+
+def _quiet_ray_data(config: ClusterConfig) -> None:
+    """Leave progress to selma_ray's own display; Ray Data says at WARNING that its bars are off."""
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = config.log_level == "DEBUG"
+    logging.getLogger("ray.data").setLevel("ERROR" if config.log_level == "WARNING" else config.log_level)

@@ -1,10 +1,8 @@
 """What the command line shows: progress of each stage, the result table, the served image."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -38,7 +36,9 @@ def run_all(run: Run) -> None:
     console.print(_score_table(run.folder.done("evaluate") or {}))
     write_report(run)
     _fetch_one_image(run)
-    console.print(f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}")
+    console.print(
+        f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}"
+    )
 
 
 def run_one(run: Run, name: str) -> None:
@@ -50,7 +50,9 @@ def run_one(run: Run, name: str) -> None:
     started_s = time.monotonic()
     with _progress_display() as report:
         summary = run_stage(run, name, report)
-    console.print(f"[green]✓[/green] {_summary_line(name, summary)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
+    console.print(
+        f"[green]✓[/green] {_summary_line(name, summary)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]"
+    )
 
 
 def write_report(run: Run) -> None:
@@ -77,13 +79,11 @@ def serve(run: Run) -> None:
 
 
 def _start_service(run: Run) -> Any:
-    from selma_ray.cluster import connect
-    from serve.app import service_for_run
+    from selma_ray.service import start_merged
 
     if run.folder.done("merge") is None:
         raise ConfigError(f"serve needs the finished stage merge in {run.folder.uri}; run `selma merge` first")
-    connect(run.recipe.cluster)
-    return service_for_run(run.recipe)
+    return start_merged(run)
 
 
 def _fetch_one_image(run: Run) -> None:
@@ -93,7 +93,9 @@ def _fetch_one_image(run: Run) -> None:
         prompt = _example_prompt(run)
         image = service.generate(prompt=prompt, seed=run.recipe.seed)
         run.folder.write_bytes(image, "served.png")
-        console.print(f"[green]✓[/green] POST {service.url}/v1/images/generations “{prompt}” → {run.folder.path('served.png')}")
+        console.print(
+            f"[green]✓[/green] POST {service.url}/v1/images/generations “{prompt}” → {run.folder.path('served.png')}"
+        )
     finally:
         service.stop()
 
@@ -107,7 +109,9 @@ def _summary_line(name: str, summary: dict[str, Any]) -> str:
         prompts, images = summary["prompts"], summary["images"]
         return f"{prompts['kept']} prompts kept, {prompts['rejected']} rejected; {images['rendered']} images, {images['failed']} failed"
     if name == "train":
-        return f"{len(summary)} experts fitted: " + ", ".join(f"{skill} loss {expert['loss']:.3f}" for skill, expert in summary.items())
+        return f"{len(summary)} experts fitted: " + ", ".join(
+            f"{skill} loss {expert['loss']:.3f}" for skill, expert in summary.items()
+        )
     if name == "merge":
         return f"{summary['method']} of {len(summary['experts'])} experts over {summary['modules']} modules"
     return f"{len(summary['models'])} models scored on {summary['prompts']} prompts"
@@ -117,13 +121,18 @@ def _score_table(summary: dict[str, Any]) -> Table:
     """Return the table of DSG scores with 95% intervals, and the paired difference of merged and base."""
     skills = list(next(iter(summary["models"].values()))["skills"])
     difference = summary["difference"]
-    table = Table(title="DSG (%), 95% interval over prompts", caption=_difference_line(difference), caption_justify="left")
+    table = Table(
+        title="DSG (%), 95% interval over prompts", caption=_difference_line(difference), caption_justify="left"
+    )
     table.add_column("model")
     for heading in ("all", *skills):
         table.add_column(heading, justify="right")
     for name, scores in summary["models"].items():
         low, high = scores["interval"]
-        cells = [f"{100 * scores['dsg']:.1f} [{100 * low:.1f}, {100 * high:.1f}]", *(f"{100 * scores['skills'][skill]:.1f}" for skill in skills)]
+        cells = [
+            f"{100 * scores['dsg']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+            *(f"{100 * scores['skills'][skill]:.1f}" for skill in skills),
+        ]
         table.add_row(name, *cells, style="bold" if name in ("base", "merged") else None)
     return table
 
@@ -139,7 +148,13 @@ def _progress_display() -> Iterator[Report]:
     if not console.is_terminal:
         yield _line_reporter()
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     with Bars(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None, detail="starting")
 

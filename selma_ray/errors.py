@@ -11,7 +11,8 @@
     ├── TrainingError           an expert could not be fitted
     ├── AdapterError            a LoRA adapter cannot be read or does not fit
     ├── CaptionError            a caption is outside the miniature's grammar
-    └── JudgeError              a judge or a question set cannot be used
+    ├── JudgeError              a judge or a question set cannot be used
+    └── ServingError            the service cannot start, or refuses a request
 
 Each message is one line: key or file, rule, value, remedy.
 """
@@ -26,6 +27,7 @@ __all__ = [
     "RenderError",
     "RunMismatchError",
     "SelmaError",
+    "ServingError",
     "SkillError",
     "StorageError",
     "TrainingError",
@@ -82,3 +84,7 @@ class CaptionError(SelmaError):
 
 class JudgeError(SelmaError):
     """A judge, its answers or its questions cannot be used."""
+
+
+class ServingError(SelmaError):
+    """The HTTP service cannot start, or refuses a request."""

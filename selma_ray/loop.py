@@ -9,11 +9,12 @@ import yaml
 
 from selma_ray.cluster import connect
 from selma_ray.errors import ConfigError, RunMismatchError
+from selma_ray.models.config import ModelConfig
 from selma_ray.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
 from selma_ray.storage import RunFolder
 
-__all__ = ["Progress", "Report", "Run", "STAGES", "evaluate", "generate", "merge", "open_run", "run_stage", "train"]
+__all__ = ["STAGES", "Progress", "Report", "Run", "evaluate", "generate", "merge", "open_run", "run_stage", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,12 @@ class Run:
         """Return the names of the skills, in the recipe's order."""
         return [skill.name for skill in self.skills]
 
+    @property
+    def merged_model(self) -> ModelConfig:
+        """Return the merged model: the recipe's model with the baked pipeline in its place."""
+        pipeline = self.folder.path("merged", self.recipe.merging.name, "pipeline")
+        return self.recipe.model.model_copy(update={"name": pipeline, "revision": None, "variant": None})
+
 
 def open_run(recipe: Recipe) -> Run:
     """Check everything a recipe names, then write it to its run folder; a run folder of another recipe is refused."""
@@ -59,7 +66,9 @@ def open_run(recipe: Recipe) -> Run:
     skills = tuple(load_skills(recipe.skills))
     unknown = set(recipe.merging.weights or {}) - {skill.name for skill in skills}
     if unknown:
-        raise ConfigError(f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; mend the name")
+        raise ConfigError(
+            f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; mend the name"
+        )
     locate_text_to_image(recipe.model.name, recipe.model.revision)
     locate_judge(recipe.evaluation.judge.name)
     locate_llm(recipe.prompts.llm.name, recipe.prompts.llm.revision)
@@ -73,18 +82,25 @@ def open_run(recipe: Recipe) -> Run:
 
 def generate(run: Run, report: Report) -> dict[str, Any]:
     """Stream prompts from the LLM into the renderers; returns counts of both."""
-    from selma_ray.images.stream import image_summary, render_stream
-    from selma_ray.prompts.stream import prompt_stream, prompt_summary
+    from selma_ray.evaluation.questions import load_suite
+    from selma_ray.images.stream import check_failures, image_summary, render_stream
+    from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
 
     recipe = run.recipe
-    prompts = prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster)
+    suite = load_suite(recipe.evaluation.suite)
+    prompts = prompt_stream(
+        run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=[test.prompt for test in suite]
+    )
     images = render_stream(prompts, recipe.images, recipe.model, recipe.seed, run.folder, recipe.cluster)
-    total = _train_prompts(recipe) * len(run.skills) * recipe.images.per_prompt
-    done = total - total
+    total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
+    done = image_summary(run.folder, run.skill_names)["rendered"]
     for row in images.iter_rows():
         done += 1
         report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
-    return {"prompts": prompt_summary(run.folder, run.skill_names), "images": image_summary(run.folder, run.skill_names)}
+    return {
+        "prompts": prompt_summary(run.folder, run.skill_names),
+        "images": image_summary(run.folder, run.skill_names),
+    }
 
 
 def train(run: Run, report: Report) -> dict[str, Any]:
@@ -140,7 +156,9 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
     names = list(STAGES)
     for earlier in names[: names.index(name)]:
         if run.folder.done(earlier) is None:
-            raise ConfigError(f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first")
+            raise ConfigError(
+                f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first"
+            )
     connect(run.recipe.cluster)
     summary = STAGES[name](run, report)
     run.folder.mark_done(name, summary)
@@ -155,14 +173,7 @@ def _models_under_test(run: Run) -> dict[str, Any]:
     if recipe.evaluation.experts:
         for name in run.skill_names:
             models[name] = ModelUnderTest(recipe.model, adapter_dir=run.folder.path("experts", name))
-    merged = recipe.model.model_copy(update={"name": run.folder.path("merged", recipe.merging.name, "pipeline")})
-    return models | {"merged": ModelUnderTest(merged)}
-
-
-def _train_prompts(recipe: Recipe) -> int:
-    from selma_ray.prompts.stream import train_count
-
-    return train_count(recipe.prompts)
+    return models | {"merged": ModelUnderTest(run.merged_model)}
 
 
 def _refuse_other_recipe(before: dict[str, Any], recipe: Recipe, folder: RunFolder) -> None:
@@ -182,6 +193,9 @@ def _first_difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any] |
     if key.rpartition(".")[2] in _PLACEMENT_KEYS:
         return None
     if isinstance(before, dict) and isinstance(now, dict):
-        nested = (_first_difference(before.get(name), now.get(name), f"{key}.{name}") for name in sorted(before.keys() | now.keys()))
+        nested = (
+            _first_difference(before.get(name), now.get(name), f"{key}.{name}")
+            for name in sorted(before.keys() | now.keys())
+        )
         return next(filter(None, nested), None)
     return None if before == now else (key, before, now)

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from selma_ray.errors import StorageError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "storage_errors"]
 
 _PART_SUFFIX = ".part"
 
@@ -46,7 +46,9 @@ class RunFolder:
     def local_path(self, *parts: str) -> Path:
         """Return a local path below the root; raises StorageError where the run is not on a mounted filesystem."""
         if not self.is_local:
-            raise StorageError(f"{self.uri} is not a mounted folder; training needs run_dir on a filesystem all nodes share")
+            raise StorageError(
+                f"{self.uri} is not a mounted folder; training needs run_dir on a filesystem all nodes share"
+            )
         return Path(self.uri, *parts)
 
     def exists(self, *parts: str) -> bool:
@@ -74,7 +76,7 @@ class RunFolder:
     def write_bytes(self, content: bytes | memoryview, *parts: str) -> None:
         """Write a whole object atomically; raises StorageError where the disk is full or the storage cannot be reached."""
         target = self._inner(*parts)
-        with _storage_errors(self.path(*parts)):
+        with storage_errors(self.path(*parts)):
             if self.is_local:
                 _replace_file(Path(target), content)
             else:
@@ -95,7 +97,8 @@ class RunFolder:
     def read_table(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of several Parquet files as one table; `paths` must not be empty."""
         return pa.concat_tables(
-            pq.read_table(io.BytesIO(self.read_bytes(path)), columns=list(columns) if columns else None) for path in paths
+            pq.read_table(io.BytesIO(self.read_bytes(path)), columns=list(columns) if columns else None)
+            for path in paths
         )
 
     def write_table(self, table: pa.Table, *parts: str) -> None:
@@ -138,7 +141,8 @@ def _replace_file(target: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
+def storage_errors(path: str) -> Iterator[None]:
+    """Turn an OSError of writing `path` into a StorageError that names the remedy."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,12 @@
 """Fixtures for every suite."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Set before torch is imported: tests run beside other processes, whose threads and ours would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED_EVAL = Path(__file__).resolve().parents[2] / "shared" / "eval"
 

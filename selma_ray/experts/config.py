@@ -51,6 +51,8 @@ class ExpertsConfig(StrictModel):
     """CPUs of a worker."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of a worker; 0 trains on the CPU."""
+    encoders: int = Field(default=1, ge=1)
+    """Actors that encode images and captions before training; each holds the autoencoder and the text encoder."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Experts fitted at once; none takes what the cluster's resources allow."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
@@ -61,8 +63,12 @@ class ExpertsConfig(StrictModel):
     @model_validator(mode="after")
     def _batch_divides(self) -> "ExpertsConfig":
         if self.batch_size % self.workers_per_expert:
-            raise ValueError(f"batch_size must divide by workers_per_expert, got {self.batch_size} and {self.workers_per_expert}")
+            raise ValueError(
+                f"batch_size must divide by workers_per_expert, got {self.batch_size} and {self.workers_per_expert}"
+            )
         per_worker = self.batch_size // self.workers_per_expert
         if self.micro_batch_size and per_worker % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size must divide a worker's share of the batch ({per_worker}), got {self.micro_batch_size}")
+            raise ValueError(
+                f"micro_batch_size must divide a worker's share of the batch ({per_worker}), got {self.micro_batch_size}"
+            )
         return self

@@ -17,8 +17,10 @@ __all__ = [
     "RELATIONS",
     "STYLES",
     "Group",
+    "Placement",
     "Relation",
     "Scene",
+    "paint_scene",
     "place_objects",
     "render_scene",
 ]
@@ -116,8 +118,13 @@ def _place(
 
 def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene as a 64 x 64 RGB image; `rng` jitters places and sizes by a pixel or two."""
+    return paint_scene(scene, place_objects(scene, rng), rng)
+
+
+def paint_scene(scene: Scene, spots: list[Placement], rng: random.Random) -> Image.Image:
+    """Draw a scene whose objects are placed already."""
     canvas = _BACKGROUND_PAINTERS[scene.background](rng)
-    for spot in place_objects(scene, rng):
+    for spot in spots:
         sprite = render_sprite(spot.group.object, spot.group.colour, spot.size_px)
         corner = (round(spot.x - spot.size_px / 2), round(spot.y - spot.size_px / 2))
         canvas.paste(sprite, corner, sprite)
@@ -197,7 +204,7 @@ def _to_pixel_art(canvas: Image.Image) -> Image.Image:
 
 def _to_watercolor(canvas: Image.Image) -> Image.Image:
     """Soft washes on white paper, with the sheet's border left empty."""
-    wash = canvas.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(1.1))
+    wash = canvas.filter(ImageFilter.GaussianBlur(1.3))
     sheet = Image.new("RGB", canvas.size, (255, 255, 255))
     mask = Image.new("L", canvas.size, 0)
     ImageDraw.Draw(mask).rounded_rectangle((3, 3, 60, 60), 8, fill=255)

@@ -44,10 +44,14 @@ def _locate(name: str, revision: str | None, miniature_dir, required_file: str) 
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
         if not (folder / required_file).is_file():
-            raise ModelNotFoundError(f"model folder {name} must hold {required_file}; name the folder that save_pretrained wrote")
+            raise ModelNotFoundError(
+                f"model folder {name} must hold {required_file}; name the folder that save_pretrained wrote"
+            )
         return LocatedModel(str(folder), _fingerprint(folder))
     if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):
-        raise ModelNotFoundError(f"model folder {name} does not exist; give a folder, a hub name (owner/model) or miniature")
+        raise ModelNotFoundError(
+            f"model folder {name} does not exist; give a folder, a hub name (owner/model) or miniature"
+        )
     return LocatedModel(name, revision or "main")
 
 

@@ -15,7 +15,7 @@ from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
 
-__all__ = ["DTYPES", "Renderer", "denoiser_of", "load_pipeline"]
+__all__ = ["DTYPES", "Renderer", "denoiser_of", "load_pipeline", "use_scheduler"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +33,9 @@ def load_pipeline(model: ModelConfig, adapter_dir: str | Path | None = None) -> 
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder") from None
+        raise ModelNotFoundError(
+            f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder"
+        ) from None
     if adapter_dir is not None:
         denoiser = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir))
         pipeline.unet = denoiser.merge_and_unload()
@@ -52,8 +54,7 @@ class Renderer:
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
-        if sampling.scheduler:
-            pipeline.scheduler = _scheduler_class(sampling.scheduler).from_config(pipeline.scheduler.config)
+        use_scheduler(pipeline, sampling.scheduler)
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return one RGB image per prompt; the image of a row depends on its prompt and its seed alone."""
@@ -69,7 +70,9 @@ class Renderer:
 
     @torch.inference_mode()
     def _render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        negative = {"negative_prompt": [self.sampling.negative_prompt] * len(prompts)} if self.sampling.negative_prompt else {}
+        negative = (
+            {"negative_prompt": [self.sampling.negative_prompt] * len(prompts)} if self.sampling.negative_prompt else {}
+        )
         return self.pipeline(
             prompt=list(prompts),
             num_inference_steps=self.sampling.steps,
@@ -82,8 +85,11 @@ class Renderer:
         ).images
 
 
-def _scheduler_class(name: str) -> Any:
+def use_scheduler(pipeline: Any, name: str | None) -> None:
+    """Give a pipeline the scheduler class `name`, with its own scheduler's configuration; none keeps its own."""
+    if name is None:
+        return
     scheduler_class = getattr(diffusers, name, None)
     if not name.endswith("Scheduler") or scheduler_class is None:
         raise ConfigError(f"scheduler must be a diffusers scheduler class such as DDIMScheduler, got {name!r}")
-    return scheduler_class
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)

@@ -48,7 +48,7 @@ class PromptsConfig(StrictModel):
     examples_per_request: int = Field(default=3, ge=1)
     """Examples one request shows."""
     requests_in_flight: int = Field(default=16, ge=1)
-    """Requests of a skill that may be asked before the first is answered (W in DESIGN.md); fixes which examples a request sees."""
+    """Requests of a skill in flight at once (W in the design); request r sees what was kept up to request r - W."""
     max_requests: int = Field(default=1000, ge=1)
     """Requests after which a skill that has not kept enough prompts is given up."""
     rouge_l_threshold: float = Field(default=0.8, gt=0, le=1)

@@ -1,1 +1,1 @@
-"""Stage: serving."""
+"""Stage: the merged model answers HTTP requests, next to a batched evaluator."""

@@ -1,11 +1,14 @@
 """How a merged model is served."""
 
-from pydantic import Field
+import ipaddress
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from selma_ray.config import StrictModel
 from selma_ray.models.config import SamplingConfig
 
-__all__ = ["ServingConfig"]
+__all__ = ["ServingConfig", "is_loopback"]
 
 
 class ServingConfig(StrictModel):
@@ -14,25 +17,35 @@ class ServingConfig(StrictModel):
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback needs api_keys_file."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Port to listen on."""
+    """Port to listen on; 0 takes a free one."""
     api_keys_file: str | None = None
-    """File with one bearer key a line; none leaves the service open, which only loopback may be."""
+    """File with one bearer key a line (or sha256:<hex digest of a key>); none answers loopback clients only."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults of a request that names none."""
-    max_steps: int = Field(default=100, ge=1)
+    max_steps: int = Field(default=100, ge=1, le=1000)
     """Most denoising steps a request may ask for."""
+    max_guidance_scale: float = Field(default=30, ge=1)
+    """Largest classifier-free guidance scale a request may ask for."""
     max_prompt_chars: int = Field(default=2000, ge=1)
     """Longest prompt."""
     max_images: int = Field(default=10, ge=1)
     """Most images a request may ask for (OpenAI's n)."""
+    max_size_px: int = Field(default=1024, ge=8)
+    """Longest side of an image a request may ask for."""
+    max_body_mb: float = Field(default=16, gt=0)
+    """Largest request body in MB."""
+    max_upload_pixels: int = Field(default=16_777_216, ge=1)
+    """Most pixels of an image sent to be scored."""
     max_batch_size: int = Field(default=8, ge=1)
-    """Images that share a denoising step."""
+    """Images that share a denoising step; larger sizes than the default share fewer."""
     max_queued_requests: int = Field(default=64, ge=1)
-    """Requests that may wait; one more is answered 429."""
+    """Images that may wait beyond those in a full batch; more are answered 429."""
     request_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which a request is answered 504."""
     judge: str = "miniature"
     """The judge behind POST /v1/scores: `miniature`, a local folder, or a hub name."""
+    judge_batch_size: int = Field(default=16, ge=1)
+    """Images that are judged at once."""
     generator_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator."""
     evaluator_replicas: int = Field(default=1, ge=0)
@@ -41,3 +54,31 @@ class ServingConfig(StrictModel):
     """CPUs of a replica."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of a generator replica; a fraction shares one."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Threads of a replica's numeric libraries; none takes every core of its node."""
+
+    @model_validator(mode="after")
+    def _keys_beyond_loopback(self) -> Self:
+        if self.api_keys_file is None and not is_loopback(self.host):
+            raise ValueError(
+                f"api_keys_file must name a file of bearer keys where host is not loopback; host is {self.host!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _largest_request_fits(self) -> Self:
+        if self.max_images > self.max_batch_size + self.max_queued_requests:
+            raise ValueError(
+                f"max_images must be at most max_batch_size + max_queued_requests; max_images is {self.max_images}"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether `host` (a name or an address) can be reached from its own machine only."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return host == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

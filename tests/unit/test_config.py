@@ -16,7 +16,9 @@ class Outer(StrictModel):
 
 
 def test_a_typo_is_answered_with_the_nearest_key():
-    with pytest.raises(ConfigError, match=r"r\.yaml: inner\.learning_rte is not a known key; did you mean 'learning_rate'\?"):
+    with pytest.raises(
+        ConfigError, match=r"r\.yaml: inner\.learning_rte is not a known key; did you mean 'learning_rate'\?"
+    ):
         validate(Outer, {"name": "x", "inner": {"learning_rte": 1}}, "r.yaml")
 
 
@@ -47,7 +49,10 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 
 def test_overrides_set_nested_keys_and_leave_the_source_alone():
     source = {"inner": {"learning_rate": 1.0}}
-    assert apply_overrides(source, ["inner.learning_rate=2", "name=[a, b]"]) == {"inner": {"learning_rate": 2}, "name": ["a", "b"]}
+    assert apply_overrides(source, ["inner.learning_rate=2", "name=[a, b]"]) == {
+        "inner": {"learning_rate": 2},
+        "name": ["a", "b"],
+    }
     assert source == {"inner": {"learning_rate": 1.0}}
 
 

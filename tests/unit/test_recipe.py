@@ -52,4 +52,6 @@ import selma_ray.cli
 load_recipe({str(RECIPES[0])!r})
 print(sorted({{"torch", "vllm", "diffusers", "deepspeed", "transformers"}} & set(sys.modules)))
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

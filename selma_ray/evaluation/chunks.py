@@ -1,0 +1,178 @@
+"""The unit of evaluation: a batch of prompts that one model renders and the judge then answers for, written once each."""
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.judges.interface import Judge
+from selma_ray.evaluation.judges.opening import open_judge
+from selma_ray.evaluation.questions import PromptWithQuestions
+from selma_ray.evaluation.scoring import score_images
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.rendering import Renderer, load_pipeline
+from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id, seed_of
+from selma_ray.storage import RunFolder
+
+__all__ = ["Chunk", "EvaluateChunk", "ModelUnderTest", "plan_chunks"]
+
+logger = logging.getLogger(__name__)
+
+_ERROR_CHARS = 300
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model to evaluate: a pipeline, with a PEFT adapter folder on it where one is given."""
+
+    model: ModelConfig
+    adapter_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts and seeds that one model renders together; `key` names their content, and so their files."""
+
+    model: str
+    revision: str
+    key: str
+    prompts: tuple[PromptWithQuestions, ...]
+    seeds: tuple[int, ...]
+    image_indices: tuple[int, ...]
+
+    @property
+    def images_path(self) -> tuple[str, ...]:
+        """Return the place of the images in the run's folder."""
+        return ("evaluation", self.model, "images", f"{self.key}.parquet")
+
+    def answers_path(self, judge_key: str) -> tuple[str, ...]:
+        """Return the place of a judge's answers in the run's folder."""
+        return ("evaluation", self.model, "answers", f"{content_id(images=self.key, judge=judge_key)}.parquet")
+
+
+def plan_chunks(
+    model: str, revision: str, suite: Sequence[PromptWithQuestions], config: EvaluationConfig, seed: int
+) -> list[Chunk]:
+    """Split prompts x seeds into batches; every model gets the same seed for the same prompt."""
+    rows = [
+        (prompt, seed_of(seed, prompt=prompt.prompt, sampling_seed=sampling_seed), index)
+        for index, sampling_seed in enumerate(config.seeds)
+        for prompt in suite
+    ]
+    chunks = []
+    for start in range(0, len(rows), config.batch_size):
+        prompts, seeds, indices = zip(*rows[start : start + config.batch_size], strict=True)
+        key = content_id(
+            prompts=[[prompt.id, prompt.skill, prompt.prompt] for prompt in prompts],
+            questions=[[vars(question) for question in prompt.questions] for prompt in prompts],
+            seeds=seeds,
+            revision=revision,
+            sampling=config.sampling.model_dump(),
+        )
+        chunks.append(Chunk(model, revision, key, prompts, seeds, indices))
+    return chunks
+
+
+class EvaluateChunk:
+    """Renders chunks and judges them; holds one pipeline at a time, and the judge, in its memory."""
+
+    def __init__(
+        self, folder: RunFolder, models: Mapping[str, ModelUnderTest], config: EvaluationConfig, judge_key: str
+    ) -> None:
+        self._folder = folder
+        self._models = models
+        self._config = config
+        self._judge_key = judge_key
+        self._judge: Judge | None = None
+        self._loaded: tuple[str, Renderer] | None = None
+
+    def __call__(self, chunk: Chunk) -> None:
+        """Write the chunk's images and answers; images that are there already are judged as they are."""
+        if self._folder.exists(*chunk.images_path):
+            table = self._folder.read_table(["/".join(chunk.images_path)])
+            rows = table.to_pylist()
+        else:
+            rows = self._rendered(chunk)
+            self._folder.write_table(pa.Table.from_pylist(rows, IMAGE_SCHEMA), *chunk.images_path)
+        answers = self._answered(chunk, rows)
+        self._folder.write_table(pa.Table.from_pylist(answers, ANSWER_SCHEMA), *chunk.answers_path(self._judge_key))
+
+    def _rendered(self, chunk: Chunk) -> list[dict[str, Any]]:
+        renderer = self._renderer(chunk.model)
+        texts = [prompt.prompt for prompt in chunk.prompts]
+        images: list[Image.Image | None]
+        errors: list[str | None] = [None] * len(texts)
+        try:
+            images = list(renderer.render(texts, chunk.seeds))
+        except Exception as error:
+            logger.warning("a batch of %s failed (%s), rendering its prompts one by one", chunk.model, error)
+            images, errors = _render_one_by_one(renderer, texts, chunk.seeds)
+        return [
+            self._image_row(chunk, row, image, error)
+            for row, (image, error) in enumerate(zip(images, errors, strict=True))
+        ]
+
+    def _image_row(self, chunk: Chunk, row: int, image: Image.Image | None, error: str | None) -> dict[str, Any]:
+        sampling, prompt = self._config.sampling, chunk.prompts[row]
+        identity = {
+            "skill": prompt.skill, "prompt": prompt.prompt, "image_index": chunk.image_indices[row], "seed": chunk.seeds[row],
+            "revision": chunk.revision, "scheduler": sampling.scheduler or "", "steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale, "width": sampling.width_px, "height": sampling.height_px,
+        }  # fmt: skip
+        image_id = content_id(**identity, negative_prompt=sampling.negative_prompt)
+        encoded = None if image is None else {"bytes": _png(image), "path": f"{image_id}.png"}
+        return {"id": image_id, **identity, "split": "test", "image": encoded, "model": chunk.model, "error": error}
+
+    def _answered(self, chunk: Chunk, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        if self._judge is None:
+            self._judge = open_judge(self._config.judge)
+        images = [
+            Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") if row["image"] else None for row in rows
+        ]
+        scores = score_images(
+            self._judge, images, [prompt.questions for prompt in chunk.prompts], self._config.dsg_scorer
+        )
+        return [
+            {
+                "model": chunk.model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed,
+                "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
+                "answer": each.answer, "p_yes": each.p_yes, "reason": row["error"] or each.reason, "judge": score.judge,
+            }
+            for prompt, seed, score, row in zip(chunk.prompts, chunk.seeds, scores, rows, strict=True)
+            for each in score.questions
+        ]  # fmt: skip
+
+    def _renderer(self, name: str) -> Renderer:
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # frees the previous pipeline before the next is loaded
+            tested = self._models[name]
+            adapter_dir = Path(tested.adapter_dir) if tested.adapter_dir else None
+            self._loaded = (name, Renderer(load_pipeline(tested.model, adapter_dir), self._config.sampling))
+        return self._loaded[1]
+
+
+def _render_one_by_one(
+    renderer: Renderer, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[Image.Image | None], list[str | None]]:
+    images: list[Image.Image | None] = []
+    errors: list[str | None] = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        try:
+            images += renderer.render([prompt], [seed])
+            errors.append(None)
+        except Exception as error:
+            images.append(None)
+            errors.append(f"{type(error).__name__}: {error}"[:_ERROR_CHARS])
+    return images, errors
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

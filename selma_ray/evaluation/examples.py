@@ -1,0 +1,120 @@
+"""Which images the report shows: the same prompt and seed by base and merged, with what each got wrong."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from selma_ray.evaluation.dsg import mean_score
+from selma_ray.evaluation.scores import BASE, MERGED, images_scored
+from selma_ray.storage import RunFolder
+
+__all__ = ["Example", "Verdict", "choose_examples", "paired_examples", "read_images", "training_images"]
+
+ImageKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question and whether it counts for base and for merged; None where the answer could not be read."""
+
+    question: str
+    category: str
+    base: bool | None
+    merged: bool | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and seed, rendered by both models."""
+
+    prompt: str
+    skill: str
+    seed: int
+    base: float
+    merged: float
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def gain(self) -> float:
+        """Return merged minus base."""
+        return self.merged - self.base
+
+    @property
+    def key(self) -> ImageKey:
+        """Return what names the image in a model's files."""
+        return (self.prompt, self.seed)
+
+
+def paired_examples(folder: RunFolder, files: Mapping[str, Mapping[str, Sequence[str]]], scorer: str) -> list[Example]:
+    """Return every prompt and seed that both models have a readable image of, in the order of the suite."""
+    scored = {
+        model: images_scored(folder.read_table(files[model]["answers"]).to_pylist(), scorer) for model in (BASE, MERGED)
+    }
+    examples = []
+    for image, base in scored[BASE].items():
+        merged = scored[MERGED].get(image, [])
+        scores = [mean_score(score for _, score in answers) for answers in (base, merged)]
+        if scores[0] is None or scores[1] is None:
+            continue
+        verdicts = tuple(
+            Verdict(row["question"], row["category"], _counts(before), _counts(after))
+            for (row, before), (_, after) in zip(base, merged, strict=True)
+        )
+        row = base[0][0]
+        examples.append(Example(row["prompt"], row["skill"], row["seed"], scores[0], scores[1], verdicts))
+    return examples
+
+
+def choose_examples(examples: Sequence[Example], per_skill: int, extremes: int) -> dict[str, list[Example]]:
+    """Return {"first": the first of each skill, unselected; "gains", "losses": the largest of each}."""
+    first: dict[str, list[Example]] = {}
+    for example in examples:
+        shown = first.setdefault(example.skill, [])
+        if len(shown) < per_skill and all(example.prompt != other.prompt for other in shown):
+            shown.append(example)
+    by_gain = sorted(examples, key=lambda example: -example.gain)
+    return {
+        "first": [example for shown in first.values() for example in shown],
+        "gains": [example for example in by_gain[:extremes] if example.gain > 0],
+        "losses": [example for example in by_gain[::-1][:extremes] if example.gain < 0],
+    }
+
+
+def read_images(folder: RunFolder, paths: Sequence[str], wanted: set[ImageKey]) -> dict[ImageKey, Image.Image]:
+    """Return the wanted images of one model; files are read one at a time."""
+    found: dict[ImageKey, Image.Image] = {}
+    for path in paths:
+        if wanted <= found.keys():
+            break
+        table = folder.read_table([path], columns=["prompt", "seed", "image"])
+        for index, key in enumerate(zip(table["prompt"].to_pylist(), table["seed"].to_pylist(), strict=True)):
+            if key in wanted:
+                found[key] = _decoded(table["image"][index].as_py())
+    return found
+
+
+def training_images(folder: RunFolder, skill: str, count: int) -> list[Image.Image]:
+    """Return up to `count` rendered training images of a skill, spread evenly over its files and rows."""
+    paths = folder.files("images", f"skill={skill}", suffix=".parquet")
+    images: list[Image.Image] = []
+    for position, path in enumerate(paths):
+        share = -(-(count - len(images)) // (len(paths) - position))
+        rows = [
+            row for row in folder.read_table([path], columns=["image"])["image"].to_pylist() if row and row["bytes"]
+        ]
+        step = max(1, len(rows) // max(share, 1))
+        images += [_decoded(row) for row in rows[::step][:share]]
+        if len(images) >= count:
+            break
+    return images[:count]
+
+
+def _decoded(row: Mapping[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(row["bytes"])).convert("RGB")
+
+
+def _counts(score: float | None) -> bool | None:
+    return None if score is None else score == 1.0

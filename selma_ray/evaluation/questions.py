@@ -1,0 +1,136 @@
+"""Prompts with the questions that an image of them must answer, and where they come from: suites and the miniature's grammar."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from selma_ray.errors import JudgeError
+from selma_ray.miniature.heldout import heldout_by_skill
+from selma_ray.miniature.questions import questions_for
+from selma_ray.records import content_id
+
+__all__ = ["PromptWithQuestions", "Question", "load_suite", "questions_for_prompt"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A yes/no question; `parents` are the questions it depends on, 0 stands for the root."""
+
+    id: int
+    category: str
+    question: str
+    parents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptWithQuestions:
+    """A prompt to render and the questions its image is asked."""
+
+    id: str
+    skill: str
+    prompt: str
+    questions: tuple[Question, ...]
+
+
+def load_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQuestions]:
+    """Load `miniature` or a JSON Lines file, cut to `max_prompts` spread evenly over its skills.
+
+    A line is {"id", "skill", "prompt", "questions": [{"id", "category", "question", "parents"}]}. Raises JudgeError, with counts, for
+    duplicated ids, empty prompts, prompts without questions, missing parents and cycles.
+    """
+    suite = _miniature_suite() if name == "miniature" else _read_suite(Path(name))
+    return suite if max_prompts is None else _spread(suite, max_prompts)
+
+
+def questions_for_prompt(prompt: str) -> tuple[Question, ...]:
+    """Return the questions about a prompt of the miniature; raises CaptionError for a prompt outside its grammar."""
+    return tuple(Question(each.id, each.category, each.question, each.parents) for each in questions_for(prompt))
+
+
+def _miniature_suite() -> list[PromptWithQuestions]:
+    return [
+        PromptWithQuestions(content_id(prompt=caption), skill, caption, questions_for_prompt(caption))
+        for skill, captions in heldout_by_skill().items()
+        for caption in captions
+    ]
+
+
+def _spread(suite: Sequence[PromptWithQuestions], count: int) -> list[PromptWithQuestions]:
+    """Return `count` prompts, drawn from the skills in turn, in the suite's order."""
+    by_skill: dict[str, list[PromptWithQuestions]] = {}
+    for prompt in suite:
+        by_skill.setdefault(prompt.skill, []).append(prompt)
+    in_turn = [prompt for turn in zip_longest(*by_skill.values()) for prompt in turn if prompt is not None]
+    chosen = {prompt.id for prompt in in_turn[:count]}
+    return [prompt for prompt in suite if prompt.id in chosen]
+
+
+def _read_suite(path: Path) -> list[PromptWithQuestions]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JudgeError(
+            f"evaluation.suite {path} cannot be read ({error}); name miniature or a JSON Lines file"
+        ) from None
+    suite: list[PromptWithQuestions] = []
+    faults: list[tuple[int, str, str]] = []
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = _prompt_of(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            faults.append((number, "unreadable", f"{type(error).__name__} {error}"))
+            continue
+        faults += [(number, kind, detail) for kind, detail in _faults_of(prompt, seen)]
+        seen.add(prompt.id)
+        suite.append(prompt)
+    if faults:
+        number, kind, detail = faults[0]
+        counts = ", ".join(f"{kind} {count}" for kind, count in Counter(kind for _, kind, _ in faults).items())
+        raise JudgeError(
+            f"evaluation.suite {path} has {len(faults)} faults ({counts}), first in line {number}: {kind}, {detail}; mend them"
+        )
+    if not suite:
+        raise JudgeError(f"evaluation.suite {path} must hold at least one prompt, holds none; add lines to it")
+    return suite
+
+
+def _prompt_of(row: Mapping[str, Any]) -> PromptWithQuestions:
+    questions = tuple(
+        Question(
+            int(each["id"]),
+            str(each["category"]),
+            str(each["question"]),
+            tuple(int(parent) for parent in each.get("parents", ())),
+        )
+        for each in row["questions"]
+    )
+    return PromptWithQuestions(str(row["id"]), str(row["skill"]), str(row["prompt"]), questions)
+
+
+def _faults_of(prompt: PromptWithQuestions, seen: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield each kind of fault with a detail."""
+    ids = [question.id for question in prompt.questions]
+    if prompt.id in seen:
+        yield "duplicated prompt id", prompt.id
+    if not prompt.prompt.strip():
+        yield "empty prompt", prompt.id
+    if not ids:
+        yield "no questions", prompt.id
+    if len(set(ids)) != len(ids):
+        yield "duplicated question id", prompt.id
+    graph = {question.id: {parent for parent in question.parents if parent != 0} for question in prompt.questions}
+    missing = {parent for parents in graph.values() for parent in parents} - set(ids)
+    if missing:
+        yield "missing parent", f"{prompt.id} has no question {min(missing)}"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield "cycle", f"{prompt.id} through questions {error.args[1]}"

@@ -1,0 +1,158 @@
+"""The encoded-example cache: latents and text embeddings, computed once by Ray Data before any expert trains.
+
+Layout: cache/<key>/<skill>/<shard>.safetensors, then cache/<key>/<skill>/index.json when every shard is there. The key
+names the model's content, its precision and the exact rows, so a cache of other images or of another model has another
+key and is never read.
+"""
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.errors import TrainingError
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_text_to_image
+from selma_ray.records import content_id
+from selma_ray.storage import RunFolder
+
+__all__ = ["EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
+
+logger = logging.getLogger(__name__)
+
+_LAYOUT = 1  # raise it whenever what a shard holds changes, so that older caches are not read
+
+
+@dataclass(frozen=True)
+class SkillCache:
+    """Where the encoded examples of one skill lie, and which images they come from."""
+
+    skill: str
+    key: str
+    sources: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    @property
+    def directory(self) -> str:
+        """Return the cache's folder, relative to the run's."""
+        return f"cache/{self.key}/{self.skill}"
+
+    def shard(self, source: str) -> str:
+        """Return the path of the shard that holds the examples of one image file."""
+        return f"{self.directory}/{PurePosixPath(source).stem}.safetensors"
+
+    def is_complete(self, folder: RunFolder) -> bool:
+        """Tell whether every shard was written."""
+        return folder.exists(self.directory, "index.json")
+
+
+def skill_cache(folder: RunFolder, skill: str, model: ModelConfig) -> SkillCache:
+    """Return the cache that belongs to a skill's rendered training images; raises TrainingError where there are none."""
+    sources = folder.files("images", f"skill={skill}", suffix=".parquet")
+    used = [(source, ids) for source in sources if (ids := _training_ids(folder, source))]
+    ids = sorted(row_id for _, source_ids in used for row_id in source_ids)
+    if not ids:
+        raise TrainingError(
+            f"skill {skill} has no rendered training image in {folder.path('images')}; run `selma generate` first"
+        )
+    revision = locate_text_to_image(model.name, model.revision).revision
+    key = content_id(
+        layout=_LAYOUT, model=model.name, revision=revision, dtype=model.dtype, variant=model.variant, ids=ids
+    )
+    return SkillCache(skill, key, tuple(source for source, _ in used), tuple(ids))
+
+
+def encode_caches(
+    folder: RunFolder, caches: Sequence[SkillCache], model: ModelConfig, config: ExpertsConfig, cluster: ClusterConfig
+) -> None:
+    """Encode whatever shards are missing with a pool of actors, then write the index of each finished cache."""
+    unfinished = [cache for cache in caches if not cache.is_complete(folder)]
+    items = [
+        {"source": source, "shard": cache.shard(source)}
+        for cache in unfinished
+        for source in cache.sources
+        if not folder.exists(cache.shard(source))
+    ]
+    if items:
+        _encode(items, folder, model, config, cluster)
+    for cache in unfinished:
+        folder.write_json(
+            {"shards": [cache.shard(source) for source in cache.sources], "ids": cache.ids},
+            cache.directory,
+            "index.json",
+        )
+
+
+class EncodeExamples:
+    """Turns files of rendered images into shards of encoded examples; one autoencoder and text encoder per actor."""
+
+    def __init__(self, folder: RunFolder, model: ModelConfig) -> None:
+        from selma_ray.models.family import open_family
+
+        self._folder = folder
+        self._encoders = open_family(model).load_encoders()
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Encode the files `source` into the safetensors `shard`; returns the shards and their numbers of examples."""
+        counts = [
+            self._encode_file(str(source), str(shard))
+            for source, shard in zip(batch["source"], batch["shard"], strict=True)
+        ]
+        return {"shard": list(batch["shard"]), "examples": counts}
+
+    def _encode_file(self, source: str, shard: str) -> int:
+        import torch
+        from safetensors.torch import save
+
+        rows = _training_rows(self._folder.read_table([source])).to_pylist()
+        examples = [self._encode_row(row) for row in rows]
+        tensors = {name: torch.cat([example[name] for example in examples]).contiguous() for name in examples[0]}
+        ids = json.dumps([row["id"] for row in rows])
+        self._folder.write_bytes(save(tensors, metadata={"ids": ids}), shard)
+        return len(rows)
+
+    def _encode_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        from PIL import Image
+
+        image_HW3 = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
+        height_px, width_px = image_HW3.shape[:2]
+        return self._encoders.encode_images(image_HW3[None]) | self._encoders.encode_prompts(
+            [row["prompt"]], height_px, width_px
+        )
+
+
+def _encode(
+    items: list[dict[str, str]], folder: RunFolder, model: ModelConfig, config: ExpertsConfig, cluster: ClusterConfig
+) -> None:
+    import ray.data
+
+    logger.info("encoding %d files of images", len(items))
+    encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        EncodeExamples,
+        fn_constructor_args=(folder, model),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(config.encoders, len(items))),
+        num_cpus=1,
+        num_gpus=1 if config.gpus_per_worker else 0,
+        **role_options("train", cluster),
+    )
+    examples = sum(row["examples"] for row in encoded.iter_rows())
+    logger.info("encoded %d examples", examples)
+
+
+def _training_ids(folder: RunFolder, source: str) -> list[str]:
+    table = folder.read_table([source], columns=["id", "split", "error"])
+    return _training_rows(table).column("id").to_pylist()
+
+
+def _training_rows(table: pa.Table) -> pa.Table:
+    return table.filter(pc.and_(pc.equal(table["split"], "train"), pc.is_null(table["error"])))

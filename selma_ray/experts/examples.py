@@ -1,0 +1,69 @@
+"""Encoded examples as a trainer sees them: one fixed order of rows, and batches that depend on the seed and the step alone."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from selma_ray.errors import TrainingError
+from selma_ray.records import seed_of
+from selma_ray.storage import RunFolder
+
+__all__ = ["EncodedExamples", "batch_positions", "example_generators"]
+
+
+class EncodedExamples:
+    """All encoded examples of an expert, ordered by id; the shards stay on disk, mapped into memory."""
+
+    def __init__(self, folder: RunFolder, cache_directories: Sequence[str]) -> None:
+        self._shards: list[dict[str, torch.Tensor]] = []
+        places: dict[str, tuple[int, int]] = {}
+        for directory in cache_directories:
+            for path in folder.read_json(directory, "index.json")["shards"]:
+                ids = self._open(str(folder.local_path(path)))
+                places |= {row_id: (len(self._shards) - 1, row) for row, row_id in enumerate(ids)}
+        self.ids = sorted(places)
+        self._places = [places[row_id] for row_id in self.ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return the examples at `positions`, stacked by name; all must have one size."""
+        rows = [(self._shards[shard], row) for shard, row in (self._places[position] for position in positions)]
+        return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
+
+    def _open(self, path: str) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                ids = json.loads(shard.metadata()["ids"])
+            self._shards.append(load_file(path))
+        except Exception as error:
+            raise TrainingError(
+                f"{path} must be a whole shard of encoded examples ({error}); delete the folder cache"
+            ) from None
+        return ids
+
+
+def batch_positions(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Return the positions of the global batch of `step` (0, 1, …), a function of its arguments alone.
+
+    Examples are drawn in epochs, each a permutation of its own; a batch may span two, so that none is left out.
+    """
+    first = step * batch_size
+    epochs = range(first // num_examples, (first + batch_size - 1) // num_examples + 1)
+    order = np.concatenate([_epoch_order(num_examples, epoch, seed) for epoch in epochs])
+    offset = first - epochs.start * num_examples
+    return order[offset : offset + batch_size].tolist()
+
+
+def example_generators(step: int, positions_in_batch: Sequence[int], seed: int) -> list[torch.Generator]:
+    """Return one generator for each place in the global batch of `step`, however the batch is split over workers."""
+    return [torch.Generator().manual_seed(seed_of(seed, step=step, place=place)) for place in positions_in_batch]
+
+
+def _epoch_order(num_examples: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed_of(seed, epoch=epoch)).permutation(num_examples)

@@ -1,0 +1,77 @@
+"""What one expert's training depends on, and what comes out of it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.models.config import ModelConfig
+from selma_ray.records import content_id
+from selma_ray.storage import RunFolder
+
+__all__ = ["ExpertJob", "ExpertResult", "finished_result"]
+
+# Settings that say where and how safely an expert is fitted, not what comes out of it.
+_PLACEMENT_SETTINGS = {
+    "cpus_per_worker", "gpus_per_worker", "encoders", "max_concurrent", "max_failures", "checkpoint_every_steps"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """One expert to fit: a name, the encoded examples it learns from, and all settings. Pickles, for the workers."""
+
+    name: str
+    folder: RunFolder
+    caches: tuple[str, ...]
+    cache_keys: tuple[str, ...]
+    model: ModelConfig
+    config: ExpertsConfig
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Return a content id of all that decides the adapter's weights; another key's checkpoints are never restored."""
+        settings = self.config.model_dump(mode="json", exclude=_PLACEMENT_SETTINGS)
+        return content_id(name=self.name, caches=list(self.cache_keys), settings=settings, seed=self.seed)
+
+    @property
+    def directory(self) -> str:
+        """Return the expert's folder, relative to the run's."""
+        return f"experts/{self.name}"
+
+    @property
+    def checkpoints(self) -> str:
+        """Return the name of the folder of checkpoints inside the expert's."""
+        return f"checkpoints-{self.key[:12]}"
+
+
+@dataclass(frozen=True)
+class ExpertResult:
+    """A fitted expert: `loss` is the mean over the last tenth of its steps."""
+
+    name: str
+    key: str
+    loss: float
+    steps: int
+    examples: int
+    precision: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        return asdict(self)
+
+
+def finished_result(job: ExpertJob) -> ExpertResult | None:
+    """Return the result of a job that is finished, or None; an adapter of other settings does not count."""
+    if not all(job.folder.exists(job.directory, name) for name in ("adapter_config.json", "result.json")):
+        return None
+    result = ExpertResult(**job.folder.read_json(job.directory, "result.json"))
+    return result if result.key == job.key else None
+
+
+def mean_of_tail(losses: Sequence[float]) -> float:
+    """Return the mean of the last tenth of `losses`, at least one."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)

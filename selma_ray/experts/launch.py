@@ -1,0 +1,231 @@
+"""All experts at once: their caches, then one Ray Train run each, as many together as the cluster holds."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.errors import ConfigError, TrainingError
+from selma_ray.experts.cache import encode_caches, skill_cache
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+
+__all__ = ["ExpertProgress", "ExpertResult", "train_experts"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class ExpertProgress:
+    """How far training has come: optimiser steps over all experts, and each expert's own step and loss in words."""
+
+    done_steps: int
+    total_steps: int
+    detail: str
+
+
+OnProgress = Callable[[ExpertProgress], None]
+
+
+def train_experts(
+    folder: RunFolder,
+    skills: Sequence[str] | Mapping[str, Sequence[str]],
+    model: ModelConfig,
+    config: ExpertsConfig,
+    seed: int,
+    cluster: ClusterConfig,
+    on_progress: OnProgress | None = None,
+) -> dict[str, ExpertResult]:
+    """Fit one LoRA expert per skill (SELMA, section 3.3) and return their results by name; finished ones are kept.
+
+    A mapping gives experts names and several skills each: {"mixed": ["coco", "whoops"]} is one LoRA on mixed data.
+    One expert's failure does not stop the others; raises TrainingError that names those that failed.
+    """
+    datasets = skills if isinstance(skills, Mapping) else {skill: [skill] for skill in skills}
+    caches = {skill: skill_cache(folder, skill, model) for names in datasets.values() for skill in names}
+    jobs = [
+        ExpertJob(
+            name=name,
+            folder=folder,
+            caches=tuple(caches[skill].directory for skill in names),
+            cache_keys=tuple(caches[skill].key for skill in names),
+            model=model,
+            config=config,
+            seed=seed,
+        )
+        for name, names in datasets.items()
+    ]
+    unfinished = [job for job in jobs if finished_result(job) is None]
+    if unfinished:
+        needed = [cache for cache in caches.values() if any(cache.key in job.cache_keys for job in unfinished)]
+        folder.local_path("experts")  # refuses object stores before any work is done
+        slots = _slots(config, cluster)
+        encode_caches(folder, needed, model, config, cluster)
+        failures = _fit_all(unfinished, min(slots, len(unfinished)), cluster, _Reporter(jobs, on_progress))
+        _raise_for(failures)
+    return {job.name: _result_of(job) for job in jobs}
+
+
+def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
+    """Return how many experts train at once.
+
+    A local cluster has what it has. One that was joined may grow on demand, so there all experts ask at once and Ray queues.
+    """
+    import ray
+
+    if config.max_concurrent:
+        return config.max_concurrent
+    if cluster.address or os.environ.get("RAY_ADDRESS"):
+        return 1 << 16
+    resources = ray.cluster_resources()
+    demand = {name: amount * config.workers_per_expert for name, amount in _worker_resources(config).items()}
+    for name, amount in demand.items():
+        if amount > resources.get(name, 0):
+            raise ConfigError(
+                f"experts.workers_per_expert x experts.{name.lower()}s_per_worker must fit the cluster "
+                f"({resources.get(name, 0):g} {name}), got {amount:g}; lower one of them"
+            )
+    return int(min(resources[name] / amount for name, amount in demand.items()))
+
+
+def _worker_resources(config: ExpertsConfig) -> dict[str, float]:
+    return {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+
+
+def _fit_all(
+    jobs: Sequence[ExpertJob], slots: int, cluster: ClusterConfig, reporter: "_Reporter"
+) -> dict[str, Exception]:
+    """Fit `jobs`, `slots` at a time; returns the failures by name."""
+    waiting: queue.SimpleQueue[ExpertJob] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    failures: dict[str, Exception] = {}
+
+    def work() -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                _fit(job, cluster)
+            except Exception as error:
+                logger.warning("expert %s failed", job.name, exc_info=error)
+                failures[job.name] = error
+
+    # Daemons, so that an interrupt ends the driver, and with it Ray's controllers, without waiting for training.
+    threads = [threading.Thread(target=work, name=f"fit-experts-{slot}", daemon=True) for slot in range(slots)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        reporter.report()
+        time.sleep(_POLL_S)
+    reporter.report()
+    return failures
+
+
+def _fit(job: ExpertJob, cluster: ClusterConfig) -> None:
+    """Run one Ray Train run; it goes on from its own last checkpoint, if it has one."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = job.config
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers_per_expert,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=_worker_resources(config),
+            **role_options("train", cluster),
+        ),
+        run_config=RunConfig(
+            name=job.checkpoints,
+            storage_path=str(job.folder.local_path(job.directory)),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    trainer.fit()
+    job.folder.delete(job.directory, job.checkpoints)
+    job.folder.delete(job.directory, "progress.json")
+
+
+def _run_worker(settings: dict[str, Any]) -> None:
+    """Import the training loop in the worker alone: neither the driver nor Ray Train's controller loads DeepSpeed."""
+    if not settings["job"].config.gpus_per_worker:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed decorates an optimiser that is not used here with torch.compile, which would load the compiler for seconds.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from selma_ray.experts.loop import fit_expert
+
+    fit_expert(settings["job"])
+
+
+def _result_of(job: ExpertJob) -> ExpertResult:
+    result = finished_result(job)
+    if result is None:
+        raise TrainingError(
+            f"expert {job.name} left no adapter in {job.folder.path(job.directory)}; run the same command again"
+        )
+    return result
+
+
+def _raise_for(failures: Mapping[str, Exception]) -> None:
+    if failures:
+        reasons = "; ".join(f"{name}: {_last_line(error)}" for name, error in failures.items())
+        raise TrainingError(
+            f"{len(failures)} expert(s) could not be fitted ({reasons}); finished ones are kept, so run again"
+        )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class _Reporter:
+    """Reads what the workers wrote about their progress, and tells it when it changed."""
+
+    def __init__(self, jobs: Sequence[ExpertJob], on_progress: OnProgress | None) -> None:
+        self._jobs = jobs
+        self._on_progress = on_progress
+        self._last: ExpertProgress | None = None
+
+    def report(self) -> None:
+        if self._on_progress is None:
+            return
+        states = [(job, *_progress_of(job)) for job in self._jobs]
+        running = [
+            f"{job.name} {step}/{job.config.steps} loss {loss:.3f}"
+            for job, step, loss in states
+            if 0 < step < job.config.steps
+        ]
+        progress = ExpertProgress(
+            done_steps=sum(step for _, step, _ in states),
+            total_steps=sum(job.config.steps for job in self._jobs),
+            detail=" · ".join(running) or "starting",
+        )
+        if progress != self._last:
+            self._last = progress
+            self._on_progress(progress)
+
+
+def _progress_of(job: ExpertJob) -> tuple[int, float]:
+    result = finished_result(job)
+    if result is not None:
+        return result.steps, result.loss
+    if not job.folder.exists(job.directory, "progress.json"):
+        return 0, 0.0
+    state = job.folder.read_json(job.directory, "progress.json")
+    return state["step"], state["loss"]

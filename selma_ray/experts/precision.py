@@ -1,0 +1,36 @@
+"""Training precision, and DeepSpeed's configuration."""
+
+from typing import Any, Literal
+
+import torch
+
+from selma_ray.experts.config import ExpertsConfig
+
+__all__ = ["deepspeed_config", "resolve_precision"]
+
+
+def resolve_precision(precision: str) -> Literal["fp32", "bf16", "fp16"]:
+    """Return the precision that `auto` stands for on this machine; any other is returned as it is.
+
+    bf16 needs matrix units for it: CUDA from compute capability 8.0, or AMX. A CPU with AVX512-BF16 alone computes in
+    bf16, but fits the miniature no faster than in fp32.
+    """
+    if precision != "auto":
+        return precision  # type: ignore[return-value]
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
+def deepspeed_config(config: ExpertsConfig, precision: str) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of an expert's engine."""
+    share = config.batch_size // config.workers_per_expert
+    return {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size or share,
+        "gradient_clipping": config.gradient_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": None,
+    }

@@ -1,0 +1,58 @@
+"""From kept prompts to the images still to be rendered: each with its id and its seed."""
+
+from collections.abc import Collection
+from typing import Any
+
+import pyarrow as pa
+
+from selma_ray.images.config import ImagesConfig
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_text_to_image
+from selma_ray.records import content_id, seed_of
+
+__all__ = ["PLAN_SCHEMA", "PlanImages"]
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("skill", pa.string()),
+        ("prompt", pa.string()),
+        ("split", pa.string()),
+        ("image_index", pa.int32()),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+class PlanImages:
+    """Plans the images of training prompts; the other splits are never rendered for training."""
+
+    def __init__(self, config: ImagesConfig, model: ModelConfig, seed: int, finished_ids: Collection[str] = ()) -> None:
+        self._per_prompt = config.per_prompt
+        self._seed = seed
+        self._finished_ids = frozenset(finished_ids)
+        self._provenance = {
+            "revision": locate_text_to_image(model.name, model.revision).revision,
+            "dtype": model.dtype,
+            "sampling": config.sampling.model_dump(mode="json"),
+        }
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """Return a row (PLAN_SCHEMA) for each image of each training prompt that is not finished."""
+        rows = [
+            self._row(prompt, image_index)
+            for prompt in prompts.to_pylist()
+            if prompt["split"] == "train"
+            for image_index in range(self._per_prompt)
+        ]
+        return pa.Table.from_pylist([row for row in rows if row["id"] not in self._finished_ids], schema=PLAN_SCHEMA)
+
+    def _row(self, prompt: dict[str, Any], image_index: int) -> dict[str, Any]:
+        image = {"skill": prompt["skill"], "prompt": prompt["prompt"], "image_index": image_index}
+        seed = seed_of(self._seed, **image)
+        return {
+            "id": content_id(**image, seed=seed, **self._provenance),
+            **image,
+            "split": prompt["split"],
+            "seed": seed,
+        }

@@ -1,0 +1,66 @@
+"""Stage 2: the model renders its own training images (SELMA, section 3.2), prompt by prompt as the LLM writes them."""
+
+from typing import Any
+
+from ray.data import ActorPoolStrategy, Dataset
+
+from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.images.config import ImagesConfig
+from selma_ray.images.plan import PlanImages
+from selma_ray.images.rendering import RenderPrompts
+from selma_ray.images.shards import (
+    WriteImages,
+    check_failures,
+    existing_ids,
+    forget_failures,
+    image_summary,
+    read_images,
+)
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+
+__all__ = ["check_failures", "existing_ids", "image_summary", "read_images", "render_stream"]
+
+# One batch is denoised while the one before it is encoded.
+_CALLS_PER_RENDERER = 2
+# A light stage takes whole blocks and no CPU, in an actor: starting a worker anew for its tasks can cost seconds.
+_LIGHT_STAGE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 0}
+
+
+def render_stream(
+    prompts: Dataset, config: ImagesConfig, model: ModelConfig, seed: int, folder: RunFolder, cluster: ClusterConfig
+) -> Dataset:
+    """Return the stream of finished images: a light row (id, skill, prompt, error, seconds) for each that was written.
+
+    Takes rows of PROMPT_SCHEMA; only training prompts whose images are not in the folder are rendered. Images that fail
+    are recorded with their reason; `check_failures` says whether there were too many.
+    """
+    forget_failures(folder)
+    planned = prompts.map_batches(
+        PlanImages,
+        fn_constructor_args=(config, model, seed, existing_ids(folder)),
+        compute=ActorPoolStrategy(size=1),
+        **_LIGHT_STAGE,
+    )
+    rendered = planned.map_batches(
+        RenderPrompts,
+        fn_constructor_kwargs={"config": config, "model": model},
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=config.min_renderers,
+            max_size=config.max_renderers,
+            max_tasks_in_flight_per_actor=_CALLS_PER_RENDERER,
+            max_concurrent_calls_per_actor=_CALLS_PER_RENDERER,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus or None,
+        **role_options("render", cluster),
+    )
+    return rendered.map_batches(
+        WriteImages,
+        fn_constructor_args=(folder,),
+        compute=ActorPoolStrategy(min_size=1, max_size=config.max_renderers),
+        **_LIGHT_STAGE,
+    )

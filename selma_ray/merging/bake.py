@@ -1,0 +1,124 @@
+"""Folding a merged delta into a pipeline's dense weights, so that the result is an ordinary diffusers folder."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from selma_ray.errors import AdapterError, ModelNotFoundError
+from selma_ray.merging.adapters import LoraFactors
+from selma_ray.merging.pipeline_files import copy_file, pipeline_files
+from selma_ray.merging.streaming import DTYPES, TensorSpec, write_safetensors
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_text_to_image
+
+__all__ = ["bake_pipeline", "pipeline_folder"]
+
+_DENOISERS = ("unet", "transformer")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def pipeline_folder(model: ModelConfig) -> Path:
+    """Return the local folder of a pipeline, downloaded first where the recipe gives a hub name."""
+    located = locate_text_to_image(model.name, model.revision)
+    if Path(located.path).is_dir():
+        return Path(located.path)
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                located.path, revision=model.revision, variant=model.variant, use_safetensors=True
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"model.name {model.name} cannot be downloaded ({reason}); give a local folder"
+        ) from None
+
+
+def bake_pipeline(
+    source: Path,
+    target: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    merged: Callable[[str], LoraFactors],
+    dtype: torch.dtype,
+    variant: str | None = None,
+) -> None:
+    """Copy the pipeline folder `source` to `target` with `merged(module)` added to each denoiser module's weight.
+
+    `shapes` maps each module to (O, I). A changed weight is stored in the wider of its own dtype and `dtype`, so that baking loses
+    nothing that rendering in `dtype` would keep. Of a `variant` the copy holds that one alone,
+    named as plain weights are. Raises AdapterError where a module is not the base's or its shape differs.
+    """
+    denoiser = _denoiser_name(source)
+    files = pipeline_files(source, variant)
+    weights = [file for file in files if file.source.parts[0] == denoiser and file.source.suffix == ".safetensors"]
+    if not weights:
+        raise AdapterError(f"{source / denoiser} holds no safetensors weights; save the pipeline with safetensors")
+    _check_modules([source / file.source for file in weights], shapes)
+    for file in files:
+        if file not in weights:
+            copy_file(source / file.source, target / file.target)
+    for file in weights:
+        (target / file.target).parent.mkdir(parents=True, exist_ok=True)
+        _bake_file(source / file.source, target / file.target, shapes, merged, dtype)
+
+
+def _denoiser_name(source: Path) -> str:
+    parts = json.loads((source / "model_index.json").read_text())
+    for name in _DENOISERS:
+        if name in parts:
+            return name
+    raise AdapterError(
+        f"{source / 'model_index.json'} must name a unet or a transformer, names neither; use another pipeline"
+    )
+
+
+def _check_modules(files: list[Path], shapes: Mapping[str, tuple[int, int]]) -> None:
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    for module, shape in shapes.items():
+        got = stored.get(f"{module}.weight")
+        if got != shape:
+            what = f"has shape {got}" if got else "is missing"
+            raise AdapterError(
+                f"{files[0]}: {module}.weight must have shape {shape} as the adapters do, it {what}; "
+                "merge experts that were fitted to this base"
+            )
+
+
+def _bake_file(
+    source: Path,
+    target: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    merged: Callable[[str], LoraFactors],
+    dtype: torch.dtype,
+) -> None:
+    with safe_open(source, framework="pt") as tensors:
+        specs = []
+        for key in tensors.keys():  # noqa: SIM118
+            view = tensors.get_slice(key)
+            stored = DTYPES.get(view.get_dtype())
+            changed = key.removesuffix(".weight") in shapes and key.endswith(".weight")
+            if stored is None or (changed and stored not in _FLOATS):
+                raise AdapterError(
+                    f"{source}: {key} must be F16, BF16, F32 or F64 to be merged, is {view.get_dtype()}; use such weights"
+                )
+            specs.append(
+                TensorSpec(key, torch.promote_types(stored, dtype) if changed else stored, tuple(view.get_shape()))
+            )
+
+        def baked() -> Iterator[torch.Tensor]:
+            for spec in specs:
+                weight = tensors.get_tensor(spec.name)
+                module = spec.name.removesuffix(".weight")
+                if module in shapes and spec.name.endswith(".weight"):
+                    weight = weight.float() + merged(module).delta()
+                yield weight
+
+        write_safetensors(target, specs, baked())

@@ -1,0 +1,74 @@
+"""Sample grids to look at while the denoiser trains."""
+
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextModel
+
+from selma_ray.miniature.heldout import heldout_by_skill
+from selma_ray.miniature.pretrain.text_encoder import load_tokenizer
+
+__all__ = ["assemble_pipeline", "draw_samples", "tile_with_captions"]
+
+logger = logging.getLogger(__name__)
+
+_CELL_PX = 132
+_TEXT_PX = 34
+
+
+def assemble_pipeline(work_dir: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """Join a denoiser with the work folder's tokenizer, text encoder and autoencoder."""
+    from selma_ray.miniature.pretrain.unet import new_scheduler
+
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work_dir / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(work_dir / "text_encoder"),
+        tokenizer=load_tokenizer(work_dir / "tokenizer"),
+        unet=unet,
+        scheduler=new_scheduler(),  # pyright: ignore[reportArgumentType]
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_samples(work_dir: Path, unet: UNet2DConditionModel, step: int) -> None:
+    """Draw 36 held-out captions into `samples/step.png`; with a judge, log DSG on a hundred."""
+    pipeline = assemble_pipeline(work_dir, unet)
+    judge_dir = work_dir / "judge"
+    per_skill = 20 if judge_dir.exists() else 8
+    captions = [caption for skill in heldout_by_skill().values() for caption in skill[:per_skill]]
+    images: list[Image.Image] = []
+    for start in range(0, len(captions), 20):
+        chunk = captions[start : start + 20]
+        generators = [torch.Generator().manual_seed(start + index) for index in range(len(chunk))]
+        with torch.autocast("cpu", torch.bfloat16):
+            output = pipeline(chunk, num_inference_steps=15, guidance_scale=2.5, height=64, width=64, generator=generators)
+        images.extend(output.images)  # pyright: ignore[reportAttributeAccessIssue]
+    shown = [index for index in range(len(captions)) if index % per_skill < 8][:36]
+    target = work_dir / "samples" / f"{step:06d}.png"
+    target.parent.mkdir(exist_ok=True)
+    tile_with_captions([images[i] for i in shown], [captions[i] for i in shown], columns=6).save(target)
+    logger.info("unet: samples in %s", target)
+    if judge_dir.exists():
+        from selma_ray.miniature.pretrain.score import score_images
+
+        logger.info("unet: %s", score_images(judge_dir, captions, images))
+
+
+def tile_with_captions(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
+    """Lay images out on a sheet, each with its caption below."""
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * _CELL_PX, rows * (_CELL_PX + _TEXT_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = index % columns * _CELL_PX, index // columns * (_CELL_PX + _TEXT_PX)
+        sheet.paste(image.resize((128, 128), Image.Resampling.NEAREST), (left + 2, top + 2))
+        lines = [caption[start : start + 22] for start in range(0, min(len(caption), 66), 22)]
+        draw.multiline_text((left + 2, top + 130), "\n".join(lines), fill="black", spacing=0, font_size=10)
+    return sheet

@@ -1,0 +1,82 @@
+"""What a family of text-to-image models must offer so that experts can be fitted to it.
+
+Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels, T text tokens, D text width.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import LocatedModel, locate_text_to_image
+
+__all__ = ["Batch", "Encoders", "Family", "open_family"]
+
+Batch = Mapping[str, torch.Tensor]
+"""Encoded examples by name, N first: `latent_mean` and `latent_std` (NChw) and whatever the family conditions on."""
+
+
+class Encoders(Protocol):
+    """The parts that turn images and captions into what the denoiser learns from."""
+
+    def encode_images(self, images_NHW3: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return `latent_mean` and `latent_std` (NChw, unscaled) of uint8 images."""
+
+    def encode_prompts(self, prompts: Sequence[str], height_px: int, width_px: int) -> dict[str, torch.Tensor]:
+        """Return the conditioning of each prompt, N first; sizes are those of its image."""
+
+
+class Family(Protocol):
+    """A text-to-image model whose encoders and denoiser load apart, so that a trainer never holds the encoders."""
+
+    located: LocatedModel
+
+    def load_encoders(self) -> Encoders:
+        """Load the autoencoder and the text encoders in the model's precision."""
+
+    def load_denoiser(self) -> torch.nn.Module:
+        """Load the denoiser alone, in fp32."""
+
+    def loss(self, denoiser: torch.nn.Module, batch: Batch, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """Return the mean training loss (scalar, fp32); all randomness of an example comes from its own generator."""
+
+
+def open_family(model: ModelConfig) -> Family:
+    """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
+    from selma_ray.models.stable_diffusion import StableDiffusion
+
+    families = {"StableDiffusionPipeline": StableDiffusion}
+    located = locate_text_to_image(model.name, model.revision)
+    pipeline_class = _pipeline_class(model, located)
+    if pipeline_class not in families:
+        raise ConfigError(
+            f"model.name must be a family that experts can be fitted to ({', '.join(families)}), got {model.name} ({pipeline_class})"
+        )
+    return families[pipeline_class](model, located)
+
+
+def _pipeline_class(model: ModelConfig, located: LocatedModel) -> str:
+    path = Path(located.path) / "model_index.json"
+    if not path.is_file():
+        path = _download_index(model, located)
+    try:
+        return json.loads(path.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelNotFoundError(f"{path} must be a pipeline's index with _class_name; save the model again") from None
+
+
+def _download_index(model: ModelConfig, located: LocatedModel) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(located.path, "model_index.json", revision=model.revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder"
+        ) from None

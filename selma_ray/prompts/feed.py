@@ -1,0 +1,153 @@
+"""The prompt pool as an actor, and the source of the stream that asks it for requests until it is full."""
+
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from selma_ray.errors import SelmaError
+from selma_ray.prompts.config import PromptsConfig
+from selma_ray.prompts.pool import Answer, PromptPool
+from selma_ray.prompts.requests import PromptRequest, request_text
+from selma_ray.records import PROMPT_SCHEMA
+from selma_ray.skills import Skill
+from selma_ray.storage import RunFolder
+
+__all__ = ["DecideAnswers", "PromptFeed", "RequestSource"]
+
+REQUEST_SCHEMA = pa.schema(
+    [("skill", pa.string()), ("request", pa.int64()), ("seed", pa.int64()), ("text", pa.string())]
+)
+
+
+class PromptFeed:
+    """Hands out requests and takes answers; every call may be repeated, as Ray repeats the tasks of a lost worker."""
+
+    def __init__(
+        self,
+        skills: Sequence[Skill],
+        config: PromptsConfig,
+        seed: int,
+        folder: RunFolder,
+        excluded: Collection[str],
+        block_size: int,
+    ) -> None:
+        self._skills = {skill.name: skill for skill in skills}
+        self._config = config
+        self._pool = PromptPool(skills, config, seed, folder, excluded)
+        self._block_size = block_size
+        self._blocks: list[list[PromptRequest]] = []
+        self._kept_by_answer: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        self._failure: SelmaError | None = None
+        self._changed = asyncio.Condition()
+
+    async def missing(self) -> int:
+        """Return how many prompts are still to be kept."""
+        return self._pool.missing
+
+    async def ask(self, position: int) -> list[dict[str, Any]]:
+        """Return block `position` of requests (rows of REQUEST_SCHEMA), empty when no more are needed.
+
+        Waits until a whole block may be issued, or until no answer is outstanding that could add to it. So a stage that
+        batches whole blocks never holds back a request that the next answer depends on.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: position < len(self._blocks) or self._next_block() is not None)
+            if position == len(self._blocks):
+                block = self._next_block() or []
+                self._pool.issue(block)
+                self._blocks.append(block)
+            return [self._row(request) for request in self._blocks[position]]
+
+    async def hand_in(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        """Take answers; returns the prompts (rows of PROMPT_SCHEMA) that they let be kept."""
+        rows = []
+        async with self._changed:
+            for answer in answers:
+                key = (answer.skill, answer.number)
+                if key not in self._kept_by_answer:
+                    self._kept_by_answer[key] = self._take(answer)
+                rows += self._kept_by_answer[key]
+            self._changed.notify_all()
+        return rows
+
+    def _take(self, answer: Answer) -> list[dict[str, Any]]:
+        try:
+            return self._pool.hand_in(answer)
+        except SelmaError as error:
+            self._failure = error
+            self._changed.notify_all()
+            raise
+
+    def _next_block(self) -> list[PromptRequest] | None:
+        """Return the next block, an empty one at the end, or None while answers must come first."""
+        if self._failure:
+            raise self._failure
+        requests = self._pool.open_requests(self._block_size)
+        if self._pool.complete or len(requests) == self._block_size or self._pool.unanswered == 0:
+            return requests
+        return None
+
+    def _row(self, request: PromptRequest) -> dict[str, Any]:
+        text = request_text(self._skills[request.skill], request.examples, self._config.per_request)
+        return {"skill": request.skill, "request": request.number, "seed": request.seed, "text": text}
+
+
+class RequestSource(Datasource):
+    """A Ray Data source whose read tasks each ask the feed for one block of requests.
+
+    One task is one block, because the blocks of one task are merged up to Ray's block size before they flow on. Tasks
+    that are left over when the feed is full come back empty.
+    """
+
+    def __init__(self, feed: ray.actor.ActorHandle, num_blocks: int) -> None:
+        super().__init__()
+        self._feed = feed
+        self._num_blocks = num_blocks
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return None: requests are not known before answers."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Return a read task per block."""
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(
+                _BlockReader(self._feed, position),
+                metadata,
+                schema=REQUEST_SCHEMA,
+                per_task_row_limit=per_task_row_limit,
+            )
+            for position in range(self._num_blocks)
+        ]
+
+
+class _BlockReader:
+    def __init__(self, feed: ray.actor.ActorHandle, position: int) -> None:
+        self._feed = feed
+        self._position = position
+
+    def __call__(self) -> Iterable[pa.Table]:
+        rows = ray.get(self._feed.ask.remote(self._position))
+        return [pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)]
+
+
+class DecideAnswers:
+    """Hands answers to the feed and passes on the prompts that they let be kept."""
+
+    def __init__(self, feed: ray.actor.ActorHandle) -> None:
+        self._feed = feed
+
+    def __call__(self, answers: pa.Table) -> pa.Table:
+        """Take rows (skill, request, answer, truncated); returns rows of PROMPT_SCHEMA."""
+        handed_in = [
+            Answer(row["skill"], row["request"], row["answer"], row["truncated"]) for row in answers.to_pylist()
+        ]
+        return pa.Table.from_pylist(ray.get(self._feed.hand_in.remote(handed_in)), schema=PROMPT_SCHEMA)

@@ -1,0 +1,68 @@
+"""Stage 1: the LLM writes each skill's prompts (SELMA, section 3.1); each flows on as soon as it is kept."""
+
+from collections.abc import Collection, Sequence
+
+import ray
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.prompts.config import PromptsConfig
+from selma_ray.prompts.feed import DecideAnswers, PromptFeed, RequestSource
+from selma_ray.prompts.llm import LLMStage, vllm_stage
+from selma_ray.prompts.pool import dev_count
+from selma_ray.prompts.store import prompt_summary, read_prompts
+from selma_ray.skills import Skill
+from selma_ray.storage import RunFolder
+
+__all__ = ["prompt_stream", "prompt_summary", "read_prompts", "train_count"]
+
+
+def prompt_stream(
+    skills: Sequence[Skill],
+    config: PromptsConfig,
+    seed: int,
+    folder: RunFolder,
+    cluster: ClusterConfig,
+    *,
+    excluded: Collection[str] = (),
+    llm_stage: LLMStage | None = None,
+) -> Dataset:
+    """Return the stream of all kept prompts (rows of PROMPT_SCHEMA): first those of an earlier start, then new ones.
+
+    Prompts in `excluded` (those of the test set) are never kept. `llm_stage` takes the place of vLLM. While the stream
+    runs, a skill that cannot reach its number of prompts raises PromptYieldError.
+    """
+    block_size = max(1, config.requests_in_flight // 4)
+    feed = ray.remote(PromptFeed).options(num_cpus=0).remote(skills, config, seed, folder, excluded, block_size)
+    missing = ray.get(feed.missing.remote())
+    before = [table for table in (read_prompts(folder, skill.name) for skill in skills) if table.num_rows]
+    streams = [ray.data.from_arrow(table) for table in before]
+    if missing:
+        answer = llm_stage or vllm_stage(skills, config, cluster, block_size)
+        streams.append(_new_prompts(feed, answer, missing, _max_blocks(skills, config, block_size)))
+    return streams[0].union(*streams[1:]) if len(streams) > 1 else streams[0]
+
+
+def train_count(config: PromptsConfig) -> int:
+    """Return how many of a skill's kept prompts are rendered for training."""
+    return config.per_skill - dev_count(config)
+
+
+def _new_prompts(feed: ray.actor.ActorHandle, answer: LLMStage, missing: int, max_blocks: int) -> Dataset:
+    """Apply the stages of the stream; the limit ends the LLM's work on requests that came to be superfluous."""
+    requests = ray.data.read_datasource(
+        RequestSource(feed, max_blocks), override_num_blocks=max_blocks, num_cpus=0, compute=TaskPoolStrategy(size=1)
+    )
+    kept = answer(requests).map_batches(
+        DecideAnswers,
+        fn_constructor_args=(feed,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=0,
+    )
+    return kept.limit(missing)
+
+
+def _max_blocks(skills: Sequence[Skill], config: PromptsConfig, block_size: int) -> int:
+    return -(-len(skills) * config.max_requests // block_size) + 1

@@ -1,0 +1,54 @@
+"""Images to bytes for answers, and bytes from strangers to images."""
+
+import io
+import logging
+from typing import Any, Literal
+
+from PIL import Image
+
+from selma_ray.serving.errors import RequestError, invalid_request, too_large
+
+__all__ = ["OutputFormat", "decode_upload", "encode"]
+
+logger = logging.getLogger(__name__)
+
+OutputFormat = Literal["png", "webp", "jpeg"]
+
+_ACCEPTED = ("PNG", "JPEG", "WEBP")
+
+
+def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
+    """Return the image's file; PNG is lossless, WebP and JPEG have quality 95."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"compress_level": 4} if output_format == "png" else {"quality": 95}
+    image.save(buffer, format=output_format.upper(), **options)
+    return buffer.getvalue()
+
+
+def decode_upload(content: bytes, max_pixels: int) -> Image.Image:
+    """Return the RGB image in a file from a stranger; its size is checked before any pixel is decoded.
+
+    Raises RequestError: 400 where it is no sound PNG, JPEG or WebP, 413 where it has more than `max_pixels` pixels.
+    """
+    try:
+        _open(content, max_pixels).verify()
+        # A verified image cannot be decoded: it is opened again.
+        return _open(content, max_pixels).convert("RGB")
+    except RequestError:
+        raise
+    except Image.DecompressionBombError:
+        raise too_large(_too_many_pixels(max_pixels), "image") from None
+    except Exception as error:  # Decoders raise whatever a broken file makes them stumble over.
+        logger.info("an uploaded image was refused: %s", type(error).__name__)
+        raise invalid_request("image must be a whole PNG, JPEG or WebP file", "image", "invalid_image") from None
+
+
+def _open(content: bytes, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(content), formats=_ACCEPTED)
+    if image.width * image.height > max_pixels:
+        raise too_large(_too_many_pixels(max_pixels), "image")
+    return image
+
+
+def _too_many_pixels(max_pixels: int) -> str:
+    return f"image must have at most {max_pixels} pixels; send a smaller one"

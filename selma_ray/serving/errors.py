@@ -1,0 +1,75 @@
+"""Refusals of a request, each with its HTTP status, in the shape of OpenAI's errors."""
+
+from typing import Any
+
+from selma_ray.errors import ServingError
+
+__all__ = [
+    "RequestError",
+    "error_body",
+    "invalid_request",
+    "queue_full",
+    "timed_out",
+    "too_large",
+    "unauthorized",
+    "unavailable",
+]
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class RequestError(ServingError):
+    """A request that is refused; carries what the HTTP answer needs, also from one replica to another."""
+
+    def __init__(
+        self, message: str, status: int, code: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code, self.param, self.retry_after_s = (
+            message,
+            status,
+            code,
+            param,
+            retry_after_s,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.status, self.code, self.param, self.retry_after_s)
+
+
+def invalid_request(
+    message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
+) -> RequestError:
+    """Return the refusal of a request that must be changed before it can be answered."""
+    return RequestError(message, status, code, param)
+
+
+def too_large(message: str, param: str | None = None) -> RequestError:
+    """Return the refusal of a body or an image beyond its bound."""
+    return RequestError(message, 413, "content_too_large", param)
+
+
+def unauthorized(message: str) -> RequestError:
+    """Return the refusal of a request without a valid key."""
+    return RequestError(message, 401, "invalid_api_key")
+
+
+def queue_full(retry_after_s: int) -> RequestError:
+    """Return the refusal of a request that found the queue full."""
+    return RequestError("the queue is full; try again later", 429, "queue_full", retry_after_s=retry_after_s)
+
+
+def unavailable(what: str) -> RequestError:
+    """Return the answer while a part of the service is down."""
+    return RequestError(f"the {what} is not available; try again later", 503, f"{what}_unavailable", retry_after_s=5)
+
+
+def timed_out(timeout_s: float) -> RequestError:
+    """Return the answer to a request that took longer than the service allows."""
+    return RequestError(f"the request took longer than {timeout_s:g} s; ask for fewer images or steps", 504, "timeout")
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """Return the JSON body of a refusal."""
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

@@ -1,0 +1,67 @@
+"""A request's own course through the denoising steps: its scheduler state, its noise and its latents.
+
+Shapes: N images, C latent channels, H x W latent positions.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from selma_ray.serving.errors import invalid_request
+
+__all__ = ["Course"]
+
+
+class Course:
+    """The latents of one request and where they stand, moved on by a scheduler instance of its own.
+
+    Raises RequestError (400) for a number of steps that the scheduler cannot take.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        steps: int,
+        seed: int,
+        shape_NCHW: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._scheduler = type(scheduler).from_config(scheduler.config)
+        # Timesteps stay on the CPU: schedulers index their tables by them, and must not wait for the device to do so.
+        try:
+            self._scheduler.set_timesteps(steps, device="cpu")
+        except ValueError:
+            name = type(scheduler).__name__
+            raise invalid_request(f"{steps} steps are not possible with {name}", "num_inference_steps") from None
+        # The order in which diffusers' pipelines draw: first the initial noise, then what the scheduler's steps draw.
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+        noise_NCHW = randn_tensor(shape_NCHW, generator=self._generator, device=device, dtype=dtype)
+        self.latents_NCHW = noise_NCHW * self._scheduler.init_noise_sigma
+        accepted = inspect.signature(self._scheduler.step).parameters
+        options = {"eta": 0.0, "generator": self._generator}
+        self._step_options = {name: value for name, value in options.items() if name in accepted}
+        self._position = 0
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether every step is done."""
+        return self._position >= len(self._scheduler.timesteps)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """Return the timestep of the next step, a scalar on the CPU."""
+        return self._scheduler.timesteps[self._position]
+
+    def model_input(self) -> torch.Tensor:
+        """Return the latents as the denoiser wants to see them at this timestep."""
+        return self._scheduler.scale_model_input(self.latents_NCHW, self.timestep)
+
+    def advance(self, prediction_NCHW: torch.Tensor) -> None:
+        """Take one step along the denoiser's prediction (epsilon, v or sample, as the scheduler's config says)."""
+        self.latents_NCHW = self._scheduler.step(
+            prediction_NCHW, self.timestep, self.latents_NCHW, **self._step_options, return_dict=False
+        )[0]
+        self._position += 1

@@ -1,0 +1,58 @@
+"""The service for Ray Serve: `serve deploy serve/config.yaml`, or `serve run serve.app:build run_dir=runs/demo`."""
+
+# Ray Serve reads the type of `build`'s argument from its annotation: annotations must not be postponed here.
+from functools import partial
+from pathlib import Path
+
+from ray import serve
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.config import validate
+from selma_ray.errors import ConfigError
+from selma_ray.loop import Run
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_judge, locate_text_to_image
+from selma_ray.recipe import load_recipe
+from selma_ray.service import open_scorer
+from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.deployment import application
+from selma_ray.storage import RunFolder
+
+__all__ = ["ServeArgs", "build"]
+
+
+class ServeArgs(ServingConfig):
+    """What `build` takes: a model or a run, and any of ServingConfig's fields, which go before the run's own."""
+
+    model: ModelConfig = ModelConfig()
+    """The model to serve where no run is named."""
+    model_name: str | None = None
+    """The name that clients ask for; none takes the merged model's name, or the last part of the model's."""
+    run_dir: str | None = None
+    """A run whose merged model is served, sampled as its recipe says."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where replicas are placed."""
+
+
+def build(args: ServeArgs) -> serve.Application:
+    """Return the Ray Serve application; raises ConfigError where the model, the judge or the keys cannot be used."""
+    given = args.model_dump(include=args.model_fields_set & ServingConfig.model_fields.keys())
+    model, model_name = args.model, Path(args.model.name).name
+    if args.run_dir is not None:
+        run = _finished_run(args.run_dir)
+        model, model_name = run.merged_model, run.recipe.merging.name
+        given = run.recipe.serving.model_dump() | given
+    config = validate(ServingConfig, given, source="serve arguments")
+    # Checked here, before replicas are started that would fail one after the other.
+    locate_text_to_image(model.name, model.revision)
+    if config.evaluator_replicas:
+        locate_judge(config.judge)
+    return application(model, args.model_name or model_name, config, args.cluster, partial(open_scorer, config.judge))
+
+
+def _finished_run(run_dir: str) -> Run:
+    folder = RunFolder(run_dir)
+    if folder.done("merge") is None:
+        raise ConfigError(f"run_dir {run_dir} holds no merged model; run `selma merge` first")
+    recipe = load_recipe(folder.local_path("recipe.yaml"), [f"run_dir={run_dir}"])
+    return Run(recipe, folder, ())

@@ -1,0 +1,100 @@
+"""`serve deploy serve/config.yaml` against a local head, as on a cluster."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# Ray's defaults replace a proxy that is not ready in 5 s, which on a busy machine none is.
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+START_TIMEOUT_S = 240
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """Start a head node with its own ports and temporary folder; yields the address of its dashboard."""
+    ports = dict(zip(("port", "dashboard-port", "dashboard-agent-listen-port"), free_ports(3), strict=True))
+    temp_dir = Path(f"/tmp/ray_deploy_{os.getpid()}")
+    process = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=200000000",
+         f"--temp-dir={temp_dir}", "--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())],
+        cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    yield f"http://127.0.0.1:{ports['dashboard-port']}"
+    process.terminate()
+    process.wait(timeout=60)
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> tuple[Path, str]:
+    """Return the shipped configuration on a free port, and the service's address."""
+    content = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
+    (content["http_options"]["port"],) = free_ports(1)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file, f"http://127.0.0.1:{content['http_options']['port']}"
+
+
+def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, str]) -> None:
+    file, url = config
+    wait_until(lambda: ask(f"{dashboard}/api/version") is not None, "the dashboard answers")
+    deployed = subprocess.run(
+        [BIN / "serve", "deploy", "--address", dashboard, file],
+        cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs")
+    assert ask(f"{url}/healthz") == {"status": "ok"}
+    image = ask(f"{url}/v1/images/generations", {"prompt": "a red ball", "num_inference_steps": 2})
+    assert image["size"] == "64x64"
+    score = ask(f"{url}/v1/scores", {"prompt": "a red ball", "image": image["data"][0]["b64_json"]})
+    assert 0 <= score["score"] <= 1
+    assert score["questions"]
+
+
+def application_status(dashboard: str) -> str:
+    application = (ask(f"{dashboard}/api/serve/applications/") or {}).get("applications", {}).get("selma", {})
+    assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application.get("message")
+    return application.get("status", "")
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> Any:
+    """Return the JSON answer, or None where nobody listens yet."""
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from None
+    except OSError:
+        return None
+
+
+def wait_until(holds, what: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.5)
+
+
+def free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports

@@ -1,0 +1,137 @@
+"""Evaluation through Ray Data with real engines: a small random pipeline, a small random judge."""
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.errors import JudgeError
+from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
+from selma_ray.evaluation.judges.opening import open_judge
+from selma_ray.evaluation.questions import PromptWithQuestions, Question
+from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
+from selma_ray.evaluation.scoring import ImageScorer
+from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.records import seed_of
+from selma_ray.storage import RunFolder
+from tests.unit.evaluation.tiny_judges import save_tiny_vilt
+from tests.unit.merging.adapters_on_disk import save_random_adapter
+
+SEED = 5
+SUITE = [
+    PromptWithQuestions(
+        f"p{number}", ("common", "counting")[number % 2], f"a red cup and {number} apples",
+        (Question(1, "whole", "is there a cup?"), Question(2, "color", "is the cup red?", (1,))),
+    )
+    for number in range(5)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EvaluationConfig:
+    judge_dir = save_tiny_vilt(tmp_path_factory.mktemp("judges") / "vilt")
+    return EvaluationConfig(
+        suite="in memory", seeds=(0, 1), batch_size=4, bootstrap_resamples=100, judge=JudgeConfig(name=str(judge_dir)),
+        sampling=SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tiny_pipeline_dir: Path, tmp_path_factory) -> dict[str, ModelUnderTest]:
+    adapter_dir = save_random_adapter(tiny_pipeline_dir, tmp_path_factory.mktemp("adapters") / "merged", seed=1)
+    base = ModelConfig(name=str(tiny_pipeline_dir))
+    return {"base": ModelUnderTest(base), "merged": ModelUnderTest(base, adapter_dir=str(adapter_dir))}
+
+
+@pytest.fixture(scope="module")
+def evaluated(ray_cluster, config, models, tmp_path_factory):
+    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
+    events = []
+    summary = evaluate_models(folder, models, SUITE, config, SEED, ClusterConfig(), events.append).as_dict()
+    return folder, summary, events
+
+
+def rows_of(folder: RunFolder, summary: dict, model: str, kind: str) -> list[dict]:
+    return folder.read_table(summary["files"][model][kind]).to_pylist()
+
+
+def test_every_model_renders_every_prompt_from_the_same_seeds(evaluated):
+    folder, summary, events = evaluated
+    expected = {
+        (prompt.prompt, seed_of(SEED, prompt=prompt.prompt, sampling_seed=seed)) for prompt in SUITE for seed in (0, 1)
+    }
+    for model in ("base", "merged"):
+        images = rows_of(folder, summary, model, "images")
+        assert len(images) == len(expected) == len({row["id"] for row in images})
+        assert {(row["prompt"], row["seed"]) for row in images} == expected
+        assert all(row["error"] is None for row in images)
+        assert len(rows_of(folder, summary, model, "answers")) == 2 * len(expected)
+    assert (events[-1].done, events[-1].total) == (20, 20)
+    first = {row["seed"]: row["image"]["bytes"] for row in rows_of(folder, summary, "base", "images")}
+    assert all(first[row["seed"]] != row["image"]["bytes"] for row in rows_of(folder, summary, "merged", "images"))
+
+
+def test_summary_has_figures_and_a_paired_difference(evaluated):
+    _, summary, _ = evaluated
+    assert summary["prompts"] == 5
+    for scores in summary["models"].values():
+        assert 0 <= scores["interval"][0] <= scores["dsg"] <= scores["interval"][1] <= 1
+        assert set(scores["skills"]) == {"common", "counting"}
+        assert (scores["images"], scores["unreadable_answers"]) == (10, 0)
+    difference = summary["difference"]
+    gain = summary["models"]["merged"]["dsg"] - summary["models"]["base"]["dsg"]
+    assert difference["mean"] == pytest.approx(gain)
+    assert difference["wins"] + difference["losses"] + difference["ties"] == 5
+
+
+def test_a_finished_evaluation_does_nothing_and_a_killed_one_goes_on(evaluated, config, models):
+    folder, summary, _ = evaluated
+    paths = [path for model in models for kind in ("images", "answers") for path in summary["files"][model][kind]]
+    before = {path: folder.local_path(path).stat().st_ino for path in paths}
+    again, events = evaluated_again(folder, models, config)
+    assert again == summary
+    assert events == []
+    assert before == {path: folder.local_path(path).stat().st_ino for path in paths}
+
+    lost_answers = summary["files"]["base"]["answers"][0]
+    lost_images, its_answers = (summary["files"]["merged"][kind][1] for kind in ("images", "answers"))
+    for path in (lost_answers, lost_images, its_answers):
+        folder.delete(path)
+    again, events = evaluated_again(folder, models, config)
+    assert again == summary
+    assert sorted(event.detail for event in events) == ["base", "merged"]
+    redone = {path for path in paths if folder.local_path(path).stat().st_ino != before[path]}
+    assert redone <= {lost_answers, lost_images, its_answers}
+
+
+def evaluated_again(folder, models, config):
+    events = []
+    return evaluate_models(folder, models, SUITE, config, SEED, ClusterConfig(), events.append).as_dict(), events
+
+
+def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated, config):
+    folder, summary, _ = evaluated
+    scorer = ImageScorer(open_judge(config.judge), config.dsg_scorer)
+    answers = {}
+    for row in rows_of(folder, summary, "base", "answers"):
+        answers.setdefault((row["prompt"], row["seed"]), []).append((row["answer"], row["p_yes"]))
+    questions = {prompt.prompt: prompt.questions for prompt in SUITE}
+    for row in rows_of(folder, summary, "base", "images")[:3]:
+        image = Image.open(io.BytesIO(row["image"]["bytes"]))
+        (score,) = scorer.score([image], [questions[row["prompt"]]])
+        offline = answers[row["prompt"], row["seed"]]
+        assert [each.answer for each in score.questions] == [answer for answer, _ in offline]
+        assert [each.p_yes for each in score.questions] == pytest.approx([p_yes for _, p_yes in offline], abs=1e-5)
+
+
+def test_a_judge_that_cannot_be_opened_is_one_line(ray_cluster, config, models, tmp_path):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text('{"model_type": "bert"}')
+    broken = config.model_copy(update={"judge": JudgeConfig(name=str(tmp_path / "judge"))})
+    with pytest.raises(JudgeError, match="visual question answering") as caught:
+        evaluate_models(
+            RunFolder(str(tmp_path / "run")), {"base": models["base"]}, SUITE[:1], broken, SEED, ClusterConfig()
+        )
+    assert "\n" not in str(caught.value)

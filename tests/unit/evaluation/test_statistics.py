@@ -1,0 +1,74 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selma_ray.evaluation.statistics import figure, paired_difference, sign_test
+
+
+def scores(count: int, chance: float, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).random(count) < chance).astype(float)
+
+
+def test_interval_agrees_with_the_normal_one_for_many_prompts():
+    sums_P = scores(2000, 0.7)
+    result = figure(sums_P, np.ones(2000), resamples=4000, seed=0)
+    half = 1.96 * sums_P.std() / math.sqrt(2000)
+    assert result.mean == sums_P.mean()
+    # 4,000 resamples place a 2.5% quantile within about 0.05 of the half width (seen: 0.02).
+    assert result.low == pytest.approx(result.mean - half, abs=0.1 * half)
+    assert result.high == pytest.approx(result.mean + half, abs=0.1 * half)
+
+
+def test_counts_weigh_prompts():
+    result = figure(np.array([3.0, 0.0]), np.array([3.0, 1.0]), resamples=500, seed=0)
+    assert (result.mean, result.count) == (0.75, 4)
+    assert (result.low, result.high) == (0.0, 1.0)
+
+
+def test_prompts_without_a_readable_image_are_left_out():
+    with_gap = figure(np.array([1.0, 0.0, 0.0]), np.array([1.0, 0.0, 1.0]), resamples=500, seed=3)
+    assert with_gap == figure(np.array([1.0, 0.0]), np.array([1.0, 1.0]), resamples=500, seed=3)
+    assert figure(np.zeros(2), np.zeros(2), resamples=100, seed=0) is None
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_does_not():
+    sums_P, ones_P = scores(50, 0.5), np.ones(50)
+    assert figure(sums_P, ones_P, 300, seed=1) == figure(sums_P, ones_P, 300, seed=1)
+    assert figure(np.arange(50.0), ones_P, 300, seed=1) != figure(np.arange(50.0), ones_P, 300, seed=2)
+
+
+def test_resampling_in_parts_draws_every_resample():
+    num_prompts = 1 << 20  # four resamples at once
+    result = figure(np.full(num_prompts, 0.25), np.ones(num_prompts), resamples=9, seed=0)
+    assert (result.low, result.high) == (0.25, 0.25)
+
+
+def test_pairing_cancels_what_prompts_share():
+    base_P = scores(400, 0.5)
+    merged_P = np.minimum(base_P + scores(400, 0.1, seed=1), 1.0)
+    ones_P = np.ones(400)
+    difference = paired_difference(merged_P, ones_P, base_P, ones_P, resamples=2000, seed=0)
+    assert difference.mean == pytest.approx((merged_P - base_P).mean())
+    assert 0 < difference.low < difference.mean < difference.high
+    assert (difference.losses, difference.wins + difference.ties) == (0, 400)
+    unpaired = figure(base_P, ones_P, 2000, seed=0)
+    assert difference.high - difference.low < 0.7 * (unpaired.high - unpaired.low)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_a_model_does_not_differ_from_itself(values):
+    sums_P, ones_P = np.array(values), np.ones(len(values))
+    difference = paired_difference(sums_P, ones_P, sums_P, ones_P, resamples=100, seed=0)
+    assert (difference.mean, difference.low, difference.high, difference.p_sign) == (0, 0, 0, 1)
+
+
+def test_sign_test_is_the_exact_binomial_one():
+    assert sign_test(0, 0) == 1
+    assert sign_test(5, 0) == 2 / 32
+    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert sign_test(3, 3) == 1
+    assert 0 < sign_test(700, 300) < 1e-30

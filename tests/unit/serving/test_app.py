@@ -1,0 +1,67 @@
+"""What `serve/app.py` builds from its arguments."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.models.config import ModelConfig
+from selma_ray.recipe import Recipe
+from selma_ray.serving.config import ServingConfig
+from selma_ray.storage import RunFolder
+from serve import app
+from serve.app import ServeArgs, build
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Return the arguments that `application` is called with."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(app, "application", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def arguments(**values: Any) -> ServeArgs:
+    return ServeArgs.model_validate({"evaluator_replicas": 0, **values})
+
+
+def test_a_model_folder_is_served_under_its_name(bound: list[tuple], tiny_pipeline_dir: Path) -> None:
+    build(arguments(model={"name": str(tiny_pipeline_dir)}, port="8123"))
+    ((model, model_name, config, _, _),) = bound
+    assert (model, model_name) == (ModelConfig(name=str(tiny_pipeline_dir)), "tiny-sd")
+    assert config == ServingConfig(evaluator_replicas=0, port=8123)
+
+
+def merged_run(folder: Path, tiny_pipeline_dir: Path) -> RunFolder:
+    run = RunFolder(str(folder))
+    recipe = Recipe.model_validate(
+        {"run_dir": "elsewhere", "skills": ["miniature/common"], "serving": {"max_steps": 7, "max_images": 2}}
+    )
+    run.write_bytes(recipe.as_yaml().encode(), "recipe.yaml")
+    folder.joinpath("merged", recipe.merging.name).mkdir(parents=True)
+    folder.joinpath("merged", recipe.merging.name, "pipeline").symlink_to(tiny_pipeline_dir)
+    run.mark_done("merge", {})
+    return run
+
+
+def test_a_run_is_served_as_its_recipe_says_but_for_what_is_given(
+    bound: list[tuple], tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    run = merged_run(tmp_path, tiny_pipeline_dir)
+    build(arguments(run_dir=str(tmp_path), max_images=3))
+    ((model, model_name, config, _, _),) = bound
+    assert model.name == run.path("merged", model_name, "pipeline")
+    assert (config.max_steps, config.max_images, config.evaluator_replicas) == (7, 3, 0)
+
+
+def test_what_cannot_be_served_is_refused_before_any_replica_starts(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="selma merge"):
+        build(arguments(run_dir=str(tmp_path)))
+    with pytest.raises(ModelNotFoundError):
+        build(arguments(model={"name": "/nowhere"}))
+    model = {"name": str(tiny_pipeline_dir)}
+    with pytest.raises(ModelNotFoundError):
+        build(arguments(model=model, evaluator_replicas=1, judge="/nowhere"))
+    with pytest.raises(ConfigError, match="api_keys_file"):
+        build(arguments(model=model, host="0.0.0.0", api_keys_file=str(tmp_path / "missing")))

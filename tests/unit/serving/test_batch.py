@@ -1,0 +1,214 @@
+"""The step-batching engine draws what diffusers' own pipeline draws, whatever else is in the batch."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+from selma_ray.errors import ConfigError
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.rendering import load_pipeline, use_scheduler
+from selma_ray.serving.batch import StepBatch
+from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.errors import RequestError
+from selma_ray.serving.requests import ImageRequest
+from tests.tiny_models import save_tiny_stable_diffusion
+
+FULL_SIZE_PX = (64, 64)
+SIZES_PX = ((64, 64), (32, 48), (96, 64))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline_dir: Path) -> StableDiffusionPipeline:
+    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+
+
+def random_request(rng: random.Random) -> ImageRequest:
+    height_px, width_px = rng.choice(SIZES_PX)
+    return ImageRequest(
+        prompt=rng.choice(["a red ball", "two blue cups", "a cat left of a dog", "x"]),
+        seed=rng.randrange(2**40),
+        steps=rng.randint(1, 6),
+        guidance_scale=rng.choice([0.0, 1.0, 2.5, 7.5]),
+        width_px=width_px,
+        height_px=height_px,
+        negative_prompt=rng.choice(["", "blurry"]),
+    )
+
+
+def solo_image(pipeline: StableDiffusionPipeline, request: ImageRequest) -> np.ndarray:
+    image = pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        width=request.width_px,
+        height=request.height_px,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+    ).images[0]
+    return np.asarray(image, dtype=int)
+
+
+def run_mix(batch: StepBatch, requests: list[ImageRequest], rng: random.Random) -> dict[int, np.ndarray]:
+    """Submit at random moments, step until all is done; returns images by position."""
+    pending, tickets, images = list(enumerate(requests)), {}, {}
+    while pending or len(batch):
+        while pending and (not len(batch) or rng.random() < 0.5):
+            index, request = pending.pop(0)
+            tickets[batch.submit(request)] = index
+        for outcome in batch.step():
+            assert outcome.error is None
+            images[tickets[outcome.ticket]] = np.asarray(outcome.image, dtype=int)
+    return images
+
+
+def assert_equal_to_solo(pipeline: StableDiffusionPipeline, requests: list[ImageRequest], rng: random.Random) -> None:
+    images = run_mix(StepBatch(denoiser_for(pipeline), rng.randint(1, 6), FULL_SIZE_PX), requests, rng)
+    for index, request in enumerate(requests):
+        assert np.abs(images[index] - solo_image(pipeline, request)).max() <= 1, request
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_mixes_equal_the_pipeline_itself(pipeline: StableDiffusionPipeline, seed: int) -> None:
+    rng = random.Random(seed)
+    assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(8)], rng)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DDPMScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_every_scheduler_keeps_its_own_state(tiny_pipeline_dir: Path, scheduler: str) -> None:
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    use_scheduler(pipeline, scheduler)
+    rng = random.Random(0)
+    assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(5)], rng)
+
+
+def test_a_scheduler_that_changes_its_timesteps(tiny_pipeline_dir: Path) -> None:
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    rng = random.Random(0)
+    assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(5)], rng)
+
+
+def test_steps_that_a_scheduler_cannot_take_are_the_callers_error(tiny_pipeline_dir: Path) -> None:
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    use_scheduler(pipeline, "PNDMScheduler")
+    batch = StepBatch(denoiser_for(pipeline), 2, FULL_SIZE_PX)
+    batch.submit(square(steps=2))
+    (outcome,) = batch.step()
+    assert isinstance(outcome.error, RequestError)
+    assert (outcome.error.status, outcome.error.param) == (400, "num_inference_steps")
+
+
+def test_v_prediction(tmp_path: Path) -> None:
+    save_tiny_stable_diffusion(tmp_path, prediction_type="v_prediction")
+    pipeline = load_pipeline(ModelConfig(name=str(tmp_path)))
+    rng = random.Random(1)
+    assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(6)], rng)
+
+
+def square(steps: int, size_px: int = 64, seed: int = 0) -> ImageRequest:
+    return ImageRequest("a red ball", seed, steps, 2.0, size_px, size_px)
+
+
+def ended(batch: StepBatch, num_steps: int) -> list[int]:
+    return [outcome.ticket for _ in range(num_steps) for outcome in batch.step()]
+
+
+def test_requests_join_and_leave_between_steps(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(denoiser_for(pipeline), 8, FULL_SIZE_PX)
+    long = batch.submit(square(steps=5))
+    assert ended(batch, 2) == []
+    short = batch.submit(square(steps=2))
+    assert ended(batch, 2) == [short]
+    assert ended(batch, 1) == [long]
+    assert len(batch) == 0
+    assert batch.step() == []
+
+
+def test_waiting_requests_are_admitted_in_order(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(denoiser_for(pipeline), 2, FULL_SIZE_PX)
+    tickets = [batch.submit(square(steps=2, seed=seed)) for seed in range(5)]
+    assert ended(batch, 6) == tickets
+    assert batch.num_moved == 1  # the fifth was alone in its steps
+
+
+def test_sizes_take_turns(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(denoiser_for(pipeline), 2, FULL_SIZE_PX)
+    for seed in range(6):
+        batch.submit(square(steps=4, seed=seed))
+    small = batch.submit(square(steps=2, size_px=32))
+    assert ended(batch, 4) == [small]
+
+
+def test_larger_sizes_share_a_step_with_fewer(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(denoiser_for(pipeline), 8, FULL_SIZE_PX)
+    assert [batch.slots((side, side)) for side in (32, 64, 128, 1024)] == [8, 8, 2, 1]
+
+
+def test_cancelling_frees_the_slot_at_the_next_step(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(denoiser_for(pipeline), 1, FULL_SIZE_PX)
+    first, waiting, last = (batch.submit(square(steps=3, seed=seed)) for seed in range(3))
+    batch.step()
+    batch.cancel([first, waiting])
+    assert ended(batch, 3) == [last]
+    assert len(batch) == 0
+
+
+class FailingDenoiser:
+    """Wraps a denoiser; fails on marked prompts, or on every prediction while told to."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+        self._inner = denoiser_for(pipeline)
+        self.broken = False
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def encode(self, requests):
+        if any(request.prompt == "unspeakable" for request in requests):
+            raise ValueError("unspeakable")
+        return self._inner.encode(requests)
+
+    def predict(self, *arguments):
+        if self.broken:
+            raise RuntimeError("out of memory")
+        return self._inner.predict(*arguments)
+
+
+def test_a_request_that_cannot_start_fails_alone(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(FailingDenoiser(pipeline), 4, FULL_SIZE_PX)
+    good = [batch.submit(square(steps=1, seed=seed)) for seed in range(2)]
+    bad = batch.submit(ImageRequest("unspeakable", 0, 1, 2.0, 64, 64))
+    outcomes = {outcome.ticket: outcome for outcome in batch.step()}
+    assert str(outcomes[bad].error) == "unspeakable"
+    assert all(outcomes[ticket].image is not None for ticket in good)
+
+
+def test_a_failed_step_ends_its_requests_and_no_others(pipeline: StableDiffusionPipeline) -> None:
+    denoiser = FailingDenoiser(pipeline)
+    batch = StepBatch(denoiser, 1, FULL_SIZE_PX)
+    failed, later = batch.submit(square(steps=2)), batch.submit(square(steps=2, seed=1))
+    denoiser.broken = True
+    (outcome,) = batch.step()
+    assert (outcome.ticket, str(outcome.error)) == (failed, "out of memory")
+    denoiser.broken = False
+    assert ended(batch, 2) == [later]
+
+
+def test_other_families_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"StableDiffusionPipeline.*got object"):
+        denoiser_for(object())
