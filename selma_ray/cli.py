@@ -23,7 +23,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         _execute(options)
     except KeyboardInterrupt:
@@ -41,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"selma: {_first_line(known)}", file=sys.stderr)
         return known.exit_code
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # argparse ends the list of overrides at the first option; those after it belong to the list too.
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

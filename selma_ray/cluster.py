@@ -37,6 +37,7 @@ def connect(config: ClusterConfig) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy laptop is slow to start, not broken
     address = config.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "logging_level": config.log_level,

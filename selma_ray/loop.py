@@ -97,10 +97,12 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     for row in images.iter_rows():
         done += 1
         report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
-    return {
+    summary = {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),
     }
+    check_failures(summary["images"], recipe.images)
+    return summary
 
 
 def train(run: Run, report: Report) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import ray
 
+from selma_ray import errors
 from selma_ray.cluster import ClusterConfig, cpu_count, role_options
-from selma_ray.errors import RenderError, SelmaError
+from selma_ray.errors import RenderError
 from selma_ray.evaluation.chunks import Chunk, EvaluateChunk, ModelUnderTest, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import PromptWithQuestions
@@ -127,7 +128,7 @@ def _stream(
     fitting = max(1, min(most, int(cpu_count() // num_cpus)))
     dataset = ray.data.from_items([{"chunk": index} for index in range(len(pending))], override_num_blocks=len(pending))
     finished = dataset.map_batches(
-        _EvaluateBatch,
+        EvaluateBatch,
         fn_constructor_args=(folder, dict(models), tuple(pending), config, judge_key),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=fitting, max_size=most),
@@ -135,23 +136,13 @@ def _stream(
         num_gpus=num_gpus,
         **role_options("render", cluster),
     )
-    try:
-        for row in finished.iter_rows():
-            yield pending[row["chunk"]]
-    except ray.exceptions.RayError as error:
-        raise _own_error_in(error) or error from None
+    for row in finished.iter_rows():
+        if row["error"]:
+            raise getattr(errors, row["error_class"])(row["error"])
+        yield pending[row["chunk"]]
 
 
-def _own_error_in(error: BaseException | None) -> SelmaError | None:
-    """Return the error of ours that a worker raised, from inside what Ray made of it."""
-    while error is not None:
-        if isinstance(error, SelmaError) and not isinstance(error, ray.exceptions.RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
-
-
-class _EvaluateBatch:
+class EvaluateBatch:
     """The stage as Ray Data calls it: indices of chunks in, the same indices out when they are done."""
 
     def __init__(
@@ -169,9 +160,18 @@ class _EvaluateBatch:
         self._evaluate = EvaluateChunk(folder, models, config, judge_key)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Errors of ours travel as rows: Ray would hand on their traceback alone."""
+        rows: dict[str, list[Any]] = {"chunk": [], "error_class": [], "error": []}
         for index in batch["chunk"]:
-            self._evaluate(self._chunks[int(index)])
-        return batch
+            failure = None
+            try:
+                self._evaluate(self._chunks[int(index)])
+            except errors.SelmaError as error:
+                failure = error
+            rows["chunk"].append(int(index))
+            rows["error_class"].append(type(failure).__name__ if failure else "")
+            rows["error"].append(str(failure or ""))
+        return rows
 
 
 def _revision(tested: ModelUnderTest) -> str:

@@ -47,6 +47,7 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 def export_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: RunFolder, directory: str) -> None:
     """Write a PEFT adapter folder with fp32 `weights`; adapter_config.json comes last and means that the rest is there."""
     with tempfile.TemporaryDirectory() as temporary:
-        model.save_pretrained(temporary, state_dict=dict(weights), safe_serialization=True)
+        # No embedding is trained; PEFT would ask the hub for the base model's configuration to find that out.
+        model.save_pretrained(temporary, state_dict=dict(weights), save_embedding_layers=False)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             folder.write_bytes((Path(temporary) / name).read_bytes(), directory, name)

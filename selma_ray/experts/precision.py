@@ -12,8 +12,8 @@ __all__ = ["deepspeed_config", "resolve_precision"]
 def resolve_precision(precision: str) -> Literal["fp32", "bf16", "fp16"]:
     """Return the precision that `auto` stands for on this machine; any other is returned as it is.
 
-    bf16 needs matrix units for it: CUDA from compute capability 8.0, or AMX. A CPU with AVX512-BF16 alone computes in
-    bf16, but fits the miniature no faster than in fp32.
+    bf16 needs units of its own: CUDA from compute capability 8.0, or AMX. A CPU with AVX512-BF16 alone fits the miniature
+    hardly faster in bf16 than in fp32, and fp32 resumes to the bit.
     """
     if precision != "auto":
         return precision  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from selma_ray.errors import AdapterError
 from selma_ray.merging.streaming import TensorSpec, write_safetensors
 
-__all__ = ["Adapter", "LoraFactors", "open_adapter", "write_adapter"]
+__all__ = ["Adapter", "LoraFactors", "open_adapter", "shapes_of", "write_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -99,6 +99,32 @@ def open_adapter(folder: str | Path) -> Adapter:
     for module in modules:
         _check_shapes(folder / WEIGHTS_FILE, module, shapes, rank)
     return Adapter(folder, config.get("base_model_name_or_path"), rank, _scale(config), modules)
+
+
+def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
+    """Return (O, I) of every module; raises AdapterError where adapters differ in modules, shapes or base model."""
+    first = adapters[0]
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        if adapter.modules != first.modules:
+            odd = sorted(set(adapter.modules) ^ set(first.modules))[0]
+            raise AdapterError(
+                f"{adapter.folder} and {first.folder} must adapt the same modules, {odd} is in one; train both alike"
+            )
+        if adapter.base_model != first.base_model:
+            raise AdapterError(
+                f"{adapter.folder / CONFIG_FILE}: base_model_name_or_path must be {first.base_model!r} as in {first.folder}, "
+                f"got {adapter.base_model!r}; merge experts of one base"
+            )
+        stored = _read_shapes(adapter.folder)
+        for module in adapter.modules:
+            shape = (stored[_key(module, "B")][0], stored[_key(module, "A")][1])
+            if shapes.setdefault(module, shape) != shape:
+                raise AdapterError(
+                    f"{adapter.folder / WEIGHTS_FILE}: {module} must be {shapes[module]} as in {first.folder}, got {shape}; "
+                    "merge experts of one base"
+                )
+    return shapes
 
 
 def write_adapter(
@@ -205,29 +231,3 @@ def _check_shapes(path: Path, module: str, shapes: Mapping[str, tuple[int, ...]]
             f"{path}: {module} must have factors ({rank}, I) and (O, {rank}) as r={rank} says, "
             f"got {A_shape} and {B_shape}; export a LoRA of linear layers of one rank"
         )
-
-
-def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
-    """Return (O, I) of every module; raises AdapterError where adapters differ in modules, shapes or base model."""
-    first = adapters[0]
-    shapes: dict[str, tuple[int, int]] = {}
-    for adapter in adapters:
-        if adapter.modules != first.modules:
-            odd = sorted(set(adapter.modules) ^ set(first.modules))[0]
-            raise AdapterError(
-                f"{adapter.folder} and {first.folder} must adapt the same modules, {odd} is in one; train both alike"
-            )
-        if adapter.base_model != first.base_model:
-            raise AdapterError(
-                f"{adapter.folder / CONFIG_FILE}: base_model_name_or_path must be {first.base_model!r} as in {first.folder}, "
-                f"got {adapter.base_model!r}; merge experts of one base"
-            )
-        stored = _read_shapes(adapter.folder)
-        for module in adapter.modules:
-            shape = (stored[_key(module, "B")][0], stored[_key(module, "A")][1])
-            if shapes.setdefault(module, shape) != shape:
-                raise AdapterError(
-                    f"{adapter.folder / WEIGHTS_FILE}: {module} must be {shapes[module]} as in {first.folder}, got {shape}; "
-                    "merge experts of one base"
-                )
-    return shapes

@@ -11,7 +11,7 @@ import torch
 
 from selma_ray.merging.adapters import LoraFactors
 
-__all__ = ["MergeReport", "energy_kept", "inner_product", "singular_values"]
+__all__ = ["MergeReport", "inner_product", "singular_values"]
 
 
 class MergeReport:
@@ -67,12 +67,6 @@ def singular_values(factors: LoraFactors) -> torch.Tensor:
     R_B = torch.linalg.qr(factors.B_OR.double(), mode="r").R
     R_A = torch.linalg.qr(factors.A_RI.double().T, mode="r").R
     return abs(factors.scale) * torch.linalg.svdvals(R_B @ R_A.T)
-
-
-def energy_kept(factors: LoraFactors, rank: int) -> float:
-    """Return the share of the delta's squared norm that its best approximation of `rank` keeps."""
-    energies = singular_values(factors).square()
-    return float(energies[:rank].sum() / energies.sum()) if energies.sum() > 0 else 1.0
 
 
 def _cosines(gram: torch.Tensor) -> list[list[float]]:

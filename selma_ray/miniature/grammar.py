@@ -119,9 +119,7 @@ def _phrases(
 ) -> list[str]:
     """Write an object's noun phrases in some colours and counts, and without a colour when `plain`."""
     shades: list[str | None] = [*([None] if plain else []), *colours]
-    return [
-        noun_phrase(GroupFacts(name, shade, count, counted or count > 1)) for count in counts for shade in shades
-    ]
+    return [noun_phrase(GroupFacts(name, shade, count, counted or count > 1)) for count in counts for shade in shades]
 
 
 def _any(words: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
 """The miniature's judge: a visual question answerer that encodes an image once and answers many questions about it.
 
 It answers "Is the banana blue?" with yes or no and "How many bananas are there?" with a number. One learned query an
-object gathers what the image shows of that object; the question attends to these and to the feature map.
+object gathers what the image shows of that object, and a question points at the two slots that it is about.
 
-Shapes: N images, Q questions an image, T tokens a question, S image states, D features, A answers.
+Shapes: N images, Q questions an image, T tokens a question, S slots of an image, D features, A answers.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from selma_ray.errors import JudgeError
@@ -74,41 +74,37 @@ class Residual(nn.Module):
 
     def forward(self, features_NCHW: torch.Tensor) -> torch.Tensor:
         """Keep the shape."""
-        return F.relu(features_NCHW + self.body(features_NCHW))
+        return functional.relu(features_NCHW + self.body(features_NCHW))
 
 
-class CrossBlock(nn.Module):
-    """A transformer layer: optional attention among queries, attention to a memory, a feed-forward net."""
+class Attention(nn.Module):
+    """A transformer layer: queries read a memory (themselves when none is given), then a feed-forward net."""
 
-    def __init__(self, width: int, num_heads: int, *, attend_self: bool) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.self_norm = nn.LayerNorm(width) if attend_self else None
-        self.self_qkv = nn.Linear(width, 3 * width) if attend_self else None
-        self.self_out = nn.Linear(width, width) if attend_self else None
-        self.cross_norm = nn.LayerNorm(width)
-        self.cross_q = nn.Linear(width, width)
-        self.cross_kv = nn.Linear(width, 2 * width)
-        self.cross_out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(width, 2 * width)
+        self.to_out = nn.Linear(width, width)
         self.feed = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def attend_self(self, tokens_BTD: torch.Tensor, keep_BT: torch.Tensor) -> torch.Tensor:
-        """Let the tokens of each question see one another; `keep_BT` is false at padding."""
-        assert self.self_norm is not None
-        assert self.self_qkv is not None
-        assert self.self_out is not None
-        q, k, v = (self._split(part) for part in self.self_qkv(self.self_norm(tokens_BTD)).chunk(3, dim=-1))
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=keep_BT[:, None, None, :])
-        return tokens_BTD + self.self_out(seen.transpose(1, 2).flatten(2))
-
-    def attend_memory(self, queries_NQD: torch.Tensor, memory_NSD: torch.Tensor) -> torch.Tensor:
-        """Let queries read a memory."""
-        k, v = (self._split(part) for part in self.cross_kv(memory_NSD).chunk(2, dim=-1))
-        q = self._split(self.cross_q(self.cross_norm(queries_NQD)))
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        queries_NQD = queries_NQD + self.cross_out(seen)
+    def forward(
+        self,
+        queries_NQD: torch.Tensor,
+        memory_NSD: torch.Tensor | None = None,
+        keep_NS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return queries of the same shape; `keep_NS` is false where the memory is padding."""
+        normed_NQD = self.norm(queries_NQD)
+        key, value = (
+            self._split(part) for part in self.to_kv(normed_NQD if memory_NSD is None else memory_NSD).chunk(2, -1)
+        )
+        mask = None if keep_NS is None else keep_NS[:, None, None, :]
+        seen = functional.scaled_dot_product_attention(self._split(self.to_q(normed_NQD)), key, value, attn_mask=mask)
+        queries_NQD = queries_NQD + self.to_out(seen.transpose(1, 2).flatten(2))
         return queries_NQD + self.feed(queries_NQD)
 
     def _split(self, states_NTD: torch.Tensor) -> torch.Tensor:
@@ -138,7 +134,7 @@ class JudgeModel(PreTrainedModel):
         num_cells = (config.image_size // 8) ** 2
         self.cell_places = nn.Parameter(torch.randn(num_cells, width) * 0.02)
         self.object_queries = nn.Parameter(torch.randn(config.num_objects + 2, width) * 0.3)
-        self.gather = nn.ModuleList([CrossBlock(width, config.num_heads, attend_self=False) for _ in range(2)])
+        self.gather = nn.ModuleList([Attention(width, config.num_heads) for _ in range(2)])
         self.fact_heads = nn.ModuleDict(
             {
                 "count": nn.Linear(width, 5),
@@ -150,19 +146,24 @@ class JudgeModel(PreTrainedModel):
         )
         self.words = nn.Embedding(config.vocab_size, width)
         self.word_places = nn.Parameter(torch.randn(MAX_QUESTION_TOKENS, width) * 0.1)
-        self.ask = nn.ModuleList(
-            [CrossBlock(width, config.num_heads, attend_self=True) for _ in range(config.question_layers)]
+        self.read = nn.ModuleList([Attention(width, config.num_heads) for _ in range(config.question_layers)])
+        self.num_slots = config.num_objects + 2
+        self.point = nn.Linear(width, 2 * self.num_slots)
+        num_facts = 5 + config.num_colours + 2 + config.num_backgrounds + config.num_styles
+        self.ask = nn.Linear(width, 2 * width)
+        self.look = nn.Linear(2 * (width + num_facts), 2 * width)
+        self.answer_head = nn.Sequential(
+            nn.LayerNorm(6 * width), nn.Linear(6 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, len(ANSWERS))
         )
-        self.answer_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ANSWERS)))
         self.post_init()
 
     def encode_images(self, pixel_values_NCHW: torch.Tensor) -> torch.Tensor:
-        """Encode images in [-1, 1] into states [N, S, D]: one an object, background, style, then the feature map."""
+        """Encode images in [-1, 1] into states [N, S, D], a slot an object, one for the background, one for the style."""
         map_NSD = self.trunk(pixel_values_NCHW).flatten(2).transpose(1, 2) + self.cell_places
-        gathered_NQD = self.object_queries.expand(len(map_NSD), -1, -1)
+        slots_NSD = self.object_queries.expand(len(map_NSD), -1, -1)
         for block in self.gather:
-            gathered_NQD = cast(CrossBlock, block).attend_memory(gathered_NQD, map_NSD)
-        return torch.cat([gathered_NQD, map_NSD], dim=1)
+            slots_NSD = block(slots_NSD, map_NSD)
+        return slots_NSD
 
     def read_facts(self, image_states_NSD: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return logits of the dense facts that training supervises: by object, of the background, of the style."""
@@ -171,19 +172,41 @@ class JudgeModel(PreTrainedModel):
         sources = {"background": image_states_NSD[:, count], "style": image_states_NSD[:, count + 1]}
         return {name: head(sources.get(name, objects_NOD)) for name, head in self.fact_heads.items()}
 
-    def forward(self, image_states_NSD: torch.Tensor, tokens_NQT: torch.Tensor) -> torch.Tensor:
-        """Return answer logits [N, Q, A] for Q tokenized questions about each image; token 0 is padding."""
-        num_images, num_questions, length = tokens_NQT.shape
-        tokens_BT = tokens_NQT.flatten(0, 1)
+    def encode_questions(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return question states [B, D] and logits [B, 2, S] of the two slots that each question is about."""
         keep_BT = tokens_BT != 0
         keep_BT[:, 0] = True
-        states_BTD = self.words(tokens_BT) + self.word_places[:length]
-        for block in self.ask:
-            block = cast(CrossBlock, block)
-            states_BTD = block.attend_self(states_BTD, keep_BT)
-            grouped = states_BTD.reshape(num_images, num_questions * length, -1)
-            states_BTD = block.attend_memory(grouped, image_states_NSD).reshape(states_BTD.shape)
-        return self.answer_head(states_BTD[:, 0]).reshape(num_images, num_questions, -1)
+        states_BTD = self.words(tokens_BT) + self.word_places[: tokens_BT.shape[1]]
+        for block in self.read:
+            states_BTD = block(states_BTD, None, keep_BT)
+        question_BD = states_BTD[:, 0]
+        return question_BD, self.point(question_BD).unflatten(-1, (2, self.num_slots))
+
+    def answer_encoded(
+        self, image_states_NSD: torch.Tensor, question_NQD: torch.Tensor, pointers_NQ2S: torch.Tensor
+    ) -> torch.Tensor:
+        """Return answer logits [N, Q, A] for encoded questions about each image."""
+        slots_NSF = torch.cat([image_states_NSD, self._tabulate_facts(image_states_NSD)], dim=-1)
+        looked = torch.einsum("nqps,nsf->nqpf", pointers_NQ2S.softmax(-1), slots_NSF).flatten(2)
+        seen, asked = self.look(looked), self.ask(question_NQD)
+        return self.answer_head(torch.cat([seen, asked, seen * asked], dim=-1))
+
+    def forward(self, image_states_NSD: torch.Tensor, tokens_NQT: torch.Tensor) -> torch.Tensor:
+        """Return answer logits [N, Q, A] for Q tokenized questions about each image; token 0 is padding."""
+        question_BD, pointers_B2S = self.encode_questions(tokens_NQT.flatten(0, 1))
+        shape = tokens_NQT.shape[:2]
+        return self.answer_encoded(image_states_NSD, question_BD.unflatten(0, shape), pointers_B2S.unflatten(0, shape))
+
+    def _tabulate_facts(self, image_states_NSD: torch.Tensor) -> torch.Tensor:
+        """Lay the probabilities of all facts out by slot; answers learn from them, they do not learn from answers."""
+        facts = self.read_facts(image_states_NSD.detach())
+        by_object = [facts["count"].softmax(-1), facts["colour"].softmax(-1), facts["centre"]]
+        objects = torch.cat(by_object, dim=-1)
+        of_image = torch.cat([facts["background"].softmax(-1), facts["style"].softmax(-1)], dim=-1)
+        rows = functional.pad(objects, (0, of_image.shape[-1], 0, 2))
+        columns = functional.pad(of_image, (objects.shape[-1], 0))
+        is_setting = torch.arange(self.num_slots, device=rows.device) >= self.config.num_objects
+        return (rows + columns[:, None] * is_setting[:, None]).detach()
 
 
 class MiniatureJudge:

@@ -11,10 +11,11 @@ from selma_ray.miniature.sprites import COLOURS, OBJECTS, plural
 
 __all__ = ["normalise_caption", "parse_caption", "parse_facts"]
 
-_FILLERS = (
-    "a of as in on under at with there is are and also this picture image shows we see it the scene set whole drawn "
-    "everything all background simple wooden art style plain"
-).split()
+_FILLERS = frozenset(
+    {"of", "as", "in", "on", "under", "at", "with", "there", "is", "are", "also", "this", "picture", "image", "shows"}
+    | {"we", "see", "scene", "set", "whole", "drawn", "everything", "all", "background", "simple", "wooden", "art"}
+    | {"style", "plain"}
+)
 _PRONOUNS = ("it", "they")
 
 
@@ -35,9 +36,14 @@ class _Mention:
 
 
 def _build_lexicon() -> dict[tuple[str, ...], _Lexeme]:
-    lexicon = {(word,): _Lexeme("filler") for word in _FILLERS}
+    lexicon: dict[tuple[str, ...], _Lexeme] = {(word,): _Lexeme("filler") for word in _FILLERS}
     lexicon |= {(word,): _Lexeme("pronoun") for word in _PRONOUNS}
-    lexicon |= {("a",): _Lexeme("article"), ("an",): _Lexeme("article"), ("the",): _Lexeme("the"), ("and",): _Lexeme("and")}
+    lexicon |= {
+        ("a",): _Lexeme("article"),
+        ("an",): _Lexeme("article"),
+        ("the",): _Lexeme("the"),
+        ("and",): _Lexeme("and"),
+    }
     lexicon |= {(word,): _Lexeme("count", count) for count, word in COUNT_WORDS.items()}
     lexicon |= {(str(count),): _Lexeme("count", count) for count in COUNT_WORDS}
     lexicon |= {(name,): _Lexeme("colour", name) for name in COLOURS}

@@ -8,6 +8,9 @@ from selma_ray.miniature.parsing import parse_facts
 __all__ = ["Question", "questions_for", "questions_of_facts"]
 
 
+_Parents = tuple[int, ...]  # the class below has a field named tuple
+
+
 @dataclass(frozen=True)
 class Question:
     """A yes/no question whose right answer is yes when the image shows what the caption states.
@@ -20,7 +23,7 @@ class Question:
     tuple: str
     category: str
     question: str
-    parents: tuple[int, ...]
+    parents: _Parents
 
 
 def questions_for(caption: str) -> list[Question]:
@@ -57,7 +60,7 @@ STYLE_NAMES: dict[str, str] = {
     "watercolor": "watercolor painting",
 }
 
-_Draft = tuple[str, str, str, tuple[int, ...]]
+_Draft = tuple[str, str, str, _Parents]
 
 
 def _ask_whole(group: GroupFacts) -> _Draft:

@@ -135,7 +135,7 @@ class StableDiffusionEncoders:
         return self._pipeline.encode_prompt(prompt, self._pipeline.device, 1, do_classifier_free_guidance=False)[0]
 
     def _pixels(self, image_HW3: np.ndarray) -> torch.Tensor:
-        pixels_3HW = torch.from_numpy(np.ascontiguousarray(image_HW3)).permute(2, 0, 1)
+        pixels_3HW = torch.from_numpy(np.array(image_HW3)).permute(2, 0, 1)
         return pixels_3HW[None].to(self._pipeline.device, self._pipeline.vae.dtype) / 127.5 - 1.0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from selma_ray.serving.denoisers import Condition, Conditions, Denoiser
+from selma_ray.serving.denoisers import Conditions, Denoiser
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.schedulers import Course
 
@@ -76,11 +76,6 @@ class StepBatch:
     def __len__(self) -> int:
         return sum(len(lane.waiting) + len(lane.running) for lane in self._lanes.values())
 
-    @property
-    def num_running(self) -> int:
-        """Return the number of requests between their first and last step."""
-        return sum(len(lane.running) for lane in self._lanes.values())
-
     def submit(self, request: ImageRequest) -> int:
         """Put a request at the end of its size's line; returns the ticket its outcome will carry."""
         if request.size_px not in self._lanes:
@@ -103,22 +98,13 @@ class StepBatch:
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
         """Admit waiting requests to the lane whose turn it is, move it by one step, return what ended."""
-        self.num_moved = 0
         lane = self._next_lane()
         if lane is None:
+            self.num_moved = 0
             return []
         outcomes = self._admit(lane)
-        if lane.running:
-            self.num_moved = len(lane.running)
-            tickets = [running.ticket for running in lane.running]
-            try:
-                self._move(lane.running)
-                outcomes += self._leave(lane)
-            except Exception as error:
-                logger.exception("a denoising step of %d images failed", len(tickets))
-                outcomes += [Outcome(ticket, error=error) for ticket in tickets]
-                lane.running = []
-        return outcomes
+        self.num_moved = len(lane.running)
+        return outcomes + self._move(lane) + self._leave(lane)
 
     def _next_lane(self) -> _Lane | None:
         """Return the lane that has waited longest since its last turn; lanes without work are dropped."""
@@ -156,26 +142,40 @@ class StepBatch:
             for (ticket, request), condition in zip(entries, conditions, strict=True)
         ]
 
-    def _move(self, moving: Sequence[_Running]) -> None:
+    def _move(self, lane: _Lane) -> list[Outcome]:
+        """Move every request of a lane by one step; where that fails, all of them end."""
+        if not lane.running:
+            return []
+        try:
+            self._step(lane.running)
+        except Exception as error:
+            logger.exception("a denoising step of %d images failed", len(lane.running))
+            failed, lane.running = lane.running, []
+            return [Outcome(running.ticket, error=error) for running in failed]
+        return []
+
+    def _step(self, moving: Sequence[_Running]) -> None:
         """Predict for all rows in one call: one for every request, and a second, unconditional one for the guided."""
-        rows: list[tuple[_Running, Condition]] = [(running, running.conditions.positive) for running in moving]
-        rows += [
-            (running, running.conditions.negative) for running in moving if running.conditions.negative is not None
-        ]
+        guided = [running for running in moving if running.conditions.negative is not None]
+        conditions = [running.conditions.positive for running in moving]
+        conditions += [running.conditions.negative for running in guided if running.conditions.negative is not None]
         inputs = {running.ticket: running.course.model_input() for running in moving}
-        inputs_NCHW = torch.cat([inputs[running.ticket] for running, _ in rows])
-        timesteps_N = torch.stack([running.course.timestep for running, _ in rows])
-        predicted = self._denoiser.predict(inputs_NCHW, timesteps_N, [condition for _, condition in rows]).split(1)
-        unconditional = dict(
-            zip((running.ticket for running, _ in rows[len(moving) :]), predicted[len(moving) :], strict=True)
-        )
-        for running, predicted_NCHW in zip(moving, predicted, strict=False):
+        inputs_NCHW = torch.cat([inputs[running.ticket] for running in (*moving, *guided)])
+        timesteps_N = torch.stack([running.course.timestep for running in (*moving, *guided)])
+        predicted = self._denoiser.predict(inputs_NCHW, timesteps_N, conditions).split(1)
+        unconditional = {running.ticket: row for running, row in zip(guided, predicted[len(moving) :], strict=True)}
+        for running, predicted_NCHW in zip(moving, predicted[: len(moving)], strict=True):
             running.advance(predicted_NCHW, unconditional.get(running.ticket))
 
     def _leave(self, lane: _Lane) -> list[Outcome]:
+        """Decode the requests of a lane that have taken their last step; the others stay."""
         finished = [running for running in lane.running if running.course.finished]
         if not finished:
             return []
-        images = self._denoiser.decode(torch.cat([running.course.latents_NCHW for running in finished]))
         lane.running = [running for running in lane.running if not running.course.finished]
+        try:
+            images = self._denoiser.decode(torch.cat([running.course.latents_NCHW for running in finished]))
+        except Exception as error:
+            logger.exception("decoding %d images failed", len(finished))
+            return [Outcome(running.ticket, error=error) for running in finished]
         return [Outcome(running.ticket, image) for running, image in zip(finished, images, strict=True)]

@@ -4,29 +4,38 @@ Shapes: N rows or images, L tokens, D features of a token, C channels, H x W pos
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from selma_ray.errors import ConfigError
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.schedulers import Course
 
-__all__ = ["Condition", "Conditions", "Denoiser", "StableDiffusionDenoiser", "denoiser_for"]
+__all__ = [
+    "Condition",
+    "Conditions",
+    "Denoiser",
+    "StableDiffusionDenoiser",
+    "StableDiffusionXLDenoiser",
+    "denoiser_for",
+]
 
 _CACHED_TEXTS = 256
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What one row of the denoiser's batch is told about the image: the embedded text."""
+    """What one row of the denoiser's batch is told about the image."""
 
     text: torch.Tensor
-    """1 x L x D."""
+    """The embedded text, 1 x L x D."""
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """SDXL's pooled text and sizes by their names in diffusers, each 1 x ..."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +70,20 @@ class Denoiser(Protocol):
 
 def denoiser_for(pipeline: Any) -> Denoiser:
     """Return the denoiser of a loaded pipeline; raises ConfigError for a family that cannot be served yet."""
-    if type(pipeline) is StableDiffusionPipeline and pipeline.unet.config.time_cond_proj_dim is None:
-        return StableDiffusionDenoiser(pipeline)
-    raise ConfigError(f"the model to serve must be a StableDiffusionPipeline (1.x, 2.x), got {type(pipeline).__name__}")
+    family = _FAMILIES.get(type(pipeline))
+    if family is None or pipeline.unet.config.time_cond_proj_dim is not None:
+        known = ", ".join(known.__name__ for known in _FAMILIES)
+        raise ConfigError(f"the model to serve must be one of {known}, not distilled, got {type(pipeline).__name__}")
+    return family(pipeline)
 
 
 class StableDiffusionDenoiser:
     """Stable Diffusion 1.x and 2.x, for epsilon and v prediction."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+    def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._device = pipeline._execution_device
-        self._dtype = pipeline.text_encoder.dtype
+        self._dtype = pipeline.unet.dtype
         self._texts: OrderedDict[str, Condition] = OrderedDict()
 
     def encode(self, requests: Sequence[ImageRequest]) -> list[Conditions]:
@@ -95,9 +106,14 @@ class StableDiffusionDenoiser:
         self, inputs_NCHW: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
     ) -> torch.Tensor:
         """Return the UNet's prediction for each row, all in one call."""
-        text_NLD = torch.cat([condition.text for condition in conditions])
         return self._pipeline.unet(
-            inputs_NCHW, timesteps_N.to(self._device), encoder_hidden_states=text_NLD, return_dict=False
+            inputs_NCHW,
+            timesteps_N.to(self._device),
+            encoder_hidden_states=torch.cat([condition.text for condition in conditions]),
+            added_cond_kwargs={
+                name: torch.cat([condition.added[name] for condition in conditions]) for name in conditions[0].added
+            },
+            return_dict=False,
         )[0]
 
     def decode(self, latents_NCHW: torch.Tensor) -> list[Image.Image]:
@@ -108,13 +124,14 @@ class StableDiffusionDenoiser:
         denormalized = [True] * len(pixels_NCHW) if flagged is None else [not flag for flag in flagged]
         return pipeline.image_processor.postprocess(pixels_NCHW, output_type="pil", do_denormalize=denormalized)
 
+    def _embed(self, texts: list[str]) -> list[Condition]:
+        text_NLD, _ = self._pipeline.encode_prompt(texts, self._device, 1, False)
+        return [Condition(text) for text in text_NLD.split(1)]
+
     def _embedded(self, texts: Sequence[str]) -> dict[str, Condition]:
         unknown = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if unknown:
-            text_NLD, _ = self._pipeline.encode_prompt(unknown, self._device, 1, False)
-            self._texts.update(
-                (text, Condition(row_1LD)) for text, row_1LD in zip(unknown, text_NLD.split(1), strict=True)
-            )
+            self._texts.update(zip(unknown, self._embed(unknown), strict=True))
         found = {}
         for text in texts:
             self._texts.move_to_end(text)
@@ -124,5 +141,72 @@ class StableDiffusionDenoiser:
         return found
 
 
+class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
+    """Stable Diffusion XL, at the size it is asked for and without crops."""
+
+    def encode(self, requests: Sequence[ImageRequest]) -> list[Conditions]:
+        """Embed the texts and add the size; without a negative prompt its condition is zero where the model wants that."""
+        zeros = self._pipeline.config.force_zeros_for_empty_prompt
+        conditions = []
+        for request, embedded in zip(requests, super().encode(requests), strict=True):
+            time_ids, negative = self._time_ids(request), embedded.negative
+            if negative is not None:
+                negative = _zeroed(negative) if zeros and not request.negative_prompt else negative
+                negative = _with(negative, time_ids)
+            conditions.append(Conditions(_with(embedded.positive, time_ids), negative))
+        return conditions
+
+    def decode(self, latents_NCHW: torch.Tensor) -> list[Image.Image]:
+        """Decode, in full precision where the autoencoder overflows in half, and return RGB images."""
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            latents_NCHW = latents_NCHW.to(vae.dtype) / vae.config.scaling_factor
+            if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+                std_C, mean_C = (
+                    latents_NCHW.new_tensor(vae.config.latents_std),
+                    latents_NCHW.new_tensor(vae.config.latents_mean),
+                )
+                latents_NCHW = latents_NCHW * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
+            pixels_NCHW = vae.decode(latents_NCHW, return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(torch.float16)
+        if pipeline.watermark is not None:
+            pixels_NCHW = pipeline.watermark.apply_watermark(pixels_NCHW)
+        return pipeline.image_processor.postprocess(pixels_NCHW, output_type="pil")
+
+    def _embed(self, texts: list[str]) -> list[Condition]:
+        text_NLD, _, pooled_ND, _ = self._pipeline.encode_prompt(
+            texts, device=self._device, do_classifier_free_guidance=False
+        )
+        return [
+            Condition(text, {"text_embeds": pooled})
+            for text, pooled in zip(text_NLD.split(1), pooled_ND.split(1), strict=True)
+        ]
+
+    def _time_ids(self, request: ImageRequest) -> torch.Tensor:
+        """Return original size, crop and target size, 1 x 6."""
+        sizes = [*request.size_px, 0, 0, *request.size_px]
+        return torch.tensor([sizes], dtype=self._dtype, device=self._device)
+
+
+_FAMILIES: Mapping[type, Callable[[Any], Denoiser]] = {
+    StableDiffusionPipeline: StableDiffusionDenoiser,
+    StableDiffusionXLPipeline: StableDiffusionXLDenoiser,
+}
+
+
 def _guided(request: ImageRequest) -> bool:
     return request.guidance_scale > 1
+
+
+def _with(condition: Condition, time_ids: torch.Tensor) -> Condition:
+    return replace(condition, added={**condition.added, "time_ids": time_ids})
+
+
+def _zeroed(condition: Condition) -> Condition:
+    added = {name: torch.zeros_like(value) for name, value in condition.added.items()}
+    return Condition(torch.zeros_like(condition.text), added)

@@ -22,7 +22,7 @@ from selma_ray.serving.generator import Generator
 from selma_ray.serving.keys import read_key_digests
 from selma_ray.serving.requests import ImageRequest
 
-__all__ = ["application"]
+__all__ = ["Deployments", "application"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ class _Api:
         evaluator: DeploymentHandle | None,
     ) -> None:
         self._app = build_app(
-            _Deployments(generator, evaluator, config.request_timeout_s), config, model_name, key_digests
+            Deployments(generator, evaluator, config.request_timeout_s), config, model_name, key_digests
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
-class _Deployments:
+class Deployments:
     """The API's backend: handles of the generator and the evaluator, with a limit on time."""
 
     def __init__(self, generator: DeploymentHandle, evaluator: DeploymentHandle | None, timeout_s: float) -> None:

@@ -18,22 +18,31 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# Ray's defaults replace a proxy that is not ready in 5 s, which on a busy machine none is.
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+# By default Ray gives its node 30 s to start and a proxy 5 s, which on a busy machine neither meets.
+PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+ENVIRONMENT = {**os.environ, **PATIENCE, "RAY_AUTH_MODE": "disabled"}
 START_TIMEOUT_S = 240
 
 
 @pytest.fixture
-def dashboard() -> Iterator[str]:
+def dashboard(tmp_path: Path) -> Iterator[str]:
     """Start a head node with its own ports and temporary folder; yields the address of its dashboard."""
     ports = dict(zip(("port", "dashboard-port", "dashboard-agent-listen-port"), free_ports(3), strict=True))
     temp_dir = Path(f"/tmp/ray_deploy_{os.getpid()}")
+    log = tmp_path / "head.log"
     process = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=200000000",
          f"--temp-dir={temp_dir}", "--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())],
-        cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=REPOSITORY, env=ENVIRONMENT, stdout=log.open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    yield f"http://127.0.0.1:{ports['dashboard-port']}"
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        return ask(f"{address}/api/version") is not None
+
+    wait_until(answers, "the dashboard answers")
+    yield address
     process.terminate()
     process.wait(timeout=60)
     shutil.rmtree(temp_dir, ignore_errors=True)
@@ -51,7 +60,6 @@ def config(tmp_path: Path) -> tuple[Path, str]:
 
 def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, str]) -> None:
     file, url = config
-    wait_until(lambda: ask(f"{dashboard}/api/version") is not None, "the dashboard answers")
     deployed = subprocess.run(
         [BIN / "serve", "deploy", "--address", dashboard, file],
         cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,

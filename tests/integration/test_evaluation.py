@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from selma_ray.cluster import ClusterConfig
-from selma_ray.errors import JudgeError
 from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
 from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.questions import PromptWithQuestions, Question
@@ -124,14 +123,3 @@ def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated, config):
         offline = answers[row["prompt"], row["seed"]]
         assert [each.answer for each in score.questions] == [answer for answer, _ in offline]
         assert [each.p_yes for each in score.questions] == pytest.approx([p_yes for _, p_yes in offline], abs=1e-5)
-
-
-def test_a_judge_that_cannot_be_opened_is_one_line(ray_cluster, config, models, tmp_path):
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "config.json").write_text('{"model_type": "bert"}')
-    broken = config.model_copy(update={"judge": JudgeConfig(name=str(tmp_path / "judge"))})
-    with pytest.raises(JudgeError, match="visual question answering") as caught:
-        evaluate_models(
-            RunFolder(str(tmp_path / "run")), {"base": models["base"]}, SUITE[:1], broken, SEED, ClusterConfig()
-        )
-    assert "\n" not in str(caught.value)

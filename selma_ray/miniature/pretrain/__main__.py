@@ -1,7 +1,6 @@
 """The command line of the miniature's training: one subcommand a model, each resumable."""
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
@@ -19,8 +18,13 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=_default_work_dir(), help="where data and checkpoints live")
     parser.add_argument("--scenes", type=int, default=100_000, help="number of scenes that `data` renders")
     parser.add_argument("--threads", type=int, default=1, help="threads a process; 1 is fastest on a shared machine")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of `data` and of `unet` on a CPU")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes of `data` and of `unet` on a CPU"
+    )
     parser.add_argument("--batch", type=int, default=32, help="images a step of `unet`, over all its processes")
+    parser.add_argument("--sampling-steps", type=int, default=20, help="denoising steps of `score`")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="guidance scales of `score`")
+    parser.add_argument("--captions-per-skill", type=int, default=100, help="held-out captions of `score`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -46,12 +50,16 @@ def _autoencoder(arguments: argparse.Namespace) -> None:
     cache_latents(arguments.work_dir, arguments.device, arguments.scenes)
 
 
+def _decoder(arguments: argparse.Namespace) -> None:
+    from selma_ray.miniature.pretrain.autoencoder import polish_decoder
+
+    polish_decoder(arguments.work_dir, Budget(arguments.hours, arguments.steps), arguments.device)
+
+
 def _text_encoder(arguments: argparse.Namespace) -> None:
     from selma_ray.miniature.pretrain.text_encoder import train_text_encoder
 
-    train_text_encoder(
-        arguments.work_dir, Budget(arguments.hours, arguments.steps), arguments.device, arguments.seed
-    )
+    train_text_encoder(arguments.work_dir, Budget(arguments.hours, arguments.steps), arguments.device, arguments.seed)
 
 
 def _unet(arguments: argparse.Namespace) -> None:
@@ -81,7 +89,28 @@ def _judge(arguments: argparse.Namespace) -> None:
     train_judge(arguments.work_dir, Budget(arguments.hours, arguments.steps), arguments.device, arguments.seed)
 
 
-_PARTS = {"data": _data, "autoencoder": _autoencoder, "text-encoder": _text_encoder, "unet": _unet, "judge": _judge}
+def _package(arguments: argparse.Namespace) -> None:
+    from selma_ray.miniature.pretrain.package import package_models
+
+    package_models(arguments.work_dir, Path(__file__).parents[1] / "weights")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from selma_ray.miniature.pretrain.score import score_models
+
+    score_models(arguments.work_dir, arguments.sampling_steps, arguments.guidance, arguments.captions_per_skill)
+
+
+_PARTS = {
+    "data": _data,
+    "autoencoder": _autoencoder,
+    "decoder": _decoder,
+    "text-encoder": _text_encoder,
+    "unet": _unet,
+    "judge": _judge,
+    "package": _package,
+    "score": _score,
+}
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from torch.nn import functional
 
 from selma_ray.miniature.pretrain.autoencoder import images_to_tensor
 from selma_ray.miniature.pretrain.dataset import load_dataset
@@ -56,9 +56,9 @@ def augment(
         return torch.from_numpy(rng.uniform(low, high, size).astype(np.float32))[:, None, None, None]
 
     chosen = some(0.3)
-    pixels[chosen] = F.avg_pool2d(F.pad(pixels[chosen], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    pixels[chosen] = functional.avg_pool2d(functional.pad(pixels[chosen], (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     chosen = some(0.4)
-    coarse = F.interpolate(torch.randn(size, 3, 16, 16), scale_factor=4, mode="bilinear")
+    coarse = functional.interpolate(torch.randn(size, 3, 16, 16), scale_factor=4, mode="bilinear")
     pixels[chosen] += (level(0, 0.15) * torch.randn_like(pixels) + level(0, 0.2) * coarse)[chosen]
     hue = torch.from_numpy(rng.normal(0, 0.04, (size, 3, 1, 1)).astype(np.float32))
     pixels = pixels * level(0.88, 1.08) + hue

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from torch import nn
+from torch.nn import functional
 
 from selma_ray.miniature.pretrain.dataset import load_dataset
 from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint
 
-__all__ = ["cache_latents", "images_to_tensor", "new_autoencoder", "train_autoencoder"]
+__all__ = ["cache_latents", "images_to_tensor", "new_autoencoder", "polish_decoder", "train_autoencoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ def images_to_tensor(images_NHWC: np.ndarray) -> torch.Tensor:
 
 def reconstruction_loss(output_NCHW: torch.Tensor, target_NCHW: torch.Tensor) -> torch.Tensor:
     """L1 on pixels, on horizontal and vertical differences (sharp outlines) and on channel differences (hues)."""
-    loss = F.l1_loss(output_NCHW, target_NCHW)
-    loss = loss + _HUE_WEIGHT * F.l1_loss(output_NCHW.diff(dim=1), target_NCHW.diff(dim=1))
+    loss = functional.l1_loss(output_NCHW, target_NCHW)
+    loss = loss + _HUE_WEIGHT * functional.l1_loss(output_NCHW.diff(dim=1), target_NCHW.diff(dim=1))
     for dim in (2, 3):
-        loss = loss + _EDGE_WEIGHT * F.l1_loss(output_NCHW.diff(dim=dim), target_NCHW.diff(dim=dim))
+        loss = loss + _EDGE_WEIGHT * functional.l1_loss(output_NCHW.diff(dim=dim), target_NCHW.diff(dim=dim))
     return loss
 
 
@@ -80,7 +81,10 @@ def train_autoencoder(work_dir: Path, budget: Budget, device: str) -> None:
             latents = posterior.sample()
             latents = latents + _LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
             output = model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]
-        loss = reconstruction_loss(output.float(), pixels) + _KL_WEIGHT * posterior.kl().float().mean() / latents[0].numel()
+        loss = (
+            reconstruction_loss(output.float(), pixels)
+            + _KL_WEIGHT * posterior.kl().float().mean() / latents[0].numel()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,6 +101,39 @@ def train_autoencoder(work_dir: Path, budget: Budget, device: str) -> None:
         {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **budget.state()},
     )
     _finish(model, images, work_dir)
+
+
+def polish_decoder(work_dir: Path, budget: Budget, device: str) -> None:
+    """Fit the decoder alone for longer: the encoder and so all cached latents stay as they are."""
+    images = load_dataset(work_dir / "data").images
+    model = AutoencoderKL.from_pretrained(work_dir / "vae").to(device).requires_grad_(False)
+    trained = nn.ModuleList([model.decoder, model.post_quant_conv]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=_PEAK_RATE / 2, betas=(0.9, 0.99), weight_decay=1e-4)
+    saved = load_checkpoint(work_dir / "decoder.pt")
+    if saved:
+        trained.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        budget.resume(saved)
+    meter, rng = Meter("decoder", budget), np.random.default_rng(1000 + budget.step)
+    while budget.progress < 1:
+        pixels = images_to_tensor(images[np.sort(rng.integers(len(images), size=_BATCH))]).to(device)
+        budget.set_rate(optimizer, _PEAK_RATE / 2)
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                latents = model.encode(pixels).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
+                latents = latents + _LATENT_NOISE * latents.std() * torch.randn_like(latents)
+            output = model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]
+        loss = reconstruction_loss(output.float(), pixels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        budget.step += 1
+        meter.add(_BATCH, loss=loss.item())
+        if budget.step % 250 == 0 or budget.progress >= 1:
+            state = {"model": trained.state_dict(), "optimizer": optimizer.state_dict(), **budget.state()}
+            save_checkpoint(work_dir / "decoder.pt", state)
+    model.save_pretrained(work_dir / "vae")
 
 
 @torch.inference_mode()

@@ -12,7 +12,6 @@ Arrays of a dataset folder, N scenes:
 import json
 import logging
 import multiprocessing
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,7 @@ def build_dataset(folder: Path, num_scenes: int, seed: int, workers: int) -> Non
         array.flush()
     partial = folder / "captions.json.partial"
     partial.write_text(json.dumps(captions))
-    os.replace(partial, folder / "captions.json")
+    partial.replace(folder / "captions.json")
 
 
 def load_dataset(folder: Path) -> SceneArrays:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from selma_ray.miniature.judge import JudgeConfig, JudgeModel, MiniatureJudge, tokenize_questions
 from selma_ray.miniature.pretrain.augment import augment
 from selma_ray.miniature.pretrain.autoencoder import images_to_tensor
 from selma_ray.miniature.pretrain.dataset import NO_COLOUR, SceneArrays, load_dataset
-from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint
+from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint, train_precision
 from selma_ray.miniature.pretrain.question_bank import QuestionBank
 
 __all__ = ["NUM_TEST_SCENES", "train_judge"]
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_TEST_SCENES = 4000  # the last scenes of the dataset, never trained on
 _PEAK_RATE = 2e-3
 _BATCH = 64
-_QUESTIONS = 8
+_QUESTIONS = 24
 
 
 def build_judge_tokenizer(questions: list[str]) -> PreTrainedTokenizerFast:
@@ -45,7 +45,7 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
     scenes = load_dataset(work_dir / "data")
     bank = QuestionBank()
     tokenizer = build_judge_tokenizer(bank.texts)
-    bank_tokens = tokenize_questions(tokenizer, bank.texts)
+    bank_tokens, bank_slots = tokenize_questions(tokenizer, bank.texts)[:, :12], torch.tensor(bank.slots)
     model = JudgeModel(JudgeConfig(vocab_size=len(tokenizer))).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02)
     path = work_dir / "judge.pt"
@@ -62,20 +62,24 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
         pixels = augment(scenes.images[rows], rows, roundtrips, rng).to(device)
         asked, answers = bank.draw(scenes, rows, _QUESTIONS, rng)
         budget.set_rate(optimizer, _PEAK_RATE)
-        with torch.autocast(device, torch.bfloat16):
+        with train_precision(device):
             states = model.encode_images(pixels)
             facts = model.read_facts(states)
-            logits = model(states, bank_tokens[asked].to(device))
+            different, places = asked.unique(return_inverse=True)
+            questions, pointers = model.encode_questions(bank_tokens[different].to(device))
+            logits = model.answer_encoded(states, questions[places], pointers[places])
+        slots = bank_slots[different].flatten().to(device)
+        point_loss = functional.cross_entropy(pointers.float().flatten(0, 1), slots)
         fact_loss = dense_loss(facts, scenes, rows, device)
-        answer_loss = F.cross_entropy(logits.float().flatten(0, 1), answers.flatten().to(device))
+        answer_loss = functional.cross_entropy(logits.float().flatten(0, 1), answers.flatten().to(device))
         optimizer.zero_grad()
-        (fact_loss + answer_loss).backward()
+        (fact_loss + answer_loss + point_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         budget.step += 1
         right = (logits.argmax(-1).cpu() == answers).float().mean().item()
         meter.add(_BATCH, facts=fact_loss.item(), answers=answer_loss.item(), right=right)
-        if budget.step % 500 == 0:
+        if budget.step % 250 == 0:
             _save(path, model, optimizer, budget)
     _save(path, model, optimizer, budget)
     judge = MiniatureJudge(model, tokenizer)
@@ -105,23 +109,21 @@ def _save(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **budget.state()})
 
 
-def dense_loss(
-    facts: dict[str, torch.Tensor], scenes: SceneArrays, rows: np.ndarray, device: str
-) -> torch.Tensor:
+def dense_loss(facts: dict[str, torch.Tensor], scenes: SceneArrays, rows: np.ndarray, device: str) -> torch.Tensor:
     """Sum the losses on every fact; colours and centres count where the object is present."""
     counts = torch.from_numpy(scenes.counts[rows].astype(np.int64)).to(device)
     colours = torch.from_numpy(scenes.colours[rows].astype(np.int64)).to(device)
     centres = torch.from_numpy(scenes.centres[rows].astype(np.float32)).to(device)
     settings = torch.from_numpy(scenes.settings[rows].astype(np.int64)).to(device)
     present = counts > 0
-    count_losses = F.cross_entropy(facts["count"].float().flatten(0, 1), counts.flatten(), reduction="none")
+    count_losses = functional.cross_entropy(facts["count"].float().flatten(0, 1), counts.flatten(), reduction="none")
     flat = present.flatten()
     loss = count_losses[flat].mean() + 2 * count_losses[~flat].mean()
     assert (colours[present] != NO_COLOUR).all()
-    loss = loss + F.cross_entropy(facts["colour"].float()[present], colours[present])
-    loss = loss + 4 * F.smooth_l1_loss(facts["centre"].float()[present], centres[present], beta=0.1)
-    loss = loss + 0.5 * F.cross_entropy(facts["background"].float(), settings[:, 0])
-    return loss + 0.5 * F.cross_entropy(facts["style"].float(), settings[:, 1])
+    loss = loss + functional.cross_entropy(facts["colour"].float()[present], colours[present])
+    loss = loss + 4 * functional.smooth_l1_loss(facts["centre"].float()[present], centres[present], beta=0.1)
+    loss = loss + 0.5 * functional.cross_entropy(facts["background"].float(), settings[:, 0])
+    return loss + 0.5 * functional.cross_entropy(facts["style"].float(), settings[:, 1])
 
 
 @torch.inference_mode()
@@ -140,5 +142,5 @@ def fit_temperature(
         all_answers.append(answers.flatten())
     logits, answers = torch.cat(all_logits), torch.cat(all_answers)
     candidates = [0.5 * 1.05**step for step in range(40)]
-    losses = [F.cross_entropy(logits / candidate, answers).item() for candidate in candidates]
+    losses = [functional.cross_entropy(logits / candidate, answers).item() for candidate in candidates]
     return round(candidates[int(np.argmin(losses))], 4)

@@ -3,15 +3,16 @@
 import ctypes
 import logging
 import math
-import os
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Budget", "Meter", "load_checkpoint", "prepare_process", "save_checkpoint"]
+__all__ = ["Budget", "Meter", "load_checkpoint", "prepare_process", "save_checkpoint", "train_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +101,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint, or None when there is none."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def train_precision(device: str) -> ExitStack:
+    """Open the contexts of a forward pass in training: bf16, and on a CPU plain attention.
+
+    The fused attention's backward pass multiplies one small matrix at a time on a CPU, which costs up to four fifths of a
+    step with short sequences.
+    """
+    contexts = ExitStack()
+    contexts.enter_context(torch.autocast(device, torch.bfloat16))
+    if device == "cpu":
+        contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return contexts
 
 
 def prepare_process(threads: int, seed: int) -> None:

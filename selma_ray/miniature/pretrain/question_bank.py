@@ -20,14 +20,16 @@ _RELATION_OF = {name: place for place, name in enumerate(RELATIONS)}
 
 
 class QuestionBank:
-    """All questions as texts with their category and arguments, addressed by number."""
+    """All questions as texts, with the slots that each is about, addressed by number."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.slots: list[tuple[int, int]] = []
         self._numbers: dict[tuple, list[int]] = {}
         self._fill()
 
     def _add(self, key: tuple, *texts: str) -> None:
+        self.slots.extend([_slots_of(key)] * len(texts))
         self._numbers[key] = list(range(len(self.texts), len(self.texts) + len(texts)))
         self.texts.extend(texts)
 
@@ -82,6 +84,15 @@ class QuestionBank:
 
 
 _SHARES = (0.2, 0.2, 0.2, 0.2, 0.06, 0.06, 0.08)
+
+
+def _slots_of(key: tuple) -> tuple[int, int]:
+    """Return the two slots of the judge's image states that a question is about."""
+    if key[0] == "background":
+        return len(OBJECTS), len(OBJECTS)
+    if key[0] == "style":
+        return len(OBJECTS) + 1, len(OBJECTS) + 1
+    return key[1], key[2] if key[0] == "spatial" else key[1]
 
 
 class _SceneFacts:

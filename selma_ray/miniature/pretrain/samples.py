@@ -48,7 +48,9 @@ def draw_samples(work_dir: Path, unet: UNet2DConditionModel, step: int) -> None:
         chunk = captions[start : start + 20]
         generators = [torch.Generator().manual_seed(start + index) for index in range(len(chunk))]
         with torch.autocast("cpu", torch.bfloat16):
-            output = pipeline(chunk, num_inference_steps=15, guidance_scale=2.5, height=64, width=64, generator=generators)
+            output = pipeline(
+                chunk, num_inference_steps=15, guidance_scale=2.5, height=64, width=64, generator=generators
+            )
         images.extend(output.images)  # pyright: ignore[reportAttributeAccessIssue]
     shown = [index for index in range(len(captions)) if index % per_skill < 8][:36]
     target = work_dir / "samples" / f"{step:06d}.png"

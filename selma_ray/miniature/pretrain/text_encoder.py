@@ -12,15 +12,15 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, models, trainers
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from selma_ray.miniature.captions import write_caption
 from selma_ray.miniature.facts import COUNT_WORDS, RELATION_PHRASES
 from selma_ray.miniature.pretrain.dataset import NO_COLOUR
-from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint
+from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint, train_precision
 from selma_ray.miniature.scenes import BACKGROUNDS, INVERSE, RELATIONS, STYLES, Group, Scene
 from selma_ray.miniature.skills import SKILLS, any_colour, is_test_caption, sample_scene
 from selma_ray.miniature.sprites import COLOURS, OBJECTS
@@ -129,11 +129,9 @@ def probe_loss(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> torch.
     present = labels[0].flatten() > 0
     total = logits[0].new_zeros(())
     for scores, label in zip(logits, labels, strict=True):
-        losses = F.cross_entropy(scores.flatten(0, -2).float(), label.flatten(), reduction="none")
-        if label.dim() == 2:
-            total = total + losses[present].mean() + losses[~present].mean()
-        else:
-            total = total + losses.mean()
+        losses = functional.cross_entropy(scores.flatten(0, -2).float(), label.flatten(), reduction="none")
+        by_object = label.dim() == 2
+        total = total + (losses[present].mean() + losses[~present].mean() if by_object else losses.mean())
     return total
 
 
@@ -142,7 +140,8 @@ def sample_labelled_captions(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Write clean captions of scenes and return their tokens [N, T] and labels; T is small in most batches."""
     short = rng.random() < 0.7
-    captions, labels = [], []
+    captions: list[str] = []
+    labels: list[list[list[int] | int]] = []
     while len(captions) < size:
         skill = rng.choice(SKILLS)
         scene = sample_scene(skill, rng)
@@ -174,7 +173,7 @@ def train_text_encoder(work_dir: Path, budget: Budget, device: str, seed: int) -
     while budget.progress < 1:
         tokens, labels = sample_labelled_captions(tokenizer, rng, _BATCH)
         budget.set_rate(optimizer, _PEAK_RATE)
-        with torch.autocast(device, torch.bfloat16):
+        with train_precision(device):
             logits = probe(model(tokens.to(device)).last_hidden_state)
         loss = probe_loss(logits, [label.to(device) for label in labels])
         optimizer.zero_grad()

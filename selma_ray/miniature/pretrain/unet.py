@@ -20,7 +20,14 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from selma_ray.miniature.pretrain.dataset import load_captions
-from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, prepare_process, save_checkpoint
+from selma_ray.miniature.pretrain.progress import (
+    Budget,
+    Meter,
+    load_checkpoint,
+    prepare_process,
+    save_checkpoint,
+    train_precision,
+)
 from selma_ray.miniature.pretrain.text_encoder import MAX_TOKENS, load_tokenizer
 
 __all__ = ["UnetRun", "cache_tokens", "new_scheduler", "new_unet", "start_unet_workers", "train_unet"]
@@ -73,7 +80,9 @@ def cache_tokens(work_dir: Path) -> None:
     tokenizer = load_tokenizer(work_dir / "tokenizer")
     captions = load_captions(work_dir / "data")
     flat = [caption for row in captions for caption in row]
-    tokens = tokenizer(flat, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids
+    tokens = tokenizer(
+        flat, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np"
+    ).input_ids
     partial = work_dir / "tokens.partial.npy"
     np.save(partial, tokens.astype(np.int16).reshape(len(captions), -1, MAX_TOKENS))
     partial.rename(target)
@@ -211,7 +220,7 @@ def _fit_batch(model: UNet2DConditionModel, text_encoder: CLIPTextModel, batch: 
     """Leave the gradients of one batch in the model and return its loss."""
     noisy_NCHW, timesteps_N, tokens_NT, target_NCHW = batch
     model.zero_grad(set_to_none=True)
-    with torch.autocast(noisy_NCHW.device.type, torch.bfloat16):
+    with train_precision(noisy_NCHW.device.type):
         with torch.no_grad():
             states_NTD = text_encoder(tokens_NT).last_hidden_state
         output_NCHW = model(noisy_NCHW, timesteps_N, states_NTD).sample

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 
 from selma_ray.evaluation.chunks import EvaluateChunk, ModelUnderTest, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
 from selma_ray.evaluation.questions import PromptWithQuestions, Question
+from selma_ray.evaluation.run import EvaluateBatch
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import Renderer
 from selma_ray.storage import RunFolder
@@ -60,3 +62,14 @@ def test_a_prompt_that_fails_is_recorded_and_spares_its_batch(config, tiny_pipel
     assert [row["image"] is None for row in images] == [False, False, True, False]
     assert [row["answer"] is None for row in answers] == [False, False, True, False]
     assert answers[2]["reason"] == "ValueError: no such number"
+
+
+def test_an_error_of_ours_travels_as_a_row(config, tiny_pipeline_dir, tmp_path):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text('{"model_type": "bert"}')
+    broken = config.model_copy(update={"judge": JudgeConfig(name=str(tmp_path / "judge"))})
+    models = {"base": ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))}
+    chunks = plan_chunks("base", "r0", SUITE[:1], broken, 7)
+    rows = EvaluateBatch(RunFolder(str(tmp_path)), models, chunks, broken, "judge")({"chunk": np.array([0])})
+    assert (rows["chunk"], rows["error_class"]) == ([0], ["JudgeError"])
+    assert "visual question answering" in rows["error"][0]

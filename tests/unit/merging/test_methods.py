@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from selma_ray.errors import AdapterError
 from selma_ray.merging.adapters import LoraFactors
 from selma_ray.merging.methods import average_deltas, average_factors
-from selma_ray.merging.report import energy_kept, inner_product, singular_values
+from selma_ray.merging.report import MergeReport, inner_product, singular_values
 
 O, I = 12, 9  # noqa: E741
 
@@ -121,5 +121,8 @@ def test_singular_values_equal_those_of_the_dense_delta(experts):
     dense = torch.linalg.svdvals(merged.scale * merged.B_OR.double() @ merged.A_RI.double())
     count = min(len(values), len(dense))
     torch.testing.assert_close(values[:count], dense[:count], rtol=1e-6, atol=1e-6)
-    assert abs(energy_kept(merged, merged.rank) - 1) < 1e-9
-    assert energy_kept(merged, 1) <= energy_kept(merged, 2) + 1e-12
+    for rank in range(1, merged.rank + 1):
+        report = MergeReport([str(index) for index in range(len(experts))], rank)
+        report.add(experts, merged)
+        kept = float(dense[:rank].square().sum() / dense.square().sum())
+        assert abs(report.as_dict()["energy_kept"] - kept) < 1e-6

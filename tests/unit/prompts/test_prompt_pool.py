@@ -10,25 +10,7 @@ from selma_ray.prompts.store import prompt_summary, read_decided, read_prompts
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "apple",
-    "car",
-    "tree",
-    "house",
-    "under",
-    "left",
-    "of",
-    "two",
-    "three",
-    "cup",
-    "fish",
-    "boat",
-    "hat",
-    "moon",
-]
+WORDS = ("red", "blue", "green", "apple", "car", "tree", "house", "under", "left", "of", "two", "cup", "fish", "boat", "hat", "moon")
 SEEDS = ("a red apple", "two blue cups", "three cars under a tree")
 CONFIG = PromptsConfig(per_skill=30, per_request=6, requests_in_flight=4, max_requests=60)
 

@@ -15,7 +15,7 @@ from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoisers import denoiser_for
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.requests import ImageRequest
-from tests.tiny_models import save_tiny_stable_diffusion
+from tests.tiny_models import save_tiny_sdxl, save_tiny_stable_diffusion
 
 FULL_SIZE_PX = (64, 64)
 SIZES_PX = ((64, 64), (32, 48), (96, 64))
@@ -42,7 +42,7 @@ def random_request(rng: random.Random) -> ImageRequest:
 def solo_image(pipeline: StableDiffusionPipeline, request: ImageRequest) -> np.ndarray:
     image = pipeline(
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
+        negative_prompt=request.negative_prompt or None,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
         width=request.width_px,
@@ -120,6 +120,15 @@ def test_v_prediction(tmp_path: Path) -> None:
     assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(6)], rng)
 
 
+@pytest.mark.parametrize("zero_negative", [True, False])
+def test_sdxl(tmp_path: Path, zero_negative: bool) -> None:
+    save_tiny_sdxl(tmp_path)
+    pipeline = load_pipeline(ModelConfig(name=str(tmp_path)))
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zero_negative)
+    rng = random.Random(2)
+    assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(6)], rng)
+
+
 def square(steps: int, size_px: int = 64, seed: int = 0) -> ImageRequest:
     return ImageRequest("a red ball", seed, steps, 2.0, size_px, size_px)
 
@@ -174,6 +183,7 @@ class FailingDenoiser:
     def __init__(self, pipeline: StableDiffusionPipeline) -> None:
         self._inner = denoiser_for(pipeline)
         self.broken = False
+        self.broken_decoder = False
 
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
@@ -187,6 +197,11 @@ class FailingDenoiser:
         if self.broken:
             raise RuntimeError("out of memory")
         return self._inner.predict(*arguments)
+
+    def decode(self, latents_NCHW):
+        if self.broken_decoder:
+            raise RuntimeError("undecodable")
+        return self._inner.decode(latents_NCHW)
 
 
 def test_a_request_that_cannot_start_fails_alone(pipeline: StableDiffusionPipeline) -> None:
@@ -207,6 +222,17 @@ def test_a_failed_step_ends_its_requests_and_no_others(pipeline: StableDiffusion
     assert (outcome.ticket, str(outcome.error)) == (failed, "out of memory")
     denoiser.broken = False
     assert ended(batch, 2) == [later]
+
+
+def test_a_failed_decoding_ends_what_was_finished_and_no_others(pipeline: StableDiffusionPipeline) -> None:
+    denoiser = FailingDenoiser(pipeline)
+    batch = StepBatch(denoiser, 2, FULL_SIZE_PX)
+    finished, later = batch.submit(square(steps=1)), batch.submit(square(steps=2))
+    denoiser.broken_decoder = True
+    (outcome,) = batch.step()
+    assert (outcome.ticket, str(outcome.error)) == (finished, "undecodable")
+    denoiser.broken_decoder = False
+    assert ended(batch, 1) == [later]
 
 
 def test_other_families_are_refused_by_name() -> None:

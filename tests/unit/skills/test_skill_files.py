@@ -1,6 +1,9 @@
 import pytest
 
 from selma_ray.errors import SkillError
+from selma_ray.miniature.captions import caption_grammar, parse_caption
+from selma_ray.miniature.skills import SKILLS as MINIATURE
+from selma_ray.miniature.skills import is_test_caption
 from selma_ray.prompts.diversity import rouge_l
 from selma_ray.skills import load_skill, load_skills, packaged_skills
 
@@ -41,7 +44,10 @@ def test_skill_files_of_ones_own(tmp_path):
             "name: mine\ndescription: x\nmax_words: 2\nseeds: [one two three]\n",
             "at most max_words=2 words, has 3; shorten",
         ),
-        ("name: mine\ndescription: x\nmax_word: 2\nseeds: [one]\n", "did you mean 'max_words'"),
+        (
+            "name: mine\ndescription: x\nmax_words: 2\nseed: [one]\nseeds: [one]\n",
+            "seed is not a known key; did you mean 'seeds'",
+        ),
     ],
 )
 def test_faulty_skill_files_say_what_is_wrong(tmp_path, content, message):
@@ -51,3 +57,24 @@ def test_faulty_skill_files_say_what_is_wrong(tmp_path, content, message):
         load_skill(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MINIATURE)
+def test_the_miniatures_skill_files_carry_its_grammars(name):
+    """A changed grammar is copied into the file: its text stands, indented, under the key `grammar`."""
+    skill = load_skill(f"miniature/{name}")
+    assert skill.name == name
+    assert skill.grammar == caption_grammar(name)
+
+
+@pytest.mark.parametrize("name", MINIATURE)
+def test_the_miniatures_seeds_are_captions_of_its_grammar_and_not_of_its_test_set(name):
+    xgrammar = pytest.importorskip("xgrammar")
+    from xgrammar.testing import _is_grammar_accept_string
+
+    skill = load_skill(f"miniature/{name}")
+    grammar = xgrammar.Grammar.from_ebnf(f"root ::= caption\n{skill.grammar}")
+    for seed in skill.seeds:
+        assert _is_grammar_accept_string(grammar, seed)
+        assert parse_caption(seed).groups
+        assert not is_test_caption(seed)

@@ -1,0 +1,42 @@
+"""Rendered images as the images stage leaves them in a run's folder."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from selma_ray.records import IMAGE_SCHEMA, content_id
+from selma_ray.storage import RunFolder
+
+
+def write_images(folder: RunFolder, skill: str, count: int, shard: int = 0, split: str = "train") -> list[str]:
+    """Write one Parquet file of noise images and return its ids."""
+    rng = np.random.default_rng(shard)
+    ids = [content_id(skill=skill, shard=shard, index=index) for index in range(count)]
+    rows = [_row(row_id, skill, f"{skill} {index}", split, _png(rng)) for index, row_id in enumerate(ids)]
+    folder.write_table(
+        pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), f"images/skill={skill}/part-{shard}-{split}.parquet"
+    )
+    return ids
+
+
+def write_failed_image(folder: RunFolder, skill: str) -> None:
+    """Write one row whose rendering failed."""
+    row = _row("failed", skill, "no", "train", None) | {"error": "out of memory"}
+    folder.write_table(pa.Table.from_pylist([row], schema=IMAGE_SCHEMA), f"images/skill={skill}/failed.parquet")
+
+
+def _row(row_id: str, skill: str, prompt: str, split: str, png: bytes | None) -> dict[str, Any]:
+    return {
+        "id": row_id, "skill": skill, "prompt": prompt, "split": split, "image_index": 0, "seed": 0,
+        "image": png and {"bytes": png, "path": None}, "model": "tiny", "revision": "0", "scheduler": "DDIMScheduler", "steps": 1,
+        "guidance_scale": 1.0, "width": 64, "height": 64, "error": None,
+    }  # fmt: skip
+
+
+def _png(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,76 @@
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from selma_ray.errors import TrainingError
+from selma_ray.experts.examples import EncodedExamples, batch_positions, example_generators
+from selma_ray.storage import RunFolder
+
+counts = st.integers(min_value=1, max_value=50)
+
+
+def write_shard(folder: RunFolder, path: str, rows: dict[str, float]) -> None:
+    target = folder.local_path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {"latent_mean": torch.tensor([[value] for value in rows.values()])}, target, {"ids": json.dumps(list(rows))}
+    )
+
+
+@given(num_examples=counts, batch_size=counts, epochs=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_every_example_comes_once_an_epoch(num_examples, batch_size, epochs, seed):
+    steps = -(-num_examples * epochs // batch_size)
+    drawn = [place for step in range(steps) for place in batch_positions(num_examples, batch_size, step, seed)]
+    whole_epochs = drawn[: num_examples * epochs]
+    assert Counter(whole_epochs) == dict.fromkeys(range(num_examples), epochs)
+
+
+@given(num_examples=counts, batch_size=counts, step=st.integers(0, 1000), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_batch_depends_on_seed_and_step_alone(num_examples, batch_size, step, seed):
+    batch = batch_positions(num_examples, batch_size, step, seed)
+    assert len(batch) == batch_size
+    assert batch == batch_positions(num_examples, batch_size, step, seed)
+
+
+def test_seeds_and_epochs_have_orders_of_their_own():
+    assert batch_positions(100, 100, 0, seed=0) != batch_positions(100, 100, 0, seed=1)
+    assert batch_positions(100, 100, 0, seed=0) != batch_positions(100, 100, 1, seed=0)
+
+
+def test_noise_is_the_same_however_a_batch_is_split():
+    whole = [torch.rand(1, generator=generator) for generator in example_generators(3, range(4), seed=5)]
+    parts = [
+        torch.rand(1, generator=generator)
+        for places in (range(0, 2), range(2, 4))
+        for generator in example_generators(3, places, seed=5)
+    ]
+    assert whole == parts
+    assert len(set(map(float, whole))) == 4
+
+
+def test_examples_are_ordered_by_id_over_shards_and_caches(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    write_shard(folder, "cache/k/one/0.safetensors", {"d": 4.0, "a": 1.0})
+    write_shard(folder, "cache/k/two/0.safetensors", {"c": 3.0, "b": 2.0})
+    for name in ("one", "two"):
+        folder.write_json({"shards": [f"cache/k/{name}/0.safetensors"]}, "cache/k", name, "index.json")
+    examples = EncodedExamples(folder, ["cache/k/two", "cache/k/one"])
+    assert examples.ids == ["a", "b", "c", "d"]
+    assert examples.batch([3, 0, 1])["latent_mean"].flatten().tolist() == [4.0, 1.0, 2.0]
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    write_shard(folder, "cache/k/one/0.safetensors", {"a": 1.0})
+    folder.write_json({"shards": ["cache/k/one/0.safetensors"]}, "cache/k/one/index.json")
+    whole = folder.read_bytes("cache/k/one/0.safetensors")
+    folder.write_bytes(whole[:-2], "cache/k/one/0.safetensors")
+    with pytest.raises(TrainingError, match=r"0.safetensors must be a whole shard .*; delete the folder cache"):
+        EncodedExamples(folder, ["cache/k/one"])

@@ -1,0 +1,167 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selma_ray.errors import TrainingError
+from selma_ray.experts.cache import EncodeExamples, skill_cache
+from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.job import ExpertJob, finished_result
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+from tests.unit.experts.rendered_images import write_images
+
+BASE = ExpertsConfig(
+    lora=LoraSettings(rank=4, alpha=4),
+    steps=6,
+    batch_size=4,
+    learning_rate=5e-3,
+    warmup_steps=2,
+    schedule="cosine",
+    precision="fp32",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "file"
+    before = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def make_job(tiny_pipeline_dir, tmp_path_factory):
+    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    write_images(folder, "counting", 7)
+    cache = skill_cache(folder, "counting", model)
+    shards = [cache.shard(source) for source in cache.sources]
+    EncodeExamples(folder, model)({"source": np.array(cache.sources), "shard": np.array(shards)})
+    folder.write_json({"shards": shards}, cache.directory, "index.json")
+
+    def make(name: str, **changes) -> ExpertJob:
+        config = BASE.model_copy(update=changes)
+        return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
+
+    return make
+
+
+def fit(job: ExpertJob, stop_at: int | None = None, start_from: str | None = None, save_to: str | None = None):
+    from selma_ray.experts.trainer import ExpertTrainer
+
+    trainer = ExpertTrainer(job)
+    if start_from:
+        trainer.load(start_from)
+    while trainer.steps_done < (stop_at or job.config.steps):
+        trainer.step()
+    if save_to:
+        trainer.save(save_to)
+    else:
+        trainer.export(seconds=1.0)
+    return trainer
+
+
+def adapter(job: ExpertJob) -> dict[str, torch.Tensor]:
+    return load_file(job.folder.local_path(job.directory, "adapter_model.safetensors"))
+
+
+def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_job):
+    job = make_job("counting")
+    fit(job)
+    return job, adapter(job)
+
+
+def test_export_holds_what_a_reader_needs(uninterrupted):
+    job, weights = uninterrupted
+    curve = job.folder.read_json(job.directory, "curve.json")
+    result = finished_result(job)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    assert [row["step"] for row in curve] == [1, 2, 3, 4, 5, 6]
+    assert result is not None
+    assert (result.loss, result.steps, result.examples, result.precision) == (curve[-1]["loss"], 6, 7, "fp32")
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(uninterrupted):
+    job, _ = uninterrupted
+    rates = [row["learning_rate"] for row in job.folder.read_json(job.directory, "curve.json")]
+    expected = [0.0, 0.5, 1.0, *(0.5 * (1 + np.cos(np.pi * done / 4)) for done in (1, 2, 3))]
+    np.testing.assert_allclose(rates, 5e-3 * np.array(expected), rtol=1e-6)
+
+
+def test_the_same_job_gives_the_same_bits(make_job, uninterrupted):
+    job, weights = uninterrupted
+    fit(job)
+    assert_same_bits(adapter(job), weights)
+
+
+def test_a_resumed_job_gives_the_bits_of_one_that_was_not_stopped(make_job, uninterrupted, tmp_path):
+    job, weights = uninterrupted
+    whole_curve = job.folder.read_json(job.directory, "curve.json")
+    fit(job, stop_at=3, save_to=str(tmp_path))
+    fit(job, start_from=str(tmp_path))
+    assert_same_bits(adapter(job), weights)
+    assert job.folder.read_json(job.directory, "curve.json") == whole_curve
+
+
+def test_a_checkpoint_leaves_the_frozen_weights_out(make_job, uninterrupted, tmp_path):
+    job, _ = uninterrupted
+    trainer = fit(job, stop_at=1, save_to=str(tmp_path))
+    frozen_bytes = sum(
+        4 * parameter.numel() for parameter in trainer._engine.module.parameters() if not parameter.requires_grad
+    )
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < frozen_bytes
+
+
+def test_experts_learn_different_things_from_different_names(make_job, uninterrupted):
+    other = make_job("style")
+    fit(other)
+    name = next(name for name in adapter(other) if "lora_B" in name)
+    assert not torch.equal(adapter(other)[name], uninterrupted[1][name])
+
+
+@pytest.mark.parametrize("change", [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 3}, {"micro_batch_size": 2}])
+def test_zero_stages_and_accumulation_do_not_change_the_result(make_job, uninterrupted, change):
+    job = make_job("counting", **change)
+    fit(job)
+    for name, tensor in adapter(job).items():
+        torch.testing.assert_close(tensor, uninterrupted[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_keeps_its_weights_in_fp32(make_job, zero_stage):
+    job = make_job("counting", precision="bf16", zero_stage=zero_stage)
+    fit(job)
+    weights = adapter(job)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_remedy(make_job):
+    with pytest.raises(
+        TrainingError, match=r"loss of expert counting must be finite, got nan .* lower experts.learning_rate"
+    ):
+        fit(make_job("counting", learning_rate=1e30, warmup_steps=0))
+
+
+def test_the_adapter_folder_is_peft_s(uninterrupted):
+    job, weights = uninterrupted
+    config = json.loads(job.folder.read_bytes(job.directory, "adapter_config.json"))
+    assert config["peft_type"] == "LORA"
+    assert all(
+        name.startswith("base_model.model.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in weights
+    )
