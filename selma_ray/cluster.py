@@ -33,16 +33,15 @@ class ClusterConfig(StrictModel):
 
 def connect(config: ClusterConfig) -> None:
     """Join or start Ray once in this process; a second call does nothing."""
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy laptop is slow to start, not broken
+    quiet = _quiet_libraries()
+    os.environ.update(quiet)
     address = config.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "logging_level": config.log_level,
         "log_to_driver": config.log_level == "DEBUG",
-        "runtime_env": {"env_vars": _worker_env()},
+        "runtime_env": {"env_vars": quiet},
     }
     if address:
         options["address"] = address
@@ -51,7 +50,7 @@ def connect(config: ClusterConfig) -> None:
         options["object_store_memory"] = int(config.object_store_memory_gb * 1e9)
         options["include_dashboard"] = False
     ray.init(**options)
-    _quiet_ray_data(config)
+    _configure_output(config)
 
 
 def cpu_count() -> int:
@@ -69,7 +68,18 @@ def thread_env(num_threads: int) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(num_threads))
 
 
-def _worker_env() -> dict[str, str]:
+def _configure_output(config: ClusterConfig) -> None:
+    from ray.data import DataContext
+
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    DataContext.get_current().enable_progress_bars = config.log_level == "DEBUG"
+    for name in ("ray.data", "ray.serve", "ray.train"):
+        # What fails is raised, and shown once; Ray would log it, with its stack, a second time.
+        logging.getLogger(name).setLevel(config.log_level if config.log_level == "DEBUG" else "CRITICAL")
+
+
+def _quiet_libraries() -> dict[str, str]:
+    """Return the environment that keeps libraries' banners out of the output; what the user has set stays."""
     quiet = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -77,13 +87,6 @@ def _worker_env() -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     return {key: os.environ.get(key, value) for key, value in quiet.items()}
-
-
-def _quiet_ray_data(config: ClusterConfig) -> None:
-    """Leave progress to selma_ray's own display; Ray Data says at WARNING that its bars are off."""
-    from ray.data import DataContext
-
-    DataContext.get_current().enable_progress_bars = config.log_level == "DEBUG"
-    logging.getLogger("ray.data").setLevel("ERROR" if config.log_level == "WARNING" else config.log_level)

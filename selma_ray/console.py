@@ -1,5 +1,6 @@
 """What the command line shows: progress of each stage, the result table, the served image."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +70,8 @@ def serve(run: Run) -> None:
     service = _start_service(run)
     try:
         console.print(f"Serving {run.recipe.merging.name} at [bold]{service.url}[/bold] (interrupt to stop)")
-        console.print(
-            f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json' -d '{{\"prompt\": \"{_example_prompt(run)}\"}}'"
-        )
+        body = json.dumps({"prompt": _example_prompt(run)})
+        console.print(f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'")
         while True:
             time.sleep(3600)
     finally:

@@ -134,6 +134,7 @@ def _encode(
     items: list[dict[str, str]], folder: RunFolder, model: ModelConfig, config: ExpertsConfig, cluster: ClusterConfig
 ) -> None:
     import ray.data
+    import ray.exceptions
 
     logger.info("encoding %d files of images", len(items))
     encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -145,7 +146,13 @@ def _encode(
         num_gpus=1 if config.gpus_per_worker else 0,
         **role_options("train", cluster),
     )
-    examples = sum(row["examples"] for row in encoded.iter_rows())
+    try:
+        examples = sum(row["examples"] for row in encoded.iter_rows())
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise TrainingError(
+            f"images could not be encoded ({reason}); mend the cause and run the same command again"
+        ) from error
     logger.info("encoded %d examples", examples)
 
 

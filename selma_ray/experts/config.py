@@ -42,7 +42,7 @@ class ExpertsConfig(StrictModel):
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Training precision; auto takes bf16 where the hardware has it, else fp32."""
+    """Training precision; auto takes bf16 where the hardware computes faster in it, else fp32. fp16 needs a GPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     workers_per_expert: int = Field(default=1, ge=1)
@@ -71,4 +71,10 @@ class ExpertsConfig(StrictModel):
             raise ValueError(
                 f"micro_batch_size must divide a worker's share of the batch ({per_worker}), got {self.micro_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fp16_has_a_gpu(self) -> "ExpertsConfig":
+        if self.precision == "fp16" and not self.gpus_per_worker:
+            raise ValueError("precision fp16 needs gpus_per_worker above 0; take auto, bf16 or fp32")
         return self

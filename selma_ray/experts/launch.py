@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,10 @@ def train_experts(
         needed = [cache for cache in caches.values() if any(cache.key in job.cache_keys for job in unfinished)]
         folder.local_path("experts")  # refuses object stores before any work is done
         slots = _slots(config, cluster)
+        if _is_local(
+            cluster
+        ):  # nobody takes a laptop away with notice; the watcher would be one more process per expert
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         encode_caches(folder, needed, model, config, cluster)
         failures = _fit_all(unfinished, min(slots, len(unfinished)), cluster, _Reporter(jobs, on_progress))
         _raise_for(failures)
@@ -84,8 +89,8 @@ def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
 
     if config.max_concurrent:
         return config.max_concurrent
-    if cluster.address or os.environ.get("RAY_ADDRESS"):
-        return 1 << 16
+    if not _is_local(cluster):
+        return sys.maxsize
     resources = ray.cluster_resources()
     demand = {name: amount * config.workers_per_expert for name, amount in _worker_resources(config).items()}
     for name, amount in demand.items():
@@ -95,6 +100,10 @@ def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
                 f"({resources.get(name, 0):g} {name}), got {amount:g}; lower one of them"
             )
     return int(min(resources[name] / amount for name, amount in demand.items()))
+
+
+def _is_local(cluster: ClusterConfig) -> bool:
+    return not (cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _worker_resources(config: ExpertsConfig) -> dict[str, float]:

@@ -81,14 +81,11 @@ class RenderPrompts:
         return failure
 
     def _row(self, planned: dict[str, Any], image: Image.Image | Exception, seconds: float) -> dict[str, Any]:
-        failed = isinstance(image, Exception)
-        return {
-            **planned,
-            **self._provenance,
-            "image": None if failed else {"bytes": _png(image), "path": f"{planned['id']}.png"},
-            "error": _reason(image) if failed else None,
-            "seconds": seconds,
-        }
+        if isinstance(image, Exception):
+            outcome = {"image": None, "error": _reason(image)}
+        else:
+            outcome = {"image": {"bytes": _png(image), "path": f"{planned['id']}.png"}, "error": None}
+        return {**planned, **self._provenance, **outcome, "seconds": seconds}
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,11 +2,12 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from selma_ray.errors import ModelNotFoundError
-from selma_ray.miniature import locate as miniature
+from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir
 
 __all__ = ["LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
 
@@ -24,20 +25,20 @@ class LocatedModel:
 
 def locate_text_to_image(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a text-to-image pipeline; raises ModelNotFoundError where a folder is missing or is no pipeline."""
-    return _locate(name, revision, miniature.text_to_image_dir, required_file="model_index.json")
+    return _locate(name, revision, text_to_image_dir, required_file="model_index.json")
 
 
 def locate_llm(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a language model; raises ModelNotFoundError where a folder is missing or holds no model."""
-    return _locate(name, revision, miniature.llm_dir, required_file="config.json")
+    return _locate(name, revision, llm_dir, required_file="config.json")
 
 
 def locate_judge(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a judge; raises ModelNotFoundError where a folder is missing or holds no model."""
-    return _locate(name, revision, miniature.judge_dir, required_file="config.json")
+    return _locate(name, revision, judge_dir, required_file="config.json")
 
 
-def _locate(name: str, revision: str | None, miniature_dir, required_file: str) -> LocatedModel:
+def _locate(name: str, revision: str | None, miniature_dir: Callable[[], Path], required_file: str) -> LocatedModel:
     if name == "miniature":
         folder = miniature_dir()
         return LocatedModel(str(folder), _fingerprint(folder))

@@ -20,7 +20,13 @@ from selma_ray.storage import RunFolder
 __all__ = ["DecideAnswers", "PromptFeed", "RequestSource"]
 
 REQUEST_SCHEMA = pa.schema(
-    [("skill", pa.string()), ("request", pa.int64()), ("seed", pa.int64()), ("text", pa.string())]
+    [
+        ("skill", pa.string()),
+        ("request", pa.int64()),
+        ("seed", pa.int64()),
+        ("text", pa.string()),
+        ("first_number", pa.int64()),  # number of the list's item that the text ends in
+    ]
 )
 
 
@@ -94,7 +100,13 @@ class PromptFeed:
 
     def _row(self, request: PromptRequest) -> dict[str, Any]:
         text = request_text(self._skills[request.skill], request.examples, self._config.per_request)
-        return {"skill": request.skill, "request": request.number, "seed": request.seed, "text": text}
+        return {
+            "skill": request.skill,
+            "request": request.number,
+            "seed": request.seed,
+            "text": text,
+            "first_number": len(request.examples) + 1,
+        }
 
 
 class RequestSource(Datasource):

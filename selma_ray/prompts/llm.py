@@ -14,7 +14,7 @@ from selma_ray.skills import Skill
 
 __all__ = ["LLMStage", "vllm_stage"]
 
-# From requests (skill, request, seed, text) to answers (skill, request, answer, truncated).
+# From requests (skill, request, seed, text, first_number) to answers (skill, request, answer, truncated).
 LLMStage = Callable[[Dataset], Dataset]
 
 
@@ -78,8 +78,11 @@ class _Preprocess:
         sampling = {**self._sampling, "seed": row["seed"]}
         grammar = self._grammars.get(row["skill"])
         if grammar:
-            first_number = int(row["text"].rpartition("\n")[2].rstrip("."))
-            sampling["structured_outputs"] = {"grammar": compose_grammar(grammar, first_number, self._num_prompts)}
+            answer_grammar = compose_grammar(grammar, row["first_number"], self._num_prompts)
+            sampling["structured_outputs"] = {"grammar": answer_grammar}
+        else:
+            # A model that only completes text would go on with the list to its token limit.
+            sampling["stop"] = [f"\n{row['first_number'] + self._num_prompts}."]
         return {"prompt": row["text"], "sampling_params": sampling}
 
 

@@ -16,7 +16,7 @@ from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.diversity import DiversityFilter, tokens_of
 from selma_ray.prompts.parsing import ListItem, parse_numbered_list
 from selma_ray.prompts.requests import PromptRequest
-from selma_ray.prompts.store import Candidate, prompt_rows, read_decided, write_decided
+from selma_ray.prompts.store import Candidate, forget_from, prompt_rows, read_decided, write_decided
 from selma_ray.records import Split, seed_of
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
@@ -148,6 +148,8 @@ class PromptPool:
             self._close(state, candidates)
         for state in self._states.values():
             state.issued = state.decided
+            # What stands behind a lost decision was decided in its light: it is decided anew.
+            forget_from(self._folder, state.skill.name, state.decided)
 
     def _request(self, state: _SkillState, number: int) -> PromptRequest:
         seed = seed_of(self._seed, skill=state.skill.name, request=number)

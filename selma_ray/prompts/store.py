@@ -10,7 +10,7 @@ import pyarrow as pa
 from selma_ray.records import PROMPT_SCHEMA, Split, content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["Candidate", "prompt_rows", "prompt_summary", "read_decided", "read_prompts", "write_decided"]
+__all__ = ["Candidate", "forget_from", "prompt_rows", "prompt_summary", "read_decided", "read_prompts", "write_decided"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ def read_decided(folder: RunFolder, skill: str, number: int) -> list[Candidate] 
     """Return the decisions on one answer, or None where it is not decided yet."""
     path = _path(skill, number)
     return _candidates(folder.read_json(*path)) if folder.exists(*path) else None
+
+
+def forget_from(folder: RunFolder, skill: str, number: int) -> None:
+    """Delete the decisions on a skill's answers from `number` on."""
+    for path in folder.files("prompts", skill, suffix=".json"):
+        if path >= "/".join(_path(skill, number)):
+            folder.delete(path)
 
 
 def prompt_rows(skill: str, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -36,7 +36,9 @@ class Skill(StrictModel):
             if not seed.strip():
                 raise ValueError(f"seed {number} must not be empty; delete it")
             if cap and len(seed.split()) > cap:
-                raise ValueError(f"seed {number} must have at most max_words={cap} words, has {len(seed.split())}; shorten it")
+                raise ValueError(
+                    f"seed {number} must have at most max_words={cap} words, has {len(seed.split())}; shorten it"
+                )
         return seeds
 
 
@@ -51,7 +53,9 @@ def load_skill(name: str) -> Skill:
     packaged = Path(str(files("selma_ray.skills"))) / f"{name}.yaml"
     path = packaged if packaged.is_file() else Path(name)
     if not path.is_file():
-        raise SkillError(f"skill {name!r} is neither packaged ({', '.join(packaged_skills())}) nor a file; mend the name")
+        raise SkillError(
+            f"skill {name!r} is neither packaged ({', '.join(packaged_skills())}) nor a file; mend the name"
+        )
     try:
         return validate(Skill, read_yaml(path), source=str(path))
     except ConfigError as error:

@@ -60,11 +60,7 @@ def config(tmp_path: Path) -> tuple[Path, str]:
 
 def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, str]) -> None:
     file, url = config
-    deployed = subprocess.run(
-        [BIN / "serve", "deploy", "--address", dashboard, file],
-        cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    wait_until(lambda: deploy(dashboard, file), "the configuration is accepted")
     wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs")
     assert ask(f"{url}/healthz") == {"status": "ok"}
     image = ask(f"{url}/v1/images/generations", {"prompt": "a red ball", "num_inference_steps": 2})
@@ -72,6 +68,17 @@ def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, s
     score = ask(f"{url}/v1/scores", {"prompt": "a red ball", "image": image["data"][0]["b64_json"]})
     assert 0 <= score["score"] <= 1
     assert score["questions"]
+
+
+def deploy(dashboard: str, config: Path) -> bool:
+    """Run `serve deploy`; False while the head is too young to take it."""
+    deployed = subprocess.run(
+        [BIN / "serve", "deploy", "--address", dashboard, config],
+        cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    output = deployed.stdout + deployed.stderr
+    assert deployed.returncode == 0 or "ailed to connect" in output, output
+    return deployed.returncode == 0
 
 
 def application_status(dashboard: str) -> str:

@@ -10,7 +10,24 @@ from selma_ray.prompts.store import prompt_summary, read_decided, read_prompts
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
-WORDS = ("red", "blue", "green", "apple", "car", "tree", "house", "under", "left", "of", "two", "cup", "fish", "boat", "hat", "moon")
+WORDS = (
+    "red",
+    "blue",
+    "green",
+    "apple",
+    "car",
+    "tree",
+    "house",
+    "under",
+    "left",
+    "of",
+    "two",
+    "cup",
+    "fish",
+    "boat",
+    "hat",
+    "moon",
+)
 SEEDS = ("a red apple", "two blue cups", "three cars under a tree")
 CONFIG = PromptsConfig(per_skill=30, per_request=6, requests_in_flight=4, max_requests=60)
 
@@ -77,6 +94,19 @@ def test_a_run_that_was_stopped_finishes_with_the_same_prompts(tmp_path, stop_af
     after = run(PromptPool(skills, CONFIG, 0, stopped), random.Random(3))
     assert not {row["id"] for row in before} & {row["id"] for row in after}
     assert kept(stopped, "one", "two") == kept(whole, "one", "two")
+
+
+def test_a_lost_decision_is_made_again_and_all_that_came_after_it(tmp_path):
+    skills = [make_skill("one"), make_skill("two")]
+    whole, damaged = RunFolder(str(tmp_path / "whole")), RunFolder(str(tmp_path / "damaged"))
+    run(PromptPool(skills, CONFIG, 0, whole), random.Random(1))
+    run(PromptPool(skills, CONFIG, 0, damaged), random.Random(1))
+    damaged.delete("prompts", "one", "request-000001.json")
+    pool = PromptPool(skills, CONFIG, 0, damaged)
+    assert len(damaged.files("prompts", "one")) == 1
+    run(pool, random.Random(2))
+    assert kept(damaged, "one", "two") == kept(whole, "one", "two")
+    assert damaged.files() == whole.files()
 
 
 def test_another_seed_asks_otherwise(tmp_path):

@@ -1,0 +1,139 @@
+"""Experts under Ray: encoded, trained at once, finished once, resumed after a kill, and one failing alone."""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.errors import TrainingError
+from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.launch import train_experts
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.family import open_family
+from selma_ray.storage import RunFolder
+from tests.unit.experts.rendered_images import write_images
+
+CONFIG = ExpertsConfig(
+    lora=LoraSettings(rank=4, alpha=4),
+    steps=40,
+    batch_size=4,
+    learning_rate=1e-2,
+    precision="fp32",
+    checkpoint_every_steps=10,
+)
+DATASETS = {"counting": ["counting"], "mixed": ["counting", "style"]}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pipeline_dir):
+    return ModelConfig(name=str(tiny_pipeline_dir))
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster, model, tmp_path_factory):
+    """A run whose experts were trained at once, with the progress that was told."""
+    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
+    for skill in ("counting", "style"):
+        write_images(folder, skill, 5)
+        write_images(folder, skill, 2, shard=1)
+    told = []
+    results = train_experts(folder, DATASETS, model, CONFIG, 0, ClusterConfig(), told.append)
+    return folder, results, told
+
+
+def copy_of(folder: RunFolder, target: Path) -> RunFolder:
+    """Return a run with the same images and caches, and no experts."""
+    for name in ("images", "cache"):
+        shutil.copytree(folder.local_path(name), target / name)
+    return RunFolder(str(target))
+
+
+def files_of(folder: RunFolder) -> dict[str, int]:
+    return {path: folder.local_path(path).stat().st_mtime_ns for path in folder.files("experts")}
+
+
+def noise_prediction(denoiser) -> torch.Tensor:
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return denoiser(latents, torch.tensor([500]), encoder_hidden_states=torch.ones(1, 77, 32)).sample
+
+
+def test_each_expert_changes_the_denoiser_in_its_own_way(run, model):
+    folder, results, _ = run
+    denoisers = {name: open_family(model).load_denoiser() for name in results}
+    base = noise_prediction(open_family(model).load_denoiser())
+    outputs = [
+        noise_prediction(PeftModel.from_pretrained(denoiser, folder.path("experts", name)))
+        for name, denoiser in denoisers.items()
+    ]
+    assert not torch.allclose(base, outputs[0], atol=1e-4)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+def test_results_and_progress_tell_what_was_done(run):
+    folder, results, told = run
+    assert {name: (result.steps, result.examples) for name, result in results.items()} == {
+        "counting": (40, 7),
+        "mixed": (40, 14),
+    }
+    done = [progress.done_steps for progress in told]
+    assert done == sorted(done)
+    assert (done[-1], told[-1].total_steps) == (80, 80)
+    assert {Path(path).name for path in folder.files("experts", "mixed")} == {
+        "adapter_config.json", "adapter_model.safetensors", "curve.json", "result.json"
+    }  # fmt: skip
+
+
+def test_a_finished_run_does_nothing(run, model):
+    folder, results, _ = run
+    before = files_of(folder)
+    assert train_experts(folder, DATASETS, model, CONFIG, 0, ClusterConfig()) == results
+    assert files_of(folder) == before
+
+
+def test_an_expert_whose_worker_is_killed_ends_with_the_same_weights(run, model, tmp_path):
+    folder, _, _ = run
+    second = copy_of(folder, tmp_path / "killed")
+    killer = threading.Thread(target=_kill_worker_after_step, args=(second, "counting", 12), daemon=True)
+    killer.start()
+    train_experts(second, ["counting"], model, CONFIG.model_copy(update={"max_failures": 1}), 0, ClusterConfig())
+    killer.join(timeout=1)
+    assert not killer.is_alive()
+    name = ("experts", "counting", "adapter_model.safetensors")
+    assert second.read_bytes(*name) == folder.read_bytes(*name)
+    assert second.read_json("experts", "counting", "curve.json") == folder.read_json(
+        "experts", "counting", "curve.json"
+    )
+
+
+def test_one_expert_s_failure_does_not_stop_the_others(run, model, tmp_path):
+    folder, _, _ = run
+    second = copy_of(folder, tmp_path / "failing")
+    shard = next(path for path in second.files("cache", suffix=".safetensors") if "/style/" in path)
+    second.write_bytes(second.read_bytes(shard)[:-5], shard)
+    with pytest.raises(
+        TrainingError, match=r"1 expert\(s\) could not be fitted \(style: .*whole shard.*run again"
+    ) as error:
+        train_experts(
+            second, ["style", "counting"], model, CONFIG.model_copy(update={"max_failures": 0}), 0, ClusterConfig()
+        )
+    assert "\n" not in str(error.value)
+    assert second.exists("experts", "counting", "adapter_config.json")
+    assert not second.exists("experts", "style", "adapter_config.json")
+
+
+def _kill_worker_after_step(folder: RunFolder, name: str, step: int) -> None:
+    while (
+        not folder.exists("experts", name, "progress.json")
+        or folder.read_json("experts", name, "progress.json")["step"] < step
+    ):
+        time.sleep(0.05)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
