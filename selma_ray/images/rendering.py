@@ -82,7 +82,7 @@ class RenderPrompts:
 
     def _row(self, planned: dict[str, Any], image: Image.Image | Exception, seconds: float) -> dict[str, Any]:
         if isinstance(image, Exception):
-            outcome = {"image": None, "error": _reason(image)}
+            outcome: dict[str, Any] = {"image": None, "error": _reason(image)}
         else:
             outcome = {"image": {"bytes": _png(image), "path": f"{planned['id']}.png"}, "error": None}
         return {**planned, **self._provenance, **outcome, "seconds": seconds}

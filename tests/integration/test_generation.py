@@ -1,10 +1,12 @@
 """The stream from requests to images, with a language model in whose place a stage answers at once or late, but always the same."""
 
 import random
+import sys
 import time
 
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 from ray.data import ActorPoolStrategy
 
 from selma_ray.cluster import ClusterConfig
@@ -39,6 +41,9 @@ SKILLS = [
 PROMPTS = PromptsConfig(per_skill=20, per_request=6, requests_in_flight=4, max_requests=40)
 IMAGES = ImagesConfig(sampling=SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64), batch_size=4)
 CLUSTER = ClusterConfig()
+
+# Ray's workers cannot import this file: what it defines goes to them by value.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
