@@ -96,10 +96,7 @@ class RunFolder:
 
     def read_table(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of several Parquet files as one table; `paths` must not be empty."""
-        return pa.concat_tables(
-            pq.read_table(io.BytesIO(self.read_bytes(path)), columns=list(columns) if columns else None)
-            for path in paths
-        )
+        return pa.concat_tables(self._read_table(path, list(columns) if columns else None) for path in paths)
 
     def write_table(self, table: pa.Table, *parts: str) -> None:
         """Write `table` as one Parquet file, atomically."""
@@ -122,6 +119,14 @@ class RunFolder:
     def done(self, stage: str) -> dict[str, Any] | None:
         """Return the summary of a finished `stage`, or None."""
         return self.read_json("done", f"{stage}.json") if self.exists("done", f"{stage}.json") else None
+
+    def _read_table(self, path: str, columns: list[str] | None) -> pa.Table:
+        """Read one Parquet file, of its bytes only what the columns need."""
+        try:
+            with self._filesystem.open_input_file(self._inner(path)) as file:
+                return pq.read_table(file, columns=columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(f"{self.path(path)} cannot be read: {error}") from None
 
     def _inner(self, *parts: str) -> str:
         return "/".join((self._root.rstrip("/"), *parts))

@@ -48,9 +48,10 @@ class Family(Protocol):
 
 def open_family(model: ModelConfig) -> Family:
     """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
+    from selma_ray.models.sdxl import StableDiffusionXL
     from selma_ray.models.stable_diffusion import StableDiffusion
 
-    families = {"StableDiffusionPipeline": StableDiffusion}
+    families = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
     located = locate_text_to_image(model.name, model.revision)
     pipeline_class = _pipeline_class(model, located)
     if pipeline_class not in families:

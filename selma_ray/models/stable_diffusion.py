@@ -6,6 +6,7 @@ Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels, T text
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,18 +32,7 @@ class StableDiffusion:
 
     def load_encoders(self) -> "StableDiffusionEncoders":
         """Load the autoencoder and the text encoder in the model's precision, on the best device; no UNet is read."""
-        with _load_errors(self.model, "the encoders"):
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                self.located.path,
-                unet=None,
-                scheduler=None,
-                safety_checker=None,
-                revision=self.model.revision,
-                variant=self.model.variant,
-                torch_dtype=_DTYPES[self.model.dtype],
-                use_safetensors=True,
-            )
-        return StableDiffusionEncoders(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
+        return StableDiffusionEncoders(self._encoding_pipeline(StableDiffusionPipeline, safety_checker=None))
 
     def load_denoiser(self) -> torch.nn.Module:
         """Load the UNet alone, in fp32."""
@@ -91,10 +81,28 @@ class StableDiffusion:
         else:
             target_NChw = self.schedule.get_velocity(latents_NChw, noise_NChw, timesteps_N)
         dtype = next(denoiser.parameters()).dtype
-        prediction_NChw = denoiser(
-            noisy_NChw.to(dtype), timesteps_N, encoder_hidden_states=batch["text_NTD"].to(dtype), return_dict=False
-        )[0]
+        conditioning = self._conditioning({name: tensor.to(dtype) for name, tensor in batch.items()})
+        prediction_NChw = denoiser(noisy_NChw.to(dtype), timesteps_N, **conditioning, return_dict=False)[0]
         return torch.nn.functional.mse_loss(prediction_NChw.float(), target_NChw)
+
+    def _conditioning(self, batch: Batch) -> dict[str, Any]:
+        """Return what the denoiser is told beside noisy latents and timesteps."""
+        return {"encoder_hidden_states": batch["text_NTD"]}
+
+    def _encoding_pipeline(self, pipeline_class: Any, **left_out: None) -> Any:
+        """Return the model's pipeline without its UNet, on the best device."""
+        with _load_errors(self.model, "the encoders"):
+            pipeline = pipeline_class.from_pretrained(
+                self.located.path,
+                unet=None,
+                scheduler=None,
+                **left_out,
+                revision=self.model.revision,
+                variant=self.model.variant,
+                torch_dtype=_DTYPES[self.model.dtype],
+                use_safetensors=True,
+            )
+        return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _sample_latents(self, batch: Batch, generators: Sequence[torch.Generator]) -> torch.Tensor:
         mean_NChw = batch["latent_mean"].float()
@@ -111,8 +119,10 @@ class StableDiffusionEncoders:
     Row by row, so that what is cached for a row depends on that row alone, to the bit, whatever shard it came in.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+    def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.to(torch.float32)  # its activations overflow in fp16
 
     @torch.inference_mode()
     def encode_images(self, images_NHW3: np.ndarray) -> dict[str, torch.Tensor]:

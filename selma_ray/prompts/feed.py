@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -44,15 +45,19 @@ class PromptFeed:
     ) -> None:
         self._skills = {skill.name: skill for skill in skills}
         self._config = config
-        self._pool = PromptPool(skills, config, seed, folder, excluded)
+        self._open_pool = partial(PromptPool, skills, config, seed, folder, excluded)
         self._block_size = block_size
         self._blocks: list[list[PromptRequest]] = []
         self._kept_by_answer: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._failure: SelmaError | None = None
         self._changed = asyncio.Condition()
 
-    async def missing(self) -> int:
-        """Return how many prompts are still to be kept."""
+    async def open(self) -> int:
+        """Read what the run's folder holds; returns how many prompts are still to be kept. Called once, first.
+
+        Not part of the constructor: Ray hands on what a call raises, and only the text of what a constructor raises.
+        """
+        self._pool = self._open_pool()
         return self._pool.missing
 
     async def ask(self, position: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
@@ -15,6 +16,8 @@ from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
 __all__ = ["prompt_stream", "prompt_summary", "read_prompts", "train_count"]
+
+_PROMPTS_PER_BLOCK = 16
 
 
 def prompt_stream(
@@ -34,9 +37,11 @@ def prompt_stream(
     """
     block_size = max(1, config.requests_in_flight // 4)
     feed = ray.remote(PromptFeed).options(num_cpus=0).remote(skills, config, seed, folder, excluded, block_size)
-    missing = ray.get(feed.missing.remote())
-    before = [table for table in (read_prompts(folder, skill.name) for skill in skills) if table.num_rows]
-    streams = [ray.data.from_arrow(table) for table in before]
+    missing = ray.get(feed.open.remote())
+    streams = []
+    before = pa.concat_tables(read_prompts(folder, skill.name) for skill in skills)
+    if before.num_rows:
+        streams.append(ray.data.from_arrow(_blocks(before)))
     if missing:
         answer = llm_stage or vllm_stage(skills, config, cluster, block_size)
         streams.append(_new_prompts(feed, answer, missing, _max_blocks(skills, config, block_size)))
@@ -62,6 +67,11 @@ def _new_prompts(feed: ray.actor.ActorHandle, answer: LLMStage, missing: int, ma
         num_cpus=0,
     )
     return kept.limit(missing)
+
+
+def _blocks(prompts: pa.Table) -> list[pa.Table]:
+    """Cut prompts into small blocks: a stage works on a block as a whole."""
+    return [prompts.slice(start, _PROMPTS_PER_BLOCK) for start in range(0, prompts.num_rows, _PROMPTS_PER_BLOCK)]
 
 
 def _max_blocks(skills: Sequence[Skill], config: PromptsConfig, block_size: int) -> int:

@@ -11,6 +11,8 @@ from selma_ray.errors import ConfigError, SkillError
 
 __all__ = ["Skill", "load_skill", "load_skills", "packaged_skills"]
 
+_RESERVED_NAMES = ("base", "merged")
+
 
 class Skill(StrictModel):
     """One skill to teach: what its prompts are like."""
@@ -27,6 +29,13 @@ class Skill(StrictModel):
     """EBNF (xgrammar) that defines a rule `caption`; answers are then decoded inside it."""
     seeds: tuple[str, ...] = Field(min_length=1)
     """Prompts written by people, shown as examples; the first of all kept prompts."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in _RESERVED_NAMES:
+            raise ValueError(f"must not be one of {', '.join(_RESERVED_NAMES)}, which name models of every evaluation")
+        return name
 
     @field_validator("seeds")
     @classmethod

@@ -40,6 +40,7 @@ def test_skill_files_of_ones_own(tmp_path):
     ("content", "message"),
     [
         ("name: mine\ndescription: x\nmax_words: 3\nseeds: []\n", "seeds "),
+        ("name: merged\ndescription: x\nmax_words: 3\nseeds: [one two]\n", "name must not be one of base, merged"),
         (
             "name: mine\ndescription: x\nmax_words: 2\nseeds: [one two three]\n",
             "at most max_words=2 words, has 3; shorten",

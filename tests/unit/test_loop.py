@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from selma_ray.errors import ConfigError, RunMismatchError
+from selma_ray.loop import STAGES, open_run, run_stage
+from selma_ray.recipe import load_recipe
+
+DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
+
+
+@pytest.fixture
+def demo(tmp_path, tiny_pipeline_dir):
+    """Return a function that loads the demo recipe with overrides, over models that need no conversion."""
+
+    def load(*overrides):
+        (tmp_path / "llm").mkdir(exist_ok=True)
+        (tmp_path / "llm" / "config.json").write_text("{}")
+        fixed = [
+            f"run_dir={tmp_path / 'run'}",
+            f"model.name={tiny_pipeline_dir}",
+            f"prompts.llm.name={tmp_path / 'llm'}",
+        ]
+        return load_recipe(DEMO, [*fixed, *overrides])
+
+    return load
+
+
+def test_the_resolved_recipe_is_written_before_work_starts(demo):
+    run = open_run(demo("seed=5"))
+    assert load_recipe(run.folder.local_path("recipe.yaml")) == run.recipe
+    assert run.skill_names == ["common", "paragraphs", "counting", "unusual", "style"]
+
+
+@pytest.mark.parametrize(
+    "override", ["images.num_cpus=2", "images.max_renderers=4", "cluster.num_cpus=8", "serving.port=9"]
+)
+def test_a_run_may_go_on_with_other_resources(demo, override):
+    open_run(demo())
+    open_run(demo(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=1", "seed=0"),
+        ("experts.lora.rank=2", "experts.lora.rank=16"),
+        ("skills=[miniature/common]", "skills="),
+        ("images.sampling.steps=3", "images.sampling.steps=20"),
+    ],
+)
+def test_a_run_of_another_recipe_is_refused(demo, override, key):
+    open_run(demo())
+    with pytest.raises(RunMismatchError, match=key):
+        open_run(demo(override))
+
+
+def test_a_finished_stage_is_not_run_again(demo):
+    run = open_run(demo())
+    run.folder.mark_done("generate", {"prompts": 7})
+    assert run_stage(run, "generate", report=pytest.fail) == {"prompts": 7}
+
+
+@pytest.mark.parametrize("name", list(STAGES)[1:])
+def test_a_stage_needs_those_before_it(demo, name):
+    with pytest.raises(ConfigError, match=f"{name} needs the finished stage generate"):
+        run_stage(open_run(demo()), name, report=pytest.fail)
