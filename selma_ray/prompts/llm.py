@@ -110,6 +110,8 @@ def _engine_options(llm: LLMConfig) -> dict[str, Any]:
         options["revision"] = llm.revision
     if not llm.num_gpus:
         options["enforce_eager"] = True  # Compiling costs more time than it saves on the CPU.
+        # vLLM steps a seeded request's generator back after a partial prefill, which a CPU generator cannot do: the engine dies.
+        options["enable_chunked_prefill"] = False
     return options
 
 

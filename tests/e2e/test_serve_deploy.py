@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # By default Ray gives its node 30 s to start and a proxy 5 s, which on a busy machine neither meets.
 PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port")
 ENVIRONMENT = {**os.environ, **PATIENCE, "RAY_AUTH_MODE": "disabled"}
 START_TIMEOUT_S = 240
 
@@ -27,7 +28,7 @@ START_TIMEOUT_S = 240
 @pytest.fixture
 def dashboard(tmp_path: Path) -> Iterator[str]:
     """Start a head node with its own ports and temporary folder; yields the address of its dashboard."""
-    ports = dict(zip(("port", "dashboard-port", "dashboard-agent-listen-port"), free_ports(3), strict=True))
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     temp_dir = Path(f"/tmp/ray_deploy_{os.getpid()}")
     log = tmp_path / "head.log"
     process = subprocess.Popen(
@@ -41,11 +42,13 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
         assert process.poll() is None, log.read_text()
         return ask(f"{address}/api/version") is not None
 
-    wait_until(answers, "the dashboard answers")
-    yield address
-    process.terminate()
-    process.wait(timeout=60)
-    shutil.rmtree(temp_dir, ignore_errors=True)
+    try:
+        wait_until(answers, "the dashboard answers")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=120)
+        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def config(tmp_path: Path) -> tuple[Path, str]:
     return file, f"http://127.0.0.1:{content['http_options']['port']}"
 
 
+@pytest.mark.heavy
 def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, str]) -> None:
     file, url = config
     wait_until(lambda: deploy(dashboard, file), "the configuration is accepted")
@@ -77,7 +81,7 @@ def deploy(dashboard: str, config: Path) -> bool:
         cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     output = deployed.stdout + deployed.stderr
-    assert deployed.returncode == 0 or "ailed to connect" in output, output
+    assert deployed.returncode == 0 or "onnectionError" in output, output
     return deployed.returncode == 0
 
 
