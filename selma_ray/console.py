@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -26,7 +27,7 @@ _TITLES = {
     "evaluate": "Evaluation: base, experts and merged on the same prompts and seeds",
 }
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def run_all(run: Run) -> None:
@@ -34,7 +35,7 @@ def run_all(run: Run) -> None:
     started_s = time.monotonic()
     for name in STAGES:
         run_one(run, name)
-    console.print(_score_table(run.folder.done("evaluate") or {}))
+    console.print(_score_table(run.folder.done("evaluate") or {}), soft_wrap=False)
     write_report(run)
     _fetch_one_image(run)
     console.print(
@@ -120,20 +121,17 @@ def _summary_line(name: str, summary: dict[str, Any]) -> str:
 def _score_table(summary: dict[str, Any]) -> Table:
     """Return the table of DSG scores with 95% intervals, and the paired difference of merged and base."""
     skills = list(next(iter(summary["models"].values()))["skills"])
-    difference = summary["difference"]
-    table = Table(
-        title="DSG (%), 95% interval over prompts", caption=_difference_line(difference), caption_justify="left"
-    )
+    table = Table(title="DSG in percent, with 95% intervals over prompts", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.caption, table.caption_justify = _difference_line(summary["difference"]), "left"
     table.add_column("model")
-    for heading in ("all", *skills):
+    for heading in ("all", "interval", *skills):
         table.add_column(heading, justify="right")
     for name, scores in summary["models"].items():
         low, high = scores["interval"]
-        cells = [
-            f"{100 * scores['dsg']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-            *(f"{100 * scores['skills'][skill]:.1f}" for skill in skills),
-        ]
-        table.add_row(name, *cells, style="bold" if name in ("base", "merged") else None)
+        figures = [scores["dsg"], *(scores["skills"][skill] for skill in skills)]
+        overall, *by_skill = [f"{100 * figure:.1f}" for figure in figures]
+        interval = f"{100 * low:.1f}-{100 * high:.1f}"
+        table.add_row(name, overall, interval, *by_skill, style="bold" if name in ("base", "merged") else None)
     return table
 
 
