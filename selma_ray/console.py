@@ -121,7 +121,13 @@ def _summary_line(name: str, summary: dict[str, Any]) -> str:
 def _score_table(summary: dict[str, Any]) -> Table:
     """Return the table of DSG scores with 95% intervals, and the paired difference of merged and base."""
     skills = list(next(iter(summary["models"].values()))["skills"])
-    table = Table(title="DSG in percent, with 95% intervals over prompts", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table = Table(
+        title="DSG in percent, with 95% intervals over prompts",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
     table.caption, table.caption_justify = _difference_line(summary["difference"]), "left"
     table.add_column("model")
     for heading in ("all", "interval", *skills):
