@@ -223,7 +223,8 @@ class _Reporter:
         progress = ExpertProgress(
             done_steps=sum(step for _, step, _ in states),
             total_steps=sum(job.config.steps for job in self._jobs),
-            detail=" · ".join(running) or "starting",
+            detail=" · ".join(running)
+            or ("starting" if any(step < job.config.steps for job, step, _ in states) else "finished"),
         )
         if progress != self._last:
             self._last = progress

@@ -35,6 +35,8 @@ def write_model_card(work_dir: Path, target: Path) -> None:
         "10% of the captions are dropped for classifier-free guidance.",
         "- One caption in sixteen, chosen by its hash, is for tests only and was never trained on.",
         f"- Hardware: {os.cpu_count()} CPU cores ({platform.machine()}), no GPU; bf16 autocast; seed 0.",
+        "- Two steps were taken by hand and no one command repeats them: the latents were standardised per channel after the autoencoder",
+        "  was trained, and the judge's image part comes from the first 719 steps of an earlier judge with another question part.",
         "",
         "| model | steps | hours |",
         "|---|---|---|",
