@@ -67,9 +67,9 @@ def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, s
     wait_until(lambda: deploy(dashboard, file), "the configuration is accepted")
     wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs")
     assert ask(f"{url}/healthz") == {"status": "ok"}
-    image = ask(f"{url}/v1/images/generations", {"prompt": "a red ball", "num_inference_steps": 2})
+    image = ask(f"{url}/v1/images/generations", {"prompt": "a red apple", "num_inference_steps": 2})
     assert image["size"] == "64x64"
-    score = ask(f"{url}/v1/scores", {"prompt": "a red ball", "image": image["data"][0]["b64_json"]})
+    score = ask(f"{url}/v1/scores", {"prompt": "a red apple", "image": image["data"][0]["b64_json"]})
     assert 0 <= score["score"] <= 1
     assert score["questions"]
 
