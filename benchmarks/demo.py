@@ -37,7 +37,7 @@ def main() -> None:
         if process.wait() != 0:
             sys.exit(process.returncode)
         wall_s = time.monotonic() - started_s
-        difference = json.loads((run_dir / "report.json").read_text())["difference"]
+        difference = json.loads((run_dir / "report.json").read_text())["evaluation"]["difference"]
     result = {
         "wall_s": round(wall_s),
         "stage_s": dict(zip(_STAGES, stage_seconds, strict=True)),

@@ -34,7 +34,7 @@ def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma, t
     assert (run_dir / "served.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (run_dir / "report.html").read_text()
     report = json.loads((run_dir / "report.json").read_text())
-    assert set(report["models"]) == {"base", "common", "counting", "merged"}
+    assert set(report["evaluation"]["models"]) == {"base", "common", "counting", "merged"}
     assert not list(run_dir.rglob("*.part"))
 
     again = selma("evaluate", *overrides)
