@@ -138,6 +138,7 @@ def test_a_skill_that_cannot_be_filled_ends_the_stream_with_its_yield(folder):
         stream(folder, language_model(), config).materialize()
 
 
+@pytest.mark.heavy
 def test_every_training_prompt_becomes_an_image_and_a_second_start_renders_what_is_lost(folder, tiny_pipeline_dir):
     model = ModelConfig(name=str(tiny_pipeline_dir))
     prompts = stream(folder, language_model(longest_delay_s=0.5))
