@@ -51,9 +51,15 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 class AnswerRequests:
     """Answers a request by its text and seed, after a delay that differs from call to call."""
 
-    def __init__(self, longest_delay_s: float = 0.0, fails_from_request: int | None = None) -> None:
+    def __init__(
+        self,
+        longest_delay_s: float = 0.0,
+        fails_from_request: int | None = None,
+        first_image_in: RunFolder | None = None,
+    ) -> None:
         self._longest_delay_s = longest_delay_s
         self._fails_from_request = fails_from_request
+        self._first_image_in = first_image_in
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._answer(request) for request in requests.to_pylist()])
@@ -61,11 +67,20 @@ class AnswerRequests:
     def _answer(self, request: dict) -> dict:
         if self._fails_from_request is not None and request["request"] >= self._fails_from_request:
             raise RuntimeError("the language model went away")
+        if self._first_image_in is not None and request["request"] >= 2:
+            wait_for_an_image(self._first_image_in)
         time.sleep(random.random() * self._longest_delay_s)
         rng = random.Random(f"{request['seed']} {request['text']}")
         captions = [" ".join(rng.choices(WORDS, k=rng.randint(4, 13))) for _ in range(6)]
         answer = "\n".join([f" {captions[0]}", *(f"{number}. {text}" for number, text in enumerate(captions[1:], 4))])
         return {"skill": request["skill"], "request": request["request"], "answer": answer, "truncated": False}
+
+
+def wait_for_an_image(folder: RunFolder, timeout_s: float = 300) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not folder.files("images"):
+        assert time.monotonic() < deadline_s, "no image is finished while prompts are still to be written"
+        time.sleep(0.2)
 
 
 def language_model(replicas: int = 1, batch_size: int = 1, **options):
@@ -141,7 +156,8 @@ def test_a_skill_that_cannot_be_filled_ends_the_stream_with_its_yield(folder):
 @pytest.mark.heavy
 def test_every_training_prompt_becomes_an_image_and_a_second_start_renders_what_is_lost(folder, tiny_pipeline_dir):
     model = ModelConfig(name=str(tiny_pipeline_dir))
-    prompts = stream(folder, language_model(longest_delay_s=0.5))
+    # Later requests are answered only when the first image is finished: a barrier between the two would end in an error.
+    prompts = stream(folder, language_model(first_image_in=folder))
     rows = list(render_stream(prompts, IMAGES, model, 0, folder, CLUSTER).iter_rows())
     count = train_count(PROMPTS)
     assert prompt_summary(folder, ["one", "two"])["kept"] == 40
