@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 _PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving")
 _PLACEMENT_KEYS = {
     "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
-    "cpus_per_worker", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
+    "cpus_per_worker", "encoders", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
+    "max_requests",
 }  # fmt: skip
 
 

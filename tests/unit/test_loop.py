@@ -33,7 +33,8 @@ def test_the_resolved_recipe_is_written_before_work_starts(demo):
 
 
 @pytest.mark.parametrize(
-    "override", ["images.num_cpus=2", "images.max_renderers=4", "cluster.num_cpus=8", "serving.port=9"]
+    "override",
+    ["images.num_cpus=2", "prompts.max_requests=999", "images.max_renderers=4", "cluster.num_cpus=8", "serving.port=9"],
 )
 def test_a_run_may_go_on_with_other_resources(demo, override):
     open_run(demo())
