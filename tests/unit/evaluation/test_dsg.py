@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import strategies as st
 
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.dsg import SCORERS, Answered, dpg, mean_score, official, overall_score, selma
-from selma_ray.evaluation.dsg1k import parse_parents, read_answers, read_parents
+from selma_ray.evaluation.dsg1k import complete, parse_parents, read_answers, read_parents
 
 TOLERANCE = 1e-12
 
@@ -22,10 +23,10 @@ def test_official_reproduces_every_score_of_the_reference(shared_eval, released)
     reference = json.loads((shared_eval / "dsg" / "dsg_reference_scores_mplug.json").read_text())
     compared = 0
     for key, items in reference["per_item"].items():
-        answers_of_model = answers[key.removeprefix("mplug-large|")]
+        # The release has no answer for tifa160_134; the reference counts it as one question that is not answered yes.
+        answers_of_model = complete(answers[key.removeprefix("mplug-large|")], items)
         for item, (with_dependency, without_dependency, num_answered) in items.items():
-            # The release has no answer for tifa160_134; the reference counts it as one question that is not answered yes.
-            questions = answers_of_model.get(item) or [Answered(1, "")]
+            questions = answers_of_model[item]
             assert item in parents
             assert len(questions) == num_answered
             assert abs(mean_score(official(questions)) - with_dependency) < TOLERANCE, item
@@ -39,8 +40,8 @@ def test_official_reproduces_the_reference_averages(shared_eval, released):
     answers, _ = released
     summary = json.loads((shared_eval / "dsg" / "dsg_reference_scores_mplug.json").read_text())["summary"]
     for key, splits in summary.items():
-        items = dict(answers[key.removeprefix("mplug-large|")])
-        items.setdefault("tifa160_134", [Answered(1, "")])
+        answered = answers[key.removeprefix("mplug-large|")]
+        items = complete(answered, [*answered, "tifa160_134"])
         count, mean = splits["all"]
         assert len(items) == count
         assert abs(overall_score("official", [official(questions) for questions in items.values()]) - mean) < TOLERANCE
@@ -53,6 +54,54 @@ def test_dpg_reproduces_its_oracle(shared_eval, released):
         assert abs(mean_score(dpg(answers["sd2dot1"][item])) - score) < TOLERANCE, item
     scores = [mean_score(dpg(answers["sd2dot1"][item])) for item in oracle["per_item"]]
     assert abs(mean_score(scores) - oracle["mean"]) < TOLERANCE
+
+
+def test_selma_follows_its_release_on_every_released_answer(shared_eval):
+    """Against the rules written out once more: ids not stripped, cascade in file order, all questions weigh the same."""
+    parents = read_parents(shared_eval / "dsg" / "dsg-1k-anns.csv", strip=False)
+    for items in read_answers(shared_eval / "dsg" / "mplug_dsg.csv", parents).values():
+        total, count = 0.0, 0
+        for questions in items.values():
+            held = {each.id: each.answer == "yes" for each in questions}
+            for each in questions:
+                held[each.id] &= all(held.get(parent, True) for parent in each.parents)
+            total, count = total + sum(held.values()), count + len(held)
+        assert (
+            abs(overall_score("selma", [selma(questions) for questions in items.values()]) - total / count) < TOLERANCE
+        )
+
+
+def test_another_judges_file_in_another_order_with_other_dirt(shared_eval, released, tmp_path):
+    """The score of an item depends neither on the judge nor on the order of the file, and the last of two answers counts."""
+    answers, parents = released
+    path = tmp_path / "another_dsg.csv"
+    items = list(answers["sd1dot5"].items())[:40]
+    with path.open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["answer", "item_id", "question_id", "t2i_model", "confidence"])
+        for item, questions in items:
+            rows.writerow(["NaN", item, questions[0].id, "mine", 0.5])
+        for item, questions in reversed(items):
+            rows.writerows([each.answer, item, f"{each.id}.0", "mine", 0.5] for each in reversed(questions))
+    again = read_answers(path, parents)["mine"]
+    for item, questions in items:
+        assert mean_score(official(again[item])) == pytest.approx(mean_score(official(questions)), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("item_id,answer\na,yes\n", "lacks column t2i_model"),
+        ("t2i_model,item_id,question_id,answer\n", "lacks rows"),
+        ("t2i_model,item_id,question_id,answer\nm,unknown,1,yes\n", "line 2 answers item 'unknown'"),
+        ("t2i_model,item_id,question_id,answer\nm,known,first,yes\n", "question_id must be a number, got 'first'"),
+    ],
+)
+def test_bad_files_of_answers_are_named(tmp_path, text, message):
+    path = tmp_path / "answers.csv"
+    path.write_text(text)
+    with pytest.raises(JudgeError, match=message):
+        read_answers(path, {"known": {1: ()}})
 
 
 CHAIN = [Answered(1, "no", (0,)), Answered(2, "yes", (1,)), Answered(3, "yes", (2,))]
