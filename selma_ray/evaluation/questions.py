@@ -19,12 +19,17 @@ __all__ = ["PromptWithQuestions", "Question", "load_suite", "questions_for_promp
 
 @dataclass(frozen=True)
 class Question:
-    """A yes/no question; `parents` are the questions it depends on, 0 stands for the root."""
+    """A question about an image; `parents` are the questions it depends on, 0 stands for the root.
+
+    It is a yes/no question unless it has `choices`, one of which is the gold `answer`.
+    """
 
     id: int
     category: str
     question: str
     parents: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
+    answer: str = "yes"
 
 
 @dataclass(frozen=True)
