@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from selma_ray.evaluation.examples import Example, choose_examples, paired_examples, read_images, training_images
 from selma_ray.evaluation.grid import contact_sheet, data_uri, png_bytes, side_by_side
 from selma_ray.evaluation.plots import axis_around, curve, intervals
-from selma_ray.evaluation.scores import BASE, MERGED
+from selma_ray.evaluation.summary import BASE, MERGED
 from selma_ray.storage import RunFolder
 
 __all__ = ["write_report"]

@@ -20,7 +20,7 @@ from selma_ray.errors import RenderError
 from selma_ray.evaluation.chunks import Chunk, EvaluateChunk, ModelUnderTest, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import PromptWithQuestions
-from selma_ray.evaluation.scores import EvaluationSummary, ModelScores, model_scores, summarise
+from selma_ray.evaluation.summary import EvaluationSummary, ModelScores, model_scores, summarise
 from selma_ray.models.locate import locate_judge, locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -81,8 +81,8 @@ def _scores(
     config: EvaluationConfig,
 ) -> ModelScores:
     answers = folder.read_table(["/".join(chunk.answers_path(judge_key)) for chunk in chunks]).to_pylist()
-    scores = model_scores(answers, suite, config.dsg_scorer)
-    if not scores.counts.any():
+    scores = model_scores(answers, config.dsg_scorer)
+    if not scores.any_scored:
         reason = answers[0]["reason"]
         raise RenderError(
             f"evaluation: no image of {name} could be scored, first reason: {reason}; mend it, delete evaluation/{name}, run again"

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import load_suite
-from selma_ray.evaluation.scores import model_scores, summarise
+from selma_ray.evaluation.summary import model_scores, summarise
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.scenes import render_scene
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id
@@ -39,7 +39,7 @@ def write_finished_run(folder: Path, max_prompts: int = 40) -> RunFolder:
         files[model] = {kind: [f"evaluation/{model}/{kind}/0.parquet"] for kind in ("images", "answers")}
         run.write_table(pa.Table.from_pylist(images, IMAGE_SCHEMA), files[model]["images"][0])
         run.write_table(pa.Table.from_pylist(answers, ANSWER_SCHEMA), files[model]["answers"][0])
-        scores[model] = model_scores(answers, suite, "official")
+        scores[model] = model_scores(answers, "official")
     details = {
         "scorer": "official", "judge": "miniature@0123456789abcdef", "suite": "miniature", "seeds": [0],
         "sampling": config.sampling.model_dump(), "resamples": 400, "files": files,

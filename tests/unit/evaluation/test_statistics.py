@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selma_ray.evaluation.statistics import figure, paired_difference, sign_test
+from selma_ray.evaluation.statistics import figure, holm, paired_difference, share, sign_test
 
 
 def scores(count: int, chance: float, seed: int = 0) -> np.ndarray:
@@ -63,7 +63,8 @@ def test_pairing_cancels_what_prompts_share():
 def test_a_model_does_not_differ_from_itself(values):
     sums_P, ones_P = np.array(values), np.ones(len(values))
     difference = paired_difference(sums_P, ones_P, sums_P, ones_P, resamples=100, seed=0)
-    assert (difference.mean, difference.low, difference.high, difference.p_sign) == (0, 0, 0, 1)
+    assert (difference.mean, difference.low, difference.high) == (0, 0, 0)
+    assert (difference.p_sign, difference.p_bootstrap) == (1, 1)
 
 
 def test_sign_test_is_the_exact_binomial_one():
@@ -72,3 +73,70 @@ def test_sign_test_is_the_exact_binomial_one():
     assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert sign_test(3, 3) == 1
     assert 0 < sign_test(700, 300) < 1e-30
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30))
+def test_a_difference_turns_round_with_its_models(pairs):
+    first_P, second_P = np.array(pairs).T
+    ones_P = np.ones(len(pairs))
+    there = paired_difference(first_P, ones_P, second_P, ones_P, resamples=99, seed=0)
+    back = paired_difference(second_P, ones_P, first_P, ones_P, resamples=99, seed=0)
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=1e-12)
+    assert (there.wins, there.losses, there.ties) == (back.losses, back.wins, back.ties)
+    assert (there.p_sign, there.p_bootstrap) == (back.p_sign, back.p_bootstrap)
+    assert there.wins + there.losses + there.ties == len(pairs)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 5)), min_size=1, max_size=30))
+def test_an_interval_lies_within_the_scores_and_ignores_their_unit(scored):
+    means_P, counts_P = (np.array(column, float) for column in zip(*scored, strict=True))
+    result = figure(means_P * counts_P, counts_P, resamples=100, seed=0)
+    assert means_P.min() - 1e-9 <= result.low <= result.high <= means_P.max() + 1e-9
+    halved = figure(means_P * counts_P / 2, counts_P, resamples=100, seed=0)
+    assert (2 * halved.mean, 2 * halved.low, 2 * halved.high) == pytest.approx(
+        (result.mean, result.low, result.high), abs=1e-12
+    )
+
+
+def test_both_tests_hold_their_level_without_a_difference():
+    rng = np.random.default_rng(0)
+    ones_P = np.ones(60)
+    rejections = {"p_sign": 0, "p_bootstrap": 0}
+    for _ in range(300):
+        difference = paired_difference(rng.random(60), ones_P, rng.random(60), ones_P, resamples=400, seed=0)
+        for name in rejections:
+            rejections[name] += getattr(difference, name) < 0.05
+    # 5% of 300 is 15; three standard deviations above it is 26 (seen: 9 and 12).
+    assert all(count <= 26 for count in rejections.values())
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_is_between_each_p_and_bonferroni_and_keeps_their_order(p_values):
+    adjusted = holm(p_values)
+    for p, each in zip(p_values, adjusted, strict=True):
+        assert p <= each <= min(1, len(p_values) * p)
+    by_p = [each for _, each in sorted(zip(p_values, adjusted, strict=True))]
+    assert by_p == sorted(by_p)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_a_share_lies_in_its_interval(successes, failures):
+    result = share(successes, successes + failures)
+    if result is None:
+        assert successes + failures == 0
+        return
+    assert 0 <= result.low <= result.mean <= result.high <= 1
+    mirrored = share(failures, successes + failures)
+    assert (mirrored.low, mirrored.high) == pytest.approx((1 - result.high, 1 - result.low), abs=1e-9)
+
+
+def test_a_share_by_the_rule_of_three():
+    # Without a success in n trials the upper bound is 1 - 0.025 ** (1 / n).
+    assert share(0, 30).high == pytest.approx(1 - 0.025 ** (1 / 30))
