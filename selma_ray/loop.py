@@ -62,7 +62,8 @@ class Run:
 
 def open_run(recipe: Recipe) -> Run:
     """Check everything a recipe names, then write it to its run folder; a run folder of another recipe is refused."""
-    from selma_ray.models.locate import locate_judge, locate_llm, locate_text_to_image
+    from selma_ray.models.locate import locate_judge, locate_text_to_image
+    from selma_ray.prompts.llm import check_llm
 
     skills = tuple(load_skills(recipe.skills))
     unknown = set(recipe.merging.weights or {}) - {skill.name for skill in skills}
@@ -72,7 +73,7 @@ def open_run(recipe: Recipe) -> Run:
         )
     locate_text_to_image(recipe.model.name, recipe.model.revision)
     locate_judge(recipe.evaluation.judge.name)
-    locate_llm(recipe.prompts.llm.name, recipe.prompts.llm.revision)
+    check_llm(recipe.prompts.llm)
     folder = RunFolder(recipe.run_dir)
     if folder.exists("recipe.yaml"):
         _refuse_other_recipe(yaml.safe_load(folder.read_bytes("recipe.yaml")), recipe, folder)

@@ -1,15 +1,26 @@
 """How prompts are written (SELMA, section 3.1)."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from selma_ray.config import StrictModel
 
-__all__ = ["LLMConfig", "PromptsConfig"]
+__all__ = ["FreeConfig", "LLMConfig", "PromptsConfig"]
+
+
+class FreeConfig(StrictModel):
+    """The stand-in that takes no model and no computation: for measuring and rehearsing a pipeline."""
+
+    latency_s: float = Field(default=0.0, ge=0)
+    """Seconds that one replica waits for each request, one request after another."""
 
 
 class LLMConfig(StrictModel):
-    """The language model that writes prompts, run by vLLM."""
+    """The language model that writes prompts."""
 
+    engine: Literal["vllm", "free"] = "vllm"
+    """`vllm` runs the model in the cluster; `free` is a stand-in without a model, for measuring."""
     name: str = "miniature"
     """`miniature` (SmolLM2-135M-Instruct), a local folder, or a hub name."""
     revision: str | None = None
@@ -21,7 +32,7 @@ class LLMConfig(StrictModel):
     max_replicas: int = Field(default=1, ge=1)
     """Largest number of vLLM engines; the pool autoscales between the two."""
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs of an engine where there is no GPU."""
+    """CPUs of an engine."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of an engine; 0 runs it on the CPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
@@ -36,6 +47,8 @@ class LLMConfig(StrictModel):
     """Nucleus of the sampled tokens."""
     max_tokens: int = Field(default=1024, ge=16)
     """Longest answer, in tokens."""
+    free: FreeConfig = FreeConfig()
+    """Settings of the engine `free`."""
 
 
 class PromptsConfig(StrictModel):

@@ -1,4 +1,4 @@
-"""The language model of the stream: vLLM, run by Ray Data."""
+"""The language model of the stream: vLLM, run by Ray Data, or what the recipe puts in its place."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,13 +9,26 @@ from ray.data import Dataset, TaskPoolStrategy
 from selma_ray.cluster import ClusterConfig, role_options, thread_env
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
+from selma_ray.prompts.free import free_stage
 from selma_ray.prompts.requests import compose_grammar
 from selma_ray.skills import Skill
 
-__all__ = ["LLMStage", "vllm_stage"]
+__all__ = ["LLMStage", "answer_stage", "check_llm"]
 
 # From requests (skill, request, seed, text, first_number) to answers (skill, request, answer, truncated).
 LLMStage = Callable[[Dataset], Dataset]
+
+
+def check_llm(llm: LLMConfig) -> None:
+    """Raise a ConfigError where the recipe's language model cannot be used."""
+    if llm.engine == "vllm":
+        locate_llm(llm.name, llm.revision)
+
+
+def answer_stage(skills: Sequence[Skill], config: PromptsConfig, cluster: ClusterConfig, batch_size: int) -> LLMStage:
+    """Return the stage that answers requests, `batch_size` a task, with the engine that the recipe chooses."""
+    stages = {"vllm": vllm_stage, "free": free_stage}
+    return stages[config.llm.engine](skills, config, cluster, batch_size)
 
 
 def vllm_stage(skills: Sequence[Skill], config: PromptsConfig, cluster: ClusterConfig, batch_size: int) -> LLMStage:

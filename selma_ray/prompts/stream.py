@@ -9,7 +9,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from selma_ray.cluster import ClusterConfig
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.feed import DecideAnswers, PromptFeed, RequestSource
-from selma_ray.prompts.llm import LLMStage, vllm_stage
+from selma_ray.prompts.llm import LLMStage, answer_stage
 from selma_ray.prompts.pool import dev_count
 from selma_ray.prompts.store import prompt_summary, read_prompts
 from selma_ray.skills import Skill
@@ -32,7 +32,7 @@ def prompt_stream(
 ) -> Dataset:
     """Return the stream of all kept prompts (rows of PROMPT_SCHEMA): first those of an earlier start, then new ones.
 
-    Prompts in `excluded` (those of the test set) are never kept. `llm_stage` takes the place of vLLM. While the stream
+    Prompts in `excluded` (those of the test set) are never kept. `llm_stage` takes the place of the recipe's engine. While the stream
     runs, a skill that cannot reach its number of prompts raises PromptYieldError.
     """
     block_size = max(1, config.requests_in_flight // 4)
@@ -43,7 +43,7 @@ def prompt_stream(
     if before.num_rows:
         streams.append(ray.data.from_arrow(_blocks(before)))
     if missing:
-        answer = llm_stage or vllm_stage(skills, config, cluster, block_size)
+        answer = llm_stage or answer_stage(skills, config, cluster, block_size)
         streams.append(_new_prompts(feed, answer, missing, _max_blocks(skills, config, block_size)))
     return streams[0].union(*streams[1:]) if len(streams) > 1 else streams[0]
 
