@@ -37,6 +37,8 @@ def connect(config: ClusterConfig) -> None:
         return
     quiet = _quiet_libraries()
     os.environ.update(quiet)
+    if "RAY_AUTH_MODE" not in os.environ:  # then Ray guards its ports with a token, and says so at every start
+        logging.getLogger("ray._private.authentication").setLevel("ERROR")
     address = config.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "logging_level": config.log_level,
@@ -76,6 +78,7 @@ def _configure_output(config: ClusterConfig) -> None:
     for name in ("ray.data", "ray.serve", "ray.train"):
         # What fails is raised, and shown once; Ray would log it, with its stack, a second time.
         logging.getLogger(name).setLevel(config.log_level if config.log_level == "DEBUG" else "CRITICAL")
+    logging.getLogger("vllm").setLevel("DEBUG" if config.log_level == "DEBUG" else "ERROR")
 
 
 def _quiet_libraries() -> dict[str, str]:
