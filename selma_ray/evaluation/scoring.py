@@ -1,20 +1,16 @@
 """Images judged and scored: the one path for offline evaluation and for the service, so that both give the same figures."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from selma_ray.evaluation.dsg import SCORERS, Answered, mean_score
+from selma_ray.evaluation.judges.asking import as_yes_or_no, ask_images
 from selma_ray.evaluation.judges.interface import Answer, Judge
 from selma_ray.evaluation.questions import Question, questions_for_prompt
 
 __all__ = ["ImageScore", "ImageScorer", "ScoredQuestion", "score_images"]
-
-logger = logging.getLogger(__name__)
-
-_REASON_CHARS = 200
 
 
 @dataclass(frozen=True)
@@ -64,40 +60,15 @@ def score_images(
     scorer: str = "official",
 ) -> list[ImageScore]:
     """Ask each image its questions and score the answers; an image that is None or unreadable is null and spares the others."""
-    answers = _answers(judge, images, [[each.question for each in asked] for asked in questions])
+    choices = [[each.choices for each in asked] for asked in questions]
+    answers = ask_images(judge, images, [[each.question for each in asked] for asked in questions], choices)
     return [_score(judge.name, asked, answered, scorer) for asked, answered in zip(questions, answers, strict=True)]
 
 
-def _answers(
-    judge: Judge, images: Sequence[Image.Image | None], questions: Sequence[Sequence[str]]
-) -> list[list[Answer]]:
-    present = [index for index, image in enumerate(images) if image is not None]
-    given = _answers_halving(judge, [images[index] for index in present], [questions[index] for index in present])
-    by_index = dict(zip(present, given, strict=True))
-    return [
-        by_index[index] if index in by_index else [Answer(None, None, "there is no image")] * len(asked)
-        for index, asked in enumerate(questions)
-    ]
-
-
-def _answers_halving(judge: Judge, images: Sequence, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-    """Answer a batch; one that fails (out of memory, a corrupt image) is halved until only the faulty image is null."""
-    if not images:
-        return []
-    try:
-        return judge.answer(images, questions)
-    except Exception as error:
-        if len(images) == 1:
-            logger.warning("the judge failed on an image: %s", error)
-            reason = f"{type(error).__name__}: {error}"[:_REASON_CHARS]
-            return [[Answer(None, None, reason)] * len(questions[0])]
-    half = len(images) // 2
-    return _answers_halving(judge, images[:half], questions[:half]) + _answers_halving(
-        judge, images[half:], questions[half:]
-    )
-
-
 def _score(judge: str, questions: Sequence[Question], answers: Sequence[Answer], scorer: str) -> ImageScore:
+    answers = [
+        answer if each.choices else as_yes_or_no(answer) for each, answer in zip(questions, answers, strict=True)
+    ]
     asked = [Answered(each.id, answer.text, each.parents) for each, answer in zip(questions, answers, strict=True)]
     scores = SCORERS[scorer](asked)
     scored = tuple(

@@ -1,12 +1,17 @@
 """What every judge is: images and their questions in, readable answers or a reason out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from PIL import Image
 
-__all__ = ["Answer", "Judge"]
+__all__ = ["YES_OR_NO", "Answer", "Choices", "Judge"]
+
+YES_OR_NO = ("yes", "no")
+
+Choices = Sequence[Sequence[Sequence[str]]]
+"""The choices of each question of each image; a question without any is a yes/no question."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +20,20 @@ class Answer:
 
     text: str | None
     p_yes: float | None = None
+    """P(yes) against P(no) alone, in [0, 1]."""
     reason: str | None = None
+    probabilities: Mapping[str, float] | None = None
+    """P that the judge's first word is this choice (yes and no where there are none), against all that it could say."""
 
 
 class Judge(Protocol):
     """A model that answers questions about images; answers depend neither on the batch nor on its order."""
 
     name: str
-    """The judge and its revision, as result rows name it."""
+    """The judge, its revision and the version of its prompt, as result rows name it."""
 
-    def answer(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-        """Return one answer per question of each image, in order."""
+    def answer(
+        self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]], choices: Choices | None = None
+    ) -> list[list[Answer]]:
+        """Return one answer per question of each image, in order; `choices` is None where all are yes/no questions."""
         ...

@@ -1,19 +1,33 @@
-"""Judges of transformers' visual question answering classes: ViLT (a classifier) and BLIP (a generator)."""
+"""Judges of transformers' visual question answering classes: ViLT (a classifier) and BLIP (a generator).
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+Shapes: N pairs of image and question, T tokens, P patches, L labels, V tokens of the vocabulary, D features.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from selma_ray.errors import JudgeError
-from selma_ray.evaluation.judges.interface import Answer
+from selma_ray.evaluation.batching import HalvingBatches
+from selma_ray.evaluation.judges.interface import YES_OR_NO, Answer, Choices
+from selma_ray.evaluation.judges.words import AnswerTokens, spoken
+from selma_ray.evaluation.numerals import surface_forms
 from selma_ray.models.locate import LocatedModel
 
-__all__ = ["TransformersJudge"]
+__all__ = ["MODEL_TYPES", "TransformersJudge"]
+
+MODEL_TYPES = ("vilt", "blip")
 
 _MAX_ANSWER_TOKENS = 10
+
+
+class _Asked(NamedTuple):
+    image: Image.Image
+    question: str
+    choices: Sequence[str]
 
 
 class TransformersJudge:
@@ -21,7 +35,7 @@ class TransformersJudge:
 
     def __init__(self, located: LocatedModel, batch_size: int) -> None:
         try:
-            self._processor = AutoProcessor.from_pretrained(located.path)
+            self._processor: Any = AutoProcessor.from_pretrained(located.path)
             model = AutoModelForVisualQuestionAnswering.from_pretrained(located.path, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -29,51 +43,79 @@ class TransformersJudge:
                 f"evaluation.judge.name {located.path} cannot be opened ({reason}); "
                 "name a visual question answering model of transformers, such as ViLT or BLIP"
             ) from None
+        if model.config.model_type not in MODEL_TYPES:
+            raise JudgeError(
+                f"evaluation.judge.name {located.path} must be {' or '.join(MODEL_TYPES)} for transformers, got "
+                f"{model.config.model_type}; set evaluation.judge.engine to vllm"
+            )
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = model.eval().to(self._device)
-        self._batch_size = batch_size
+        self._batches = HalvingBatches(batch_size)
+        self._tokens = AnswerTokens(self._processor.tokenizer)
         self.name = f"{located.path}@{located.revision}"
 
-    def answer(self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+    def answer(
+        self, images: Sequence[Image.Image], questions: Sequence[Sequence[str]], choices: Choices | None = None
+    ) -> list[list[Answer]]:
         """Return one answer per question of each image, in order."""
-        pairs = [(image, question) for image, asked in zip(images, questions, strict=True) for question in asked]
-        answers = self._answers(pairs)
-        return [[next(answers) for _ in asked] for asked in questions]
+        choices = [[()] * len(asked) for asked in questions] if choices is None else choices
+        asked = [
+            _Asked(image, question, offered)
+            for image, of_image, offered_of_image in zip(images, questions, choices, strict=True)
+            for question, offered in zip(of_image, offered_of_image, strict=True)
+        ]
+        classifies = self._model.config.model_type == "vilt"
+        answers = iter(self._batches.map(self._classified if classifies else self._generated, asked))
+        return [[next(answers) for _ in of_image] for of_image in questions]
 
-    def _answers(self, pairs: Sequence[tuple[Image.Image, str]]) -> Iterator[Answer]:
-        for start in range(0, len(pairs), self._batch_size):
-            batch_images, batch_questions = zip(*pairs[start : start + self._batch_size], strict=True)
-            inputs = self._processor(
-                images=[image.convert("RGB") for image in batch_images],
-                text=list(batch_questions),
-                padding=True,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self._device)
-            yield from self._classified(inputs) if self._is_classifier else self._generated(inputs)
-
-    @property
-    def _is_classifier(self) -> bool:
-        return self._model.config.model_type == "vilt"
+    def _inputs(self, asked: Sequence[_Asked]) -> Any:
+        return self._processor(
+            images=[each.image.convert("RGB") for each in asked],
+            text=[each.question for each in asked],
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._device)
 
     @torch.inference_mode()
-    def _classified(self, inputs: Any) -> list[Answer]:
-        logits_NL = self._model(**inputs).logits.float()
+    def _classified(self, asked: Sequence[_Asked]) -> list[Answer]:
+        """ViLT is fitted with a logistic loss a label: each label has a probability of its own."""
+        logits_NL = self._model(**self._inputs(asked)).logits.float()
         labels = {index: label.lower() for index, label in self._model.config.id2label.items()}
         index_of = {label: index for index, label in labels.items()}
-        yes, no = index_of.get("yes"), index_of.get("no")
-        chances: list[float | None] = [None] * len(logits_NL)
-        if yes is not None and no is not None:
-            chances = torch.sigmoid(logits_NL[:, yes] - logits_NL[:, no]).tolist()
-        return [
-            Answer(labels[index], p_yes) for index, p_yes in zip(logits_NL.argmax(dim=1).tolist(), chances, strict=True)
-        ]
+        answers = []
+        for each, logits_L in zip(asked, logits_NL.cpu(), strict=True):
+            known = {
+                choice: index_of[form]
+                for choice in each.choices or YES_OR_NO
+                for form in surface_forms(choice)
+                if form in index_of
+            }
+            probabilities = {choice: float(logits_L[index].sigmoid()) for choice, index in known.items()}
+            yes, no = (index_of.get(word) for word in YES_OR_NO)
+            chance = None if yes is None or no is None else float(torch.sigmoid(logits_L[yes] - logits_L[no]))
+            answers.append(Answer(labels[int(logits_L.argmax())], chance, None, probabilities))
+        return answers
 
     @torch.inference_mode()
-    def _generated(self, inputs: Any) -> list[Answer]:
-        tokens_NT = self._model.generate(**inputs, max_new_tokens=_MAX_ANSWER_TOKENS, do_sample=False)
-        texts = self._processor.batch_decode(tokens_NT, skip_special_tokens=True)
+    def _generated(self, asked: Sequence[_Asked]) -> list[Answer]:
+        """BLIP's generate, but for padding: transformers lets the decoder read it, so that answers depend on the batch."""
+        inputs = self._inputs(asked)
+        patches_NPD = self._model.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
+        question_NTD = self._model.text_encoder(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], encoder_hidden_states=patches_NPD,
+            encoder_attention_mask=torch.ones(patches_NPD.shape[:2], dtype=torch.long, device=self._device),
+        ).last_hidden_state  # fmt: skip
+        text_config = self._model.config.text_config
+        start_N1 = torch.full((len(asked), 1), self._model.decoder_start_token_id, device=self._device)
+        generated = self._model.text_decoder.generate(
+            input_ids=start_N1, encoder_hidden_states=question_NTD, encoder_attention_mask=inputs["attention_mask"],
+            eos_token_id=text_config.sep_token_id, pad_token_id=text_config.pad_token_id, do_sample=False,
+            max_new_tokens=_MAX_ANSWER_TOKENS, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        texts = self._processor.batch_decode(generated.sequences, skip_special_tokens=True)
+        log_chances_NV = generated.logits[0].float().log_softmax(-1).cpu()
         return [
-            Answer(text.strip().lower()) if text.strip() else Answer(None, None, "the judge answered nothing")
-            for text in texts
+            spoken(text, self._tokens.probabilities(each.choices, log_chances_V))
+            for each, text, log_chances_V in zip(asked, texts, log_chances_NV, strict=True)
         ]
