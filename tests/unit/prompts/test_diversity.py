@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -6,6 +7,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from selma_ray.prompts.diversity import DiversityFilter, rouge_l, tokens_of
+from selma_ray.prompts.free import invent_caption
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
 # Few words, so that prompts overlap; some that the tokenizer splits, drops or lowers.
@@ -94,3 +96,22 @@ def test_prompts_without_tokens_match_nothing():
     diversity.add("—")
     assert tokens_of("—") == []
     assert diversity.match("—") is None
+
+
+def test_filter_agrees_with_rouge_score_on_long_captions_with_common_words():
+    rng = random.Random(0)
+    kept = [invent_caption(rng) for _ in range(200)]
+    diversity = DiversityFilter(0.8)
+    for prompt in kept:
+        diversity.add(prompt)
+    flags = set()
+    for number in range(30):
+        words, others = rng.choice(kept).split(), invent_caption(rng).split()
+        for place in rng.sample(range(len(words)), number % 5):
+            words[place] = others[place]
+        candidate = " ".join(words)
+        best = max(SCORER.score(prompt, candidate)["rougeL"].fmeasure for prompt in kept)
+        match = diversity.match(candidate)
+        assert (match is not None) == (best > 0.8)
+        flags.add(match is None)
+    assert flags == {True, False}
