@@ -17,7 +17,9 @@ def test_list_that_goes_on_from_the_request():
     assert texts(" a cat\n5. a dog\n6. a cow\n") == ["a cat", "a dog", "a cow"]
 
 
-@pytest.mark.parametrize("marker", ["5.", "5)", "(5)", "5:", "#5.", "-", "*", "•", "  5. ", "12."])
+@pytest.mark.parametrize(
+    "marker", ["5.", "5)", "(5)", "5:", "#5.", "5.)", "**5.**", "**5**.", "-", "*", "•", "  5. ", "12."]
+)
 def test_markers(marker):
     assert texts(f" a cat\n{marker} a dog") == ["a cat", "a dog"]
 
@@ -34,6 +36,30 @@ def test_remarks_are_returned_as_not_parsed():
     answer = "\nHere are more descriptions:\n5. a dog\nI hope that these help!\n6.\n"
     assert texts(answer) == ["a dog"]
     assert unparsed(answer) == ["Here are more descriptions:", "I hope that these help!", "6."]
+
+
+@pytest.mark.parametrize(
+    "answer", ["4. a cat\n5. a dog", "\n4) a cat\n\n5) a dog", "- a cat\n- a dog", " 1. a cat\n2. a dog"]
+)
+def test_a_number_that_the_llm_wrote_again_is_no_part_of_the_first_item(answer):
+    assert texts(answer) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("first", ["Sure! Here are 20 new descriptions:", "**Spatial relations:**", "4. Animals:"])
+def test_preambles_and_headings_are_no_items(first):
+    assert texts(f"{first}\n1. a cat\n\n2. a dog") == ["a cat", "a dog"]
+    assert unparsed(f"{first}\n1. a cat") == [first]
+
+
+def test_a_number_with_a_fraction_is_no_marker():
+    assert texts(" a jug\n4.5 litres of milk\n5. 2.5 litres of milk") == ["a jug", "2.5 litres of milk"]
+    assert texts("4.5 litres of milk") == ["4.5 litres of milk"]
+
+
+def test_what_a_reasoning_model_thought_is_not_parsed():
+    answer = "<think>\nThe list goes on:\n1. a draft\n</think>\n\n4. a cat\n5. a dog"
+    assert texts(answer) == ["a cat", "a dog"]
+    assert unparsed(answer) == ["<think>", "The list goes on:", "1. a draft", "</think>"]
 
 
 @pytest.mark.parametrize("answer", ["", "\n", " \n \n"])
