@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class LoraFactors:
     A_RI: torch.Tensor
     B_OR: torch.Tensor
     scale: float
+    expert: str = ""
+    """Name of the expert they belong to; empty for a merge."""
 
     @property
     def rank(self) -> int:
@@ -60,7 +63,11 @@ class LoraFactors:
 
     def delta(self) -> torch.Tensor:
         """Return the dense delta in float32, shape (O, I)."""
-        return self.scale * (self.B_OR.float() @ self.A_RI.float())
+        return (self.B_OR.float() * self.scale) @ self.A_RI.float()
+
+    def added_to(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """Return weight + delta in float32, in one pass over the weight."""
+        return torch.addmm(weight_OI.float(), self.B_OR.float(), self.A_RI.float(), alpha=self.scale)
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,20 @@ class Adapter:
     scale: float
     modules: tuple[str, ...]
 
+    @cached_property
+    def _tensors(self) -> Any:
+        return safe_open(self.folder / WEIGHTS_FILE, framework="pt")
+
     def factors(self, module: str) -> LoraFactors:
-        """Read one module; raises AdapterError where a tensor is not finite or the shapes do not fit each other."""
-        path = self.folder / WEIGHTS_FILE
-        with safe_open(path, framework="pt") as tensors:
-            A_RI, B_OR = (tensors.get_tensor(_key(module, side)) for side in "AB")
+        """Read one module; raises AdapterError where a tensor is not finite."""
+        A_RI, B_OR = (self._tensors.get_tensor(_key(module, side)) for side in "AB")
         for side, tensor in (("A", A_RI), ("B", B_OR)):
-            if not torch.isfinite(tensor).all():
+            # The sum is not finite where an entry is not, and reads the tensor once, where isfinite would write another.
+            if not math.isfinite(tensor.sum(dtype=torch.float64)):
                 raise AdapterError(
-                    f"{path}: {_key(module, side)} must be finite, holds NaN or infinity; train this expert again"
+                    f"{self.folder / WEIGHTS_FILE}: {_key(module, side)} must be finite, holds NaN or infinity; train this expert again"
                 )
-        return LoraFactors(module, A_RI, B_OR, self.scale)
+        return LoraFactors(module, A_RI, B_OR, self.scale, self.folder.name)
 
     def __iter__(self) -> Iterator[LoraFactors]:
         return map(self.factors, self.modules)
@@ -135,7 +145,7 @@ def write_adapter(
     base_model: str | None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write factors of one `rank` as a PEFT adapter with alpha = rank; each scale is folded into B.
+    """Write factors as a PEFT adapter of one `rank` with alpha = rank: each scale is folded into B, zeros fill up lower ranks.
 
     `shapes` maps each module to (O, I) and gives the order in which `factors` come.
     """
@@ -150,13 +160,14 @@ def write_adapter(
             TensorSpec(_key(module, "A"), dtype, (rank, columns)),
             TensorSpec(_key(module, "B"), dtype, (rows, rank)),
         ]
-    write_safetensors(folder / WEIGHTS_FILE, specs, _plain_tensors(factors))
+    write_safetensors(folder / WEIGHTS_FILE, specs, _plain_tensors(factors, rank))
 
 
-def _plain_tensors(factors: Iterable[LoraFactors]) -> Iterator[torch.Tensor]:
+def _plain_tensors(factors: Iterable[LoraFactors], rank: int) -> Iterator[torch.Tensor]:
     for module in factors:
-        yield module.A_RI
-        yield module.scale * module.B_OR.float()
+        missing = rank - module.rank
+        yield torch.nn.functional.pad(module.A_RI, (0, 0, 0, missing))
+        yield torch.nn.functional.pad(module.scale * module.B_OR.float(), (0, missing))
 
 
 def _key(module: str, side: str) -> str:

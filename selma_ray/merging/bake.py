@@ -9,13 +9,13 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from selma_ray.errors import AdapterError, ModelNotFoundError
-from selma_ray.merging.adapters import LoraFactors
+from selma_ray.merging.deltas import Delta
 from selma_ray.merging.pipeline_files import copy_file, pipeline_files
 from selma_ray.merging.streaming import DTYPES, TensorSpec, write_safetensors
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 
-__all__ = ["bake_pipeline", "pipeline_folder"]
+__all__ = ["bake_pipeline", "denoiser_name", "pipeline_folder"]
 
 _DENOISERS = ("unet", "transformer")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ def bake_pipeline(
     source: Path,
     target: Path,
     shapes: Mapping[str, tuple[int, int]],
-    merged: Callable[[str], LoraFactors],
+    merged: Callable[[str], Delta],
     dtype: torch.dtype,
     variant: str | None = None,
 ) -> None:
@@ -53,7 +53,7 @@ def bake_pipeline(
     nothing that rendering in `dtype` would keep. Of a `variant` the copy holds that one alone,
     named as plain weights are. Raises AdapterError where a module is not the base's or its shape differs.
     """
-    denoiser = _denoiser_name(source)
+    denoiser = denoiser_name(source)
     files = pipeline_files(source, variant)
     weights = [file for file in files if file.source.parts[0] == denoiser and file.source.suffix == ".safetensors"]
     if not weights:
@@ -67,7 +67,8 @@ def bake_pipeline(
         _bake_file(source / file.source, target / file.target, shapes, merged, dtype)
 
 
-def _denoiser_name(source: Path) -> str:
+def denoiser_name(source: Path) -> str:
+    """Return whether a pipeline's denoiser is its unet or its transformer."""
     parts = json.loads((source / "model_index.json").read_text())
     for name in _DENOISERS:
         if name in parts:
@@ -96,7 +97,7 @@ def _bake_file(
     source: Path,
     target: Path,
     shapes: Mapping[str, tuple[int, int]],
-    merged: Callable[[str], LoraFactors],
+    merged: Callable[[str], Delta],
     dtype: torch.dtype,
 ) -> None:
     with safe_open(source, framework="pt") as tensors:
@@ -118,7 +119,7 @@ def _bake_file(
                 weight = tensors.get_tensor(spec.name)
                 module = spec.name.removesuffix(".weight")
                 if module in shapes and spec.name.endswith(".weight"):
-                    weight = weight.float() + merged(module).delta()
+                    weight = merged(module).added_to(weight)
                 yield weight
 
         write_safetensors(target, specs, baked())

@@ -2,19 +2,63 @@
 
 from typing import Literal
 
+from pydantic import Field, model_validator
+
 from selma_ray.config import StrictModel
 
-__all__ = ["MergingConfig"]
+__all__ = ["MergingConfig", "SearchConfig"]
+
+_NEEDS_POSITIVE_WEIGHTS = ("ties", "knots")
+
+
+class SearchConfig(StrictModel):
+    """How `merging.method: search` looks for weights and scale on the dev splits, by CMA-ES (Hansen 2016)."""
+
+    generations: int = Field(default=8, ge=1)
+    """Rounds of candidates, each drawn from what the rounds before scored."""
+    candidates: int = Field(default=8, ge=2)
+    """Candidates of a round, rendered and judged in parallel."""
+    step: float = Field(default=0.5, gt=0, le=2)
+    """First standard deviation of a weight, in units of 1/K, the weight of the plain mean."""
+    largest: float = Field(default=3.0, gt=1)
+    """Largest weight, in units of 1/K."""
+    by_block: bool = False
+    """Search one weight per skill for each group of blocks (down, mid, up) instead of one for all."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Dev prompts that a candidate renders, spread evenly over the skills; none takes all."""
 
 
 class MergingConfig(StrictModel):
     """How skill experts become one model."""
 
-    method: Literal["average_deltas", "average_factors"] = "average_deltas"
-    """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes."""
+    method: Literal[
+        "average_deltas", "average_factors", "released_scale", "sum_deltas", "svd", "ties", "dare", "knots", "search"
+    ] = "average_deltas"
+    """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes;
+    `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
+    rank; `ties`, `dare` and `knots` keep experts from undoing one another; `search` looks for the best weights on the dev splits."""
     weights: dict[str, float] | None = None
-    """Weight of each skill; none weighs all the same, 1/K."""
+    """Weight of each skill; none weighs all the same: 1/K, or 1 with `sum_deltas`."""
     scale: float = 1.0
     """Factor on the merged delta."""
-    name: str = "merged"
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of `svd`, and of the adapter that stands for a `ties` or `dare` merge; none takes the largest of the experts'."""
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of each expert's entries that `ties`, `dare` and `knots` keep."""
+    exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")
+    """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`, `kohya` in ComfyUI and A1111."""
+    search: SearchConfig = SearchConfig()
+    """How `method: search` searches."""
+    name: str = Field(default="merged", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the merged model's folder."""
+
+    @model_validator(mode="after")
+    def _weights_fit_the_method(self) -> "MergingConfig":
+        if self.weights is None:
+            return self
+        if self.method in ("released_scale", "search"):
+            raise ValueError(f"weights must be left out with method {self.method}, which sets them")
+        lowest = min(self.weights.values(), default=0.0)
+        if self.method in _NEEDS_POSITIVE_WEIGHTS and lowest < 0:
+            raise ValueError(f"weights must not be negative with method {self.method}, got {lowest:g}")
+        return self

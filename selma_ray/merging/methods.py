@@ -1,21 +1,52 @@
-"""Merging experts module by module: pure functions over low-rank factors (SELMA, section 3.4).
+"""Merging experts module by module: pure functions over low-rank factors (SELMA, section 3.4, and later work).
 
 Shapes: I input features, O output features, R rank. An expert's delta is dW_i = s_i B_i A_i, with s_i = alpha / r.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from selma_ray.errors import AdapterError
 from selma_ray.merging.adapters import LoraFactors
+from selma_ray.merging.deltas import Delta, truncated
+from selma_ray.merging.interference import dare, knots, ties
 
-__all__ = ["METHODS", "MergeMethod", "average_deltas", "average_factors"]
+__all__ = [
+    "DENSE_METHODS",
+    "METHODS",
+    "MergeMethod",
+    "MergeOptions",
+    "average_deltas",
+    "average_factors",
+    "default_weight",
+    "released_scale",
+    "sum_deltas",
+    "svd",
+]
 
-MergeMethod = Callable[[Sequence[LoraFactors], Sequence[float], float], LoraFactors]
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What methods are told beside experts and weights; each reads what it needs."""
+
+    scale: float = 1.0
+    """Factor on the merged delta."""
+    rank: int = 0
+    """Rank that `svd` truncates to."""
+    density: float = 1.0
+    """Share of entries that `ties`, `dare` and `knots` keep."""
+    seed: int = 0
+    """Seed of `dare`."""
+    model_name: str = ""
+    """Name of the base model, whose length is `released_scale`'s divisor."""
 
 
-def average_deltas(experts: Sequence[LoraFactors], weights: Sequence[float], scale: float = 1.0) -> LoraFactors:
+MergeMethod = Callable[[Sequence[LoraFactors], Sequence[float], MergeOptions], Delta]
+
+
+def sum_deltas(experts: Sequence[LoraFactors], weights: Sequence[float], scale: float = 1.0) -> LoraFactors:
     """Return the exact scale * sum_i w_i dW_i of one module.
 
     It is held as the concatenation of the factors, [w_i s_i B_i] and [A_i], whose rank is the sum of the experts' ranks, so
@@ -26,6 +57,19 @@ def average_deltas(experts: Sequence[LoraFactors], weights: Sequence[float], sca
         [weight * expert.scale * expert.B_OR.float() for expert, weight in zip(experts, weights, strict=True)], dim=1
     )
     return LoraFactors(experts[0].module, A_RI, B_OR, scale)
+
+
+def average_deltas(experts: Sequence[LoraFactors], weights: Sequence[float], scale: float = 1.0) -> LoraFactors:
+    """Return `sum_deltas`; at weights 1/K it is the mean of the deltas."""
+    return sum_deltas(experts, weights, scale)
+
+
+def released_scale(experts: Sequence[LoraFactors], model_name: str, scale: float = 1.0) -> LoraFactors:
+    """Return the sum of the deltas, each weighed 1 / len(model_name), as SELMA's released code does.
+
+    It means 1/K and divides by the length of a string: 29 for Stable Diffusion 1.4, 30 for 2, 40 for XL. For parity alone.
+    """
+    return sum_deltas(experts, [default_weight("released_scale", len(experts), model_name)] * len(experts), scale)
 
 
 def average_factors(experts: Sequence[LoraFactors], weights: Sequence[float], scale: float = 1.0) -> LoraFactors:
@@ -46,7 +90,29 @@ def average_factors(experts: Sequence[LoraFactors], weights: Sequence[float], sc
     return LoraFactors(first.module, A_RI, B_OR, scale * first.scale)
 
 
-METHODS: Mapping[str, MergeMethod] = {"average_deltas": average_deltas, "average_factors": average_factors}
+def svd(experts: Sequence[LoraFactors], weights: Sequence[float], rank: int, scale: float = 1.0) -> LoraFactors:
+    """Return scale * sum_i w_i dW_i cut to `rank`: of all adapters of that rank, the one nearest to the exact sum."""
+    return truncated(sum_deltas(experts, weights, scale), rank)
+
+
+def default_weight(method: str, num_experts: int, model_name: str) -> float:
+    """Return what each expert weighs where a recipe gives no weights: 1/K, or as the method's name says."""
+    return {"sum_deltas": 1.0, "released_scale": 1 / len(model_name)}.get(method, 1 / num_experts)
+
+
+METHODS: Mapping[str, MergeMethod] = {
+    "average_deltas": lambda experts, weights, options: average_deltas(experts, weights, options.scale),
+    "average_factors": lambda experts, weights, options: average_factors(experts, weights, options.scale),
+    "released_scale": lambda experts, _, options: released_scale(experts, options.model_name, options.scale),
+    "sum_deltas": lambda experts, weights, options: sum_deltas(experts, weights, options.scale),
+    "svd": lambda experts, weights, options: svd(experts, weights, options.rank, options.scale),
+    "ties": lambda experts, weights, options: ties(experts, weights, options.density, options.scale),
+    "dare": lambda experts, weights, options: dare(experts, weights, options.density, options.seed, options.scale),
+    "knots": lambda experts, weights, options: knots(experts, weights, options.density, options.scale),
+    "search": lambda experts, weights, options: sum_deltas(experts, weights, options.scale),
+}
+DENSE_METHODS = ("ties", "dare")
+"""Methods whose result is dense; an adapter can only come near to it."""
 
 
 def _weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

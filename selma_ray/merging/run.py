@@ -1,4 +1,4 @@
-"""Stage: the experts of a run become one model, `merged/<name>/` with an adapter, a baked pipeline and a report."""
+"""Stage: the experts of a run become one model, `merged/<name>/` with an adapter, a baked pipeline, exports and a report."""
 
 import hashlib
 import json
@@ -14,16 +14,21 @@ import torch
 
 from selma_ray.errors import AdapterError
 from selma_ray.merging.adapters import WEIGHTS_FILE, Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
-from selma_ray.merging.bake import bake_pipeline, pipeline_folder
+from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.methods import METHODS
+from selma_ray.merging.deltas import Delta, DenseDelta, truncated
+from selma_ray.merging.exports import EXPORT_FILES, write_diffusers, write_kohya
+from selma_ray.merging.inputs import open_experts
+from selma_ray.merging.methods import DENSE_METHODS, METHODS, MergeOptions, default_weight
+from selma_ray.merging.replacing import replace_folder
 from selma_ray.merging.report import MergeReport
+from selma_ray.merging.weights import ALL, Weights, weights_of
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder, storage_errors
 
-__all__ = ["MergeSummary", "merge_experts"]
+__all__ = ["MergeSummary", "merge_experts", "write_candidate"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +38,11 @@ _REPORT_FILE = "report.json"
 
 @dataclass(frozen=True)
 class MergeSummary:
-    """What was merged and how; `energy_kept` is what truncating the merge to the experts' rank would keep of it."""
+    """What was merged and how.
+
+    `energy_kept` is what truncating the merge to `rank` keeps of it, `sign_conflicts` the share of entries on which experts disagree
+    about the sign; `weights` are means over groups of blocks where those have their own.
+    """
 
     name: str
     method: str
@@ -43,23 +52,30 @@ class MergeSummary:
     rank: int
     energy_kept: float
     mean_cosine: float
+    sign_conflicts: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as plain values; `experts` lists the skills in order."""
         return {**asdict(self), "experts": list(self.weights)}
 
 
-def merge_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig, config: MergingConfig) -> MergeSummary:
-    """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/ and report.json.
+def merge_experts(
+    folder: RunFolder,
+    skills: Sequence[str],
+    model: ModelConfig,
+    config: MergingConfig,
+    seed: int = 0,
+    found: Weights | None = None,
+) -> MergeSummary:
+    """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/, report.json and the exports asked for.
 
-    The folder appears whole or not at all; one that was made from the same experts in the same way is kept. Raises AdapterError where
-    an expert is missing, unreadable, or does not fit the model.
+    `found` are the weights of `method: search`. The folder appears whole or not at all, and one that was made from the same experts in
+    the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or does not fit the model.
     """
-    adapters = [open_adapter(folder.local_path("experts", skill)) for skill in skills]
-    _check_base(adapters, model)
-    weights = _weights(skills, config)
+    adapters = open_experts(folder, skills, model)
+    weights = found if found is not None else {ALL: _weights(skills, model, config)}
     target = folder.local_path("merged", config.name)
-    key = _content_key(adapters, weights, model, config)
+    key = _content_key(adapters, weights, model, config, seed)
     before = _report_of(target)
     if before and before["key"] == key:
         logger.info("%s holds this merge already", target)
@@ -69,55 +85,92 @@ def merge_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig, 
         _remove_leftovers(target)
         try:
             part.mkdir(parents=True)
-            report = _build(part, dict(zip(skills, adapters, strict=True)), weights, model, config)
-            report |= {"key": key, "method": config.method, "scale": config.scale, "weights": weights}
+            report = _build(part, adapters, weights, model, config, seed)
+            report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
+            if found is not None:
+                report["weights_by_block"] = weights
             (part / _REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
-            if target.exists():
-                shutil.rmtree(target)
-            part.replace(target)
+            replace_folder(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return _summary(report, config)
 
 
-def _check_base(adapters: Sequence[Adapter], model: ModelConfig) -> None:
-    for adapter in adapters:
-        if adapter.base_model not in (None, "", model.name):
-            raise AdapterError(
-                f"{adapter.folder}: base_model_name_or_path must be {model.name!r} as model.name says, "
-                f"got {adapter.base_model!r}; merge experts of this base, or mend model.name"
-            )
+def write_candidate(target: Path, adapters: Mapping[str, Adapter], weights: Weights, scale: float) -> None:
+    """Write scale * sum_i w_i dW_i as a PEFT adapter folder, for a search to try."""
+    experts = list(adapters.values())
+    shapes = shapes_of(experts)
+    merged = _merger(adapters, weights, "sum_deltas", MergeOptions(scale))
+    rank = sum(expert.rank for expert in experts)
+    write_adapter(target, (_low_rank(merged(module), rank) for module in shapes), shapes, rank, experts[0].base_model)
 
 
 def _build(
-    part: Path, adapters: Mapping[str, Adapter], weights: Mapping[str, float], model: ModelConfig, config: MergingConfig
+    part: Path,
+    adapters: Mapping[str, Adapter],
+    weights: Weights,
+    model: ModelConfig,
+    config: MergingConfig,
+    seed: int,
 ) -> dict[str, Any]:
     experts = list(adapters.values())
     shapes = shapes_of(experts)
-    merged = _merger(experts, [weights[skill] for skill in adapters], config)
-    report = MergeReport(list(adapters), rank=max(expert.rank for expert in experts))
+    cut_rank = config.rank or max(expert.rank for expert in experts)
+    options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
+    merged = _merger(adapters, weights, config.method, options)
+    exact = _merger(adapters, weights, "sum_deltas", options) if config.method == "svd" else None
+    report = MergeReport(list(adapters), cut_rank)
+    rank = _adapter_rank(experts, cut_rank, config.method)
 
     def measured(module: str) -> LoraFactors:
         result = merged(module)
-        report.add([expert.factors(module) for expert in experts], result)
-        return result
+        report.add([expert.factors(module) for expert in experts], exact(module) if exact else result)
+        return _low_rank(result, rank)
 
-    rank = sum(expert.rank for expert in experts) if config.method == "average_deltas" else experts[0].rank
     write_adapter(part / "adapter", map(measured, shapes), shapes, rank, experts[0].base_model)
-    bake_pipeline(pipeline_folder(model), part / "pipeline", shapes, merged, _DTYPES[model.dtype], model.variant)
+    adapter = open_adapter(part / "adapter")
+    source = pipeline_folder(model)
+    # What is low-rank stands in the adapter, exactly; what is dense is made again.
+    baked = merged if config.method in DENSE_METHODS else adapter.factors
+    bake_pipeline(source, part / "pipeline", shapes, baked, _DTYPES[model.dtype], model.variant)
+    _export(part, adapter, shapes, denoiser_name(source), config)
     return report.as_dict()
 
 
 def _merger(
-    experts: Sequence[Adapter], weights: Sequence[float], config: MergingConfig
-) -> Callable[[str], LoraFactors]:
-    method = METHODS[config.method]
-    return lambda module: method([expert.factors(module) for expert in experts], weights, config.scale)
+    adapters: Mapping[str, Adapter], weights: Weights, method: str, options: MergeOptions
+) -> Callable[[str], Delta]:
+    merge, skills = METHODS[method], list(adapters)
+    return lambda module: merge(
+        [adapter.factors(module) for adapter in adapters.values()], weights_of(module, weights, skills), options
+    )
 
 
-def _weights(skills: Sequence[str], config: MergingConfig) -> dict[str, float]:
+def _low_rank(delta: Delta, rank: int) -> LoraFactors:
+    return truncated(delta, rank) if isinstance(delta, DenseDelta) else delta
+
+
+def _adapter_rank(experts: Sequence[Adapter], cut_rank: int, method: str) -> int:
+    if method == "svd" or method in DENSE_METHODS:
+        return cut_rank
+    return experts[0].rank if method == "average_factors" else sum(expert.rank for expert in experts)
+
+
+def _export(
+    part: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], denoiser: str, config: MergingConfig
+) -> None:
+    if "diffusers" in config.exports:
+        write_diffusers(part / EXPORT_FILES["diffusers"], adapter, shapes, denoiser)
+    if "kohya" in config.exports:
+        if denoiser == "unet":
+            write_kohya(part / EXPORT_FILES["kohya"], adapter, shapes)
+        else:
+            logger.warning("merging.exports: kohya is written for a unet alone, this model has a %s", denoiser)
+
+
+def _weights(skills: Sequence[str], model: ModelConfig, config: MergingConfig) -> dict[str, float]:
     if config.weights is None:
-        return dict.fromkeys(skills, 1 / len(skills))
+        return dict.fromkeys(skills, default_weight(config.method, len(skills), model.name))
     missing = set(skills) - set(config.weights)
     if missing:
         raise AdapterError(
@@ -126,20 +179,25 @@ def _weights(skills: Sequence[str], config: MergingConfig) -> dict[str, float]:
     return {skill: config.weights[skill] for skill in skills}
 
 
+def _means(weights: Weights) -> dict[str, float]:
+    groups = list(weights.values())
+    return {skill: sum(group[skill] for group in groups) / len(groups) for skill in groups[0]}
+
+
 def _content_key(
-    adapters: Sequence[Adapter], weights: Mapping[str, float], model: ModelConfig, config: MergingConfig
+    adapters: Mapping[str, Adapter], weights: Weights, model: ModelConfig, config: MergingConfig, seed: int
 ) -> str:
     hashes = []
-    for adapter in adapters:
+    for adapter in adapters.values():
         with (adapter.folder / WEIGHTS_FILE).open("rb") as stream:
             hashes.append([hashlib.file_digest(stream, "sha256").hexdigest(), adapter.scale])
     located = locate_text_to_image(model.name, model.revision)
     return content_id(
         experts=hashes,
         weights=weights,
-        method=config.method,
-        scale=config.scale,
-        base=located.revision,
+        settings=config.model_dump(mode="json", include={"method", "scale", "rank", "density", "exports"}),
+        seed=seed,
+        base=[model.name, located.revision],
         dtype=model.dtype,
     )
 
@@ -167,4 +225,5 @@ def _summary(report: Mapping[str, Any], config: MergingConfig) -> MergeSummary:
         rank=report["rank"],
         energy_kept=report["energy_kept"],
         mean_cosine=float(off_diagonal),
+        sign_conflicts=report["sign_conflicts"],
     )

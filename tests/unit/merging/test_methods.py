@@ -7,65 +7,98 @@ from hypothesis import strategies as st
 
 from selma_ray.errors import AdapterError
 from selma_ray.merging.adapters import LoraFactors
-from selma_ray.merging.methods import average_deltas, average_factors
-from selma_ray.merging.report import MergeReport, inner_product, singular_values
-
-O, I = 12, 9  # noqa: E741
-
-
-def random_factors(seed: int, rank: int, scale: float) -> LoraFactors:
-    generator = torch.Generator().manual_seed(seed)
-    A_RI = torch.randn(rank, I, generator=generator)
-    return LoraFactors("module", A_RI, torch.randn(O, rank, generator=generator), scale)
-
-
-factors = st.builds(
-    random_factors, st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([0.5, 1.0, 2.0, math.sqrt(8)])
+from selma_ray.merging.methods import (
+    METHODS,
+    MergeOptions,
+    average_deltas,
+    average_factors,
+    default_weight,
+    released_scale,
+    sum_deltas,
+    svd,
 )
-alike = st.integers(1, 5).flatmap(
-    lambda rank: st.lists(
-        st.builds(random_factors, st.integers(0, 10_000), st.just(rank), st.just(2.0)), min_size=1, max_size=5
-    )
-)
+from selma_ray.merging.report import MergeReport, inner_product, sign_conflicts, singular_values
+from tests.unit.merging.random_factors import alike, assert_close, dense, exact_sum, factors, random_factors, several
 
-
-def exact_mean(experts: list[LoraFactors], weights: list[float]) -> torch.Tensor:
-    return sum(w * e.scale * e.B_OR.double() @ e.A_RI.double() for e, w in zip(experts, weights, strict=True))
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
-    assert error < 1e-5
+WHOLE = MergeOptions(scale=1.0, rank=9, density=1.0, model_name="base")
+EXACT = [method for method in METHODS if method not in ("average_factors", "released_scale", "ties", "knots")]
 
 
 @settings(deadline=None)
-@given(st.lists(factors, min_size=1, max_size=5), st.data())
+@given(several, st.data())
 def test_average_deltas_is_the_weighted_sum_of_deltas_of_any_ranks_and_scales(experts, data):
     weights = data.draw(st.lists(st.floats(0.1, 2), min_size=len(experts), max_size=len(experts)))
-    assert_close(average_deltas(experts, weights, scale=1.5).delta(), 1.5 * exact_mean(experts, weights))
+    assert_close(average_deltas(experts, weights, scale=1.5).delta(), 1.5 * exact_sum(experts, weights))
+
+
+@settings(deadline=None)
+@given(several, st.data())
+def test_without_loss_every_linear_method_is_the_weighted_sum(experts, data):
+    weights = data.draw(st.lists(st.floats(0.1, 2), min_size=len(experts), max_size=len(experts)))
+    for method in EXACT:
+        assert_close(METHODS[method](experts, weights, WHOLE).delta(), exact_sum(experts, weights))
 
 
 @settings(deadline=None)
 @given(factors)
-def test_one_expert_is_the_identity(expert):
-    assert_close(average_deltas([expert], [1.0]).delta(), expert.delta())
-    assert_close(average_factors([expert], [1.0]).delta(), expert.delta())
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "released_scale"])
+def test_one_expert_is_the_identity(method, expert):
+    assert_close(METHODS[method]([expert], [1.0], WHOLE).delta(), dense(expert))
 
 
 @settings(deadline=None)
 @given(factors, st.integers(2, 5))
-def test_duplicates_are_the_identity_at_one_over_their_number(expert, count):
-    for method in (average_deltas, average_factors):
-        assert_close(method([expert] * count, [1 / count] * count).delta(), expert.delta())
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "released_scale"])
+def test_duplicates_are_the_identity_at_one_over_their_number(method, expert, count):
+    assert_close(METHODS[method]([expert] * count, [1 / count] * count, WHOLE).delta(), dense(expert))
 
 
 @settings(deadline=None)
 @given(alike, st.randoms(use_true_random=False))
-def test_order_does_not_matter(experts, random):
-    shuffled = random.sample(experts, len(experts))
+@pytest.mark.parametrize("method", METHODS)
+def test_order_does_not_matter(method, experts, random):
+    options = MergeOptions(scale=0.7, rank=3, density=0.6, seed=3, model_name="base")
+    weighed = [(expert, 0.1 + index) for index, expert in enumerate(experts)]
+    shuffled = random.sample(weighed, len(weighed))
+    merged, again = (METHODS[method](*map(list, zip(*order, strict=True)), options) for order in (weighed, shuffled))
+    assert_close(again.delta(), merged.delta(), 1e-4)
+
+
+@settings(deadline=None)
+@given(several, st.floats(-2, 2))
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "average_factors"])
+def test_the_scale_multiplies_the_merged_delta(method, experts, scale):
+    once, scaled = (MergeOptions(factor, 4, 0.5, seed=1, model_name="base") for factor in (1.0, scale))
+    weights = [1.0] * len(experts)
+    expected = scale * METHODS[method](experts, weights, once).delta()
+    torch.testing.assert_close(METHODS[method](experts, weights, scaled).delta(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_released_scale_divides_by_the_length_of_the_models_name():
+    experts = [random_factors(seed, 2, 1.5) for seed in range(3)]
+    for name, length in (("CompVis/stable-diffusion-v1-4", 29), ("stabilityai/stable-diffusion-xl-base-1.0", 40)):
+        assert_close(released_scale(experts, name).delta(), exact_sum(experts, [1 / length] * 3))
+        assert default_weight("released_scale", 3, name) == 1 / length
+
+
+def test_default_weights_are_means_and_sums():
+    assert default_weight("average_deltas", 4, "base") == default_weight("ties", 4, "base") == 0.25
+    assert default_weight("sum_deltas", 4, "base") == 1.0
+
+
+@settings(deadline=None)
+@given(several, st.integers(1, 9))
+def test_svd_is_the_best_approximation_of_its_rank(experts, rank):
     weights = [1 / len(experts)] * len(experts)
-    for method in (average_deltas, average_factors):
-        assert_close(method(shuffled, weights).delta(), method(experts, weights).delta())
+    merged = svd(experts, weights, rank, scale=1.5)
+    U, values, V = torch.linalg.svd(1.5 * exact_sum(experts, weights), full_matrices=False)
+    best = (U[:, :rank] * values[:rank]) @ V[:rank]
+    lost = (1.5 * exact_sum(experts, weights) - merged.delta().double()).square().sum()
+    assert merged.rank <= rank
+    assert float(lost) <= float(values[rank:].square().sum()) + 1e-8 * float(values.square().sum())
+    gap = 1.0 if rank >= len(values) else float((values[rank - 1] - values[rank]) / values[0])
+    if gap > 1e-3:
+        assert_close(merged.delta(), best)
 
 
 @settings(deadline=None)
@@ -126,3 +159,13 @@ def test_singular_values_equal_those_of_the_dense_delta(experts):
         report.add(experts, merged)
         kept = float(dense[:rank].square().sum() / dense.square().sum())
         assert abs(report.as_dict()["energy_kept"] - kept) < 1e-6
+
+
+def test_sign_conflicts_are_the_entries_where_both_signs_meet():
+    one, other = (random_factors(seed, 2, scale) for seed, scale in ((0, 1.0), (1, -2.0)))
+    share, entries = sign_conflicts([one, other])
+    assert entries == dense(one).numel()
+    assert share == float((dense(one) * dense(other) < 0).double().mean())
+    assert sign_conflicts([one, one])[0] == 0.0
+    zero = LoraFactors("module", torch.zeros_like(one.A_RI), one.B_OR, 1.0)
+    assert sign_conflicts([one, zero])[0] == 0.0

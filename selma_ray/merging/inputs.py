@@ -1,0 +1,44 @@
+"""The experts of a run, opened for merging and checked against its model and its training."""
+
+import json
+from collections.abc import Sequence
+
+from selma_ray.errors import AdapterError
+from selma_ray.merging.adapters import Adapter, open_adapter
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+
+__all__ = ["open_experts"]
+
+
+def open_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -> dict[str, Adapter]:
+    """Open the experts of a run by skill; raises AdapterError for one of another base or another run."""
+    trained = folder.done("train") or {}
+    adapters = {}
+    for skill in skills:
+        adapter = open_adapter(folder.local_path("experts", skill))
+        _check_base(adapter, model)
+        _check_run(adapter, trained.get(skill, {}).get("key"))
+        adapters[skill] = adapter
+    return adapters
+
+
+def _check_base(adapter: Adapter, model: ModelConfig) -> None:
+    if adapter.base_model not in (None, "", model.name):
+        raise AdapterError(
+            f"{adapter.folder}: base_model_name_or_path must be {model.name!r} as model.name says, "
+            f"got {adapter.base_model!r}; merge experts of this base, or mend model.name"
+        )
+
+
+def _check_run(adapter: Adapter, trained_key: str | None) -> None:
+    """Refuse an adapter that is not the one that this run's training left; one without a result was put there by hand."""
+    path = adapter.folder / "result.json"
+    if trained_key is None or not path.is_file():
+        return
+    key = json.loads(path.read_text()).get("key")
+    if key != trained_key:
+        raise AdapterError(
+            f"{path}: key must be {trained_key} as this run trained it, got {key}: a checkpoint of another recipe; "
+            f"delete {adapter.folder} and done/train.json, and train again"
+        )
