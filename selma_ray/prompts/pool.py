@@ -154,9 +154,11 @@ class PromptPool:
     def _request(self, state: _SkillState, number: int) -> PromptRequest:
         seed = seed_of(self._seed, skill=state.skill.name, request=number)
         visible = state.kept_after[max(0, number + 1 - self._config.requests_in_flight)]
-        pool = [*state.skill.seeds, *state.kept[:visible]]
-        examples = random.Random(seed).sample(pool, min(self._config.examples_per_request, len(pool)))
-        return PromptRequest(state.skill.name, number, seed, tuple(examples))
+        seeds = state.skill.seeds
+        size = len(seeds) + visible
+        places = random.Random(seed).sample(range(size), min(self._config.examples_per_request, size))
+        examples = tuple(seeds[place] if place < len(seeds) else state.kept[place - len(seeds)] for place in places)
+        return PromptRequest(state.skill.name, number, seed, examples)
 
     def _decide(self, state: _SkillState, answer: Answer) -> list[Candidate]:
         items = parse_numbered_list(answer.text)
@@ -202,11 +204,21 @@ class PromptPool:
         if len(state.kept) >= config.per_skill or state.decided < config.max_requests:
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in state.rejected.most_common()) or "no candidates"
+        others = "".join(
+            f"; {other.skill.name} {len(other.kept)} of {config.per_skill} in {other.decided}"
+            for other in self._states.values()
+            if other is not state
+        )
         raise PromptYieldError(
             f"skill {state.skill.name} kept {len(state.kept)} of {config.per_skill} prompts in prompts.max_requests="
-            f"{config.max_requests} requests (rejected: {reasons}); "
+            f"{config.max_requests} requests ({_share(state)} of its candidates; rejected: {reasons}{others}); "
             "raise max_requests, lower per_skill, or widen the skill's rules"
         )
+
+
+def _share(state: _SkillState) -> str:
+    candidates = len(state.kept) + state.rejected.total()
+    return f"{len(state.kept) / candidates:.1%}" if candidates else "none"
 
 
 def dev_count(config: PromptsConfig) -> int:

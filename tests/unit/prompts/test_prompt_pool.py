@@ -1,9 +1,13 @@
 import random
+import uuid
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from selma_ray.errors import PromptYieldError, StorageError
 from selma_ray.prompts.config import PromptsConfig
+from selma_ray.prompts.diversity import tokens_of
 from selma_ray.prompts.pool import Answer, PromptPool, dev_count, split_of
 from selma_ray.prompts.requests import PromptRequest
 from selma_ray.prompts.store import prompt_summary, read_decided, read_prompts
@@ -184,12 +188,37 @@ def test_exact_duplicates_do_not_pass_in_another_skill(folder):
     assert [c.reason for c in read_decided(folder, "two", 0) or ()] == ["duplicate"]
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_two_kept_prompts_of_any_skills_are_exact_duplicates(tmp_path, data):
+    """Few words, so that most candidates repeat one of another request or skill; a restart stands in between."""
+    folder = RunFolder(str(tmp_path / uuid.uuid4().hex))
+    skills = [make_skill("one"), make_skill("two")]
+    config = CONFIG.model_copy(update={"rouge_l_threshold": 1.0, "per_skill": 500})
+    caption = st.lists(st.sampled_from(["a", "A", "red", "Red!", "cat", "cat.", "—"]), min_size=1, max_size=3).map(
+        " ".join
+    )
+    for _ in range(2):
+        pool = PromptPool(skills, config, 0, folder)
+        requests = pool.open_requests(4)
+        pool.issue(requests)
+        for request in data.draw(st.permutations(requests)):
+            captions = data.draw(st.lists(caption, min_size=1, max_size=5))
+            pool.hand_in(Answer(request.skill, request.number, "\n".join(f"4. {text}" for text in captions)))
+    prompts = [row["prompt"] for rows in kept(folder, "one", "two") for row in rows]
+    spoken = [" ".join(tokens_of(prompt)) or prompt for prompt in prompts]
+    assert len(set(spoken)) == len(spoken)
+
+
 def test_a_skill_that_cannot_reach_its_number_says_what_became_of_its_candidates(folder):
-    pool = PromptPool([make_skill("one")], CONFIG.model_copy(update={"max_requests": 2}), 0, folder)
-    pool.issue(pool.open_requests(2))
+    skills = [make_skill("one"), make_skill("two")]
+    pool = PromptPool(skills, CONFIG.model_copy(update={"max_requests": 2}), 0, folder)
+    pool.issue(pool.open_requests(4))
     pool.hand_in(Answer("one", 0, " a boat\n5. a boat"))
+    pool.hand_in(Answer("two", 0, " a moon over the sea"))
     with pytest.raises(
-        PromptYieldError, match=r"skill one kept 1 of 30 .*max_requests=2 .*2 duplicate.*raise max_requests"
+        PromptYieldError,
+        match=r"one kept 1 of 30 .*max_requests=2 .*33.3% of its candidates; rejected: 2 duplicate; two 1 of 30 in 1\).*raise max_requests",
     ):
         pool.hand_in(Answer("one", 1, " a boat"))
 
