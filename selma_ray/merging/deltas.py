@@ -39,8 +39,7 @@ def truncated(delta: Delta, rank: int) -> LoraFactors:
     basis_OK, gram_KK = _gram_in_column_space(delta)
     leading_Kr = torch.linalg.eigh(gram_KK).eigenvectors.flip(1)[:, :rank]
     B_Or = leading_Kr if basis_OK is None else basis_OK @ leading_Kr
-    dense = isinstance(delta, DenseDelta)
-    A_rI = B_Or.T @ delta.D_OI.double() if dense else (B_Or.T @ _scaled_b(delta)) @ delta.A_RI.double()
+    A_rI = _projected(delta, B_Or)
     return LoraFactors(delta.module, A_rI.float(), B_Or.float(), 1.0)
 
 
@@ -62,6 +61,13 @@ def _gram_in_column_space(delta: Delta) -> tuple[torch.Tensor | None, torch.Tens
         basis_OK, core_KR = torch.linalg.qr(core_KR)
     A_RI = delta.A_RI.double()
     return basis_OK, core_KR @ (A_RI @ A_RI.T) @ core_KR.T
+
+
+def _projected(delta: Delta, B_Or: torch.Tensor) -> torch.Tensor:
+    """Return the delta in the coordinates of orthonormal columns, shape (r, I)."""
+    if isinstance(delta, DenseDelta):
+        return B_Or.T @ delta.D_OI.double()
+    return (B_Or.T @ _scaled_b(delta)) @ delta.A_RI.double()
 
 
 def _scaled_b(factors: LoraFactors) -> torch.Tensor:

@@ -14,7 +14,6 @@ from selma_ray.merging.methods import (
     average_factors,
     default_weight,
     released_scale,
-    sum_deltas,
     svd,
 )
 from selma_ray.merging.report import MergeReport, inner_product, sign_conflicts, singular_values

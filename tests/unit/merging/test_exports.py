@@ -1,0 +1,125 @@
+"""Exports are read back by the loaders they are for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from selma_ray.errors import AdapterError
+from selma_ray.merging.adapters import Adapter, open_adapter, shapes_of
+from selma_ray.merging.config import MergingConfig
+from selma_ray.merging.exports import EXPORT_FILES, write_kohya
+from selma_ray.merging.run import merge_experts
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+from tests.tiny_models import save_tiny_sdxl
+from tests.unit.merging.adapters_on_disk import save_random_adapter
+
+SKILLS = ["counting", "style"]
+
+
+@pytest.fixture(scope="module", params=["stable_diffusion", "sdxl"])
+def base_dir(request, tiny_pipeline_dir, tmp_path_factory) -> Path:
+    if request.param == "stable_diffusion":
+        return tiny_pipeline_dir
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    save_tiny_sdxl(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged_dir(base_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    for seed, skill in enumerate(SKILLS):
+        save_random_adapter(base_dir, folder / "experts" / skill, seed, rank=2 + seed, lora_alpha=3)
+    merge_experts(RunFolder(str(folder)), SKILLS, ModelConfig(name=str(base_dir)), MergingConfig())
+    return folder / "merged" / "merged"
+
+
+def image_of(pipeline: DiffusionPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        "a red apple", num_inference_steps=2, guidance_scale=2.0, width=64, height=64, generator=generator
+    ).images
+    return np.asarray(images[0])
+
+
+def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir, merged_dir):
+    with_peft = DiffusionPipeline.from_pretrained(base_dir)
+    with_peft.unet = PeftModel.from_pretrained(with_peft.unet, merged_dir / "adapter").base_model.model
+    expected = image_of(with_peft)
+    loaded = DiffusionPipeline.from_pretrained(base_dir)
+    plain = image_of(loaded)
+    loaded.load_lora_weights(merged_dir)  # finds pytorch_lora_weights.safetensors in the folder
+    assert image_of(loaded).tobytes() == expected.tobytes()
+    assert (plain != expected).mean() > 0.01
+    baked = image_of(DiffusionPipeline.from_pretrained(merged_dir / "pipeline"))
+    assert np.abs(baked.astype(int) - expected.astype(int)).max() <= 1  # floats are added in another order
+
+
+def test_diffusers_renders_the_same_from_the_kohya_file(base_dir, merged_dir):
+    by_format = []
+    for name in EXPORT_FILES.values():
+        pipeline = DiffusionPipeline.from_pretrained(base_dir)
+        pipeline.load_lora_weights(merged_dir, weight_name=name)
+        by_format.append(image_of(pipeline))
+    assert by_format[0].tobytes() == by_format[1].tobytes()
+
+
+def test_kohya_keys_round_trip_through_diffusers_reader(base_dir, merged_dir):
+    pipeline = DiffusionPipeline.from_pretrained(base_dir)
+    reader = StableDiffusionXLPipeline if isinstance(pipeline, StableDiffusionXLPipeline) else StableDiffusionPipeline
+    read, alphas = reader.lora_state_dict(str(merged_dir / EXPORT_FILES["kohya"]), unet_config=pipeline.unet.config)
+    adapter = open_adapter(merged_dir / "adapter")
+    expected = load_file(merged_dir / EXPORT_FILES["diffusers"])
+    pipeline.load_lora_into_unet(read, alphas, pipeline.unet, adapter_name="kohya")
+    by_module = dict(pipeline.unet.named_modules())
+    matched = set()
+    for module in adapter.modules:
+        layer = by_module[module]
+        for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
+            key = f"unet.{module}.lora_{side}.weight"
+            assert torch.equal(factors["kohya"].weight, expected[key])
+            matched.add(key)
+        assert layer.scaling["kohya"] == 1.0
+    assert matched == set(expected)
+    assert len(read) == len(expected), "every key of the file is one of the model's"
+
+
+def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir):
+    ours = load_file(merged_dir / EXPORT_FILES["kohya"])
+    theirs = convert_state_dict_to_kohya(load_file(merged_dir / EXPORT_FILES["diffusers"]))
+    assert set(ours) == set(theirs)
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key].float(), tensor.float()), key
+    with safe_open(merged_dir / EXPORT_FILES["kohya"], framework="pt") as file:
+        assert file.metadata()["ss_network_dim"] == "5"
+
+
+def test_an_adapters_scale_is_kohyas_alpha(base_dir, tmp_path):
+    folder = save_random_adapter(base_dir, tmp_path / "adapter", seed=0, rank=4, lora_alpha=2)
+    adapter = open_adapter(folder)
+    write_kohya(tmp_path / "kohya.safetensors", adapter, shapes_of([adapter]))
+    alphas = {float(value) for key, value in load_file(tmp_path / "kohya.safetensors").items() if "alpha" in key}
+    assert alphas == {2.0}
+
+
+def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path):
+    adapter = Adapter(tmp_path, None, 2, 1.0, ("a.to_q", "a_to.q"))
+    with pytest.raises(AdapterError, match=r"a.to_q and a_to.q are both lora_unet_a_to_q to kohya; leave kohya out"):
+        write_kohya(tmp_path / "kohya.safetensors", adapter, {"a.to_q": (2, 2), "a_to.q": (2, 2)})
+    assert not (tmp_path / "kohya.safetensors").exists()
+
+
+def test_exports_are_left_out_where_the_recipe_says_so(base_dir, merged_dir):
+    run = RunFolder(str(merged_dir.parents[1]))
+    config = MergingConfig(name="bare", exports=())
+    merge_experts(run, SKILLS, ModelConfig(name=str(base_dir)), config)
+    assert {path.name for path in (merged_dir.parent / "bare").iterdir()} == {"adapter", "pipeline", "report.json"}
