@@ -10,7 +10,9 @@ from selma_ray.evaluation.judges.asking import as_yes_or_no, ask_images
 from selma_ray.evaluation.judges.interface import Answer, Judge
 from selma_ray.evaluation.questions import Question, questions_for_prompt
 
-__all__ = ["ImageScore", "ImageScorer", "ScoredQuestion", "score_images"]
+__all__ = ["ImageScore", "ImageScorer", "ScoredQuestion", "answered", "score_images"]
+
+_REASON_CHARS = 200
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,29 @@ def score_images(
     """Ask each image its questions and score the answers; an image that is None or unreadable is null and spares the others."""
     choices = [[each.choices for each in asked] for asked in questions]
     answers = ask_images(judge, images, [[each.question for each in asked] for asked in questions], choices)
-    return [_score(judge.name, asked, answered, scorer) for asked, answered in zip(questions, answers, strict=True)]
+    return [_score(judge.name, asked, given, scorer) for asked, given in zip(questions, answers, strict=True)]
+
+
+def answered(question: Question, answer: str | None) -> Answered:
+    """Return an answer as DSG's scorers take it: a gold answer to a question with choices counts as a yes."""
+    if question.choices and answer is not None:
+        answer = "yes" if answer == question.answer else "no"
+    return Answered(question.id, answer, question.parents)
+
+
+def _as_choice(answer: Answer, choices: Sequence[str]) -> Answer:
+    if answer.text is None or answer.text in choices:
+        return answer
+    reason = f"the judge answered {answer.text[:_REASON_CHARS]!r}, none of the choices; set evaluation.judge.embedder"
+    return Answer(None, answer.p_yes, reason, answer.probabilities)
 
 
 def _score(judge: str, questions: Sequence[Question], answers: Sequence[Answer], scorer: str) -> ImageScore:
     answers = [
-        answer if each.choices else as_yes_or_no(answer) for each, answer in zip(questions, answers, strict=True)
+        _as_choice(answer, each.choices) if each.choices else as_yes_or_no(answer)
+        for each, answer in zip(questions, answers, strict=True)
     ]
-    asked = [Answered(each.id, answer.text, each.parents) for each, answer in zip(questions, answers, strict=True)]
+    asked = [answered(each, answer.text) for each, answer in zip(questions, answers, strict=True)]
     scores = SCORERS[scorer](asked)
     scored = tuple(
         ScoredQuestion(

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from PIL import Image
 
-__all__ = ["YES_OR_NO", "Answer", "Choices", "Judge"]
+__all__ = ["YES_OR_NO", "Answer", "Choices", "Judge", "regroup"]
 
 YES_OR_NO = ("yes", "no")
 
@@ -37,3 +37,9 @@ class Judge(Protocol):
     ) -> list[list[Answer]]:
         """Return one answer per question of each image, in order; `choices` is None where all are yes/no questions."""
         ...
+
+
+def regroup(answers: Sequence[Answer], questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+    """Return answers to all questions in a row as answers to each image's questions."""
+    following = iter(answers)
+    return [[next(following) for _ in asked] for asked in questions]

@@ -1,9 +1,10 @@
 """Judges of transformers' visual question answering classes: ViLT (a classifier) and BLIP (a generator).
 
-Shapes: N pairs of image and question, T tokens, P patches, L labels, V tokens of the vocabulary, D features.
+Shapes: N pairs of image and question, L labels, V tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.batching import HalvingBatches
-from selma_ray.evaluation.judges.interface import YES_OR_NO, Answer, Choices
+from selma_ray.evaluation.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.evaluation.judges.words import AnswerTokens, spoken
 from selma_ray.evaluation.numerals import surface_forms
 from selma_ray.models.locate import LocatedModel
@@ -64,9 +65,20 @@ class TransformersJudge:
             for image, of_image, offered_of_image in zip(images, questions, choices, strict=True)
             for question, offered in zip(of_image, offered_of_image, strict=True)
         ]
-        classifies = self._model.config.model_type == "vilt"
-        answers = iter(self._batches.map(self._classified if classifies else self._generated, asked))
-        return [[next(answers) for _ in of_image] for of_image in questions]
+        return regroup(self._answered(asked), questions)
+
+    def _answered(self, asked: Sequence[_Asked]) -> list[Answer]:
+        if self._model.config.model_type == "vilt":
+            return self._batches.map(self._classified, asked)
+        # transformers lets BLIP's decoder read the padding of questions, so that answers would depend on the batch: only
+        # questions of one length share a batch.
+        lengths = [len(tokens) for tokens in self._processor.tokenizer([each.question for each in asked])["input_ids"]]
+        order = sorted(range(len(asked)), key=lengths.__getitem__)
+        answers: dict[int, Answer] = {}
+        for _, same_length in groupby(order, key=lengths.__getitem__):
+            rows = list(same_length)
+            answers.update(zip(rows, self._batches.map(self._generated, [asked[row] for row in rows]), strict=True))
+        return [answers[row] for row in range(len(asked))]
 
     def _inputs(self, asked: Sequence[_Asked]) -> Any:
         return self._processor(
@@ -99,19 +111,9 @@ class TransformersJudge:
 
     @torch.inference_mode()
     def _generated(self, asked: Sequence[_Asked]) -> list[Answer]:
-        """BLIP's generate, but for padding: transformers lets the decoder read it, so that answers depend on the batch."""
-        inputs = self._inputs(asked)
-        patches_NPD = self._model.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
-        question_NTD = self._model.text_encoder(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], encoder_hidden_states=patches_NPD,
-            encoder_attention_mask=torch.ones(patches_NPD.shape[:2], dtype=torch.long, device=self._device),
-        ).last_hidden_state  # fmt: skip
-        text_config = self._model.config.text_config
-        start_N1 = torch.full((len(asked), 1), self._model.decoder_start_token_id, device=self._device)
-        generated = self._model.text_decoder.generate(
-            input_ids=start_N1, encoder_hidden_states=question_NTD, encoder_attention_mask=inputs["attention_mask"],
-            eos_token_id=text_config.sep_token_id, pad_token_id=text_config.pad_token_id, do_sample=False,
-            max_new_tokens=_MAX_ANSWER_TOKENS, return_dict_in_generate=True, output_logits=True,
+        generated = self._model.generate(
+            **self._inputs(asked), max_new_tokens=_MAX_ANSWER_TOKENS, do_sample=False, return_dict_in_generate=True,
+            output_logits=True,
         )  # fmt: skip
         texts = self._processor.batch_decode(generated.sequences, skip_special_tokens=True)
         log_chances_NV = generated.logits[0].float().log_softmax(-1).cpu()

@@ -8,6 +8,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     ViltConfig,
     ViltForQuestionAnswering,
@@ -47,3 +55,77 @@ def save_tiny_miniature_judge(folder: Path) -> Path:
         model, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     ).save_pretrained(folder)
     return folder
+
+
+def save_tiny_blip(folder: Path) -> Path:
+    """Write a BLIP that answers questions in words."""
+    tokenizer = _bert_tokenizer(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(2)
+    config = BlipConfig(
+        text_config={**sizes, **special, "vocab_size": len(tokenizer), "encoder_hidden_size": 32},
+        vision_config={**sizes, "image_size": 64, "patch_size": 16, "initializer_range": 0.5},
+    )
+    model = BlipForQuestionAnswering(config)
+    with torch.no_grad():  # larger weights, so that answers differ from image to image
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_llava(folder: Path) -> Path:
+    """Write a vision-language model that vLLM runs; it knows a few words."""
+    words = [*WORDS, "yes", "no", "Yes", "No", "Please", "answer", "or", ".", "USER", "ASSISTANT", ":", "2", "3"]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "<image>", *words])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    torch.manual_seed(3)
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+        },
+        text_config={
+            "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": 64, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+        },
+        image_token_index=vocabulary["<image>"], vision_feature_select_strategy="default", image_seq_length=16,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    template = (
+        "{% for message in messages %}USER : {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
+    )
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", chat_template=template, image_token="<image>", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def _bert_tokenizer(folder: Path) -> BertTokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "yes", "no", *letters]
+    (folder / "words.txt").write_text("\n".join(words))
+    return BertTokenizer(str(folder / "words.txt"), model_max_length=40)
