@@ -1,4 +1,9 @@
-"""The command line: `selma run|generate|train|merge|evaluate|report|serve RECIPE [key.path=value …]`."""
+"""The command line.
+
+selma run|generate|train|merge|evaluate|report|serve RECIPE [key.path=value …]
+selma data status|sheet RUN          what a run's folder holds
+selma export RUN --to LAYOUT         its images, as other trainers read them
+"""
 
 import argparse
 import sys
@@ -19,6 +24,8 @@ _COMMANDS = {
     "report": "write report.html and report.json again",
     "serve": "serve the merged model over HTTP until interrupted",
 }
+
+_DATA_COMMANDS = ("data", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +54,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     # argparse ends the list of overrides at the first option; those after it belong to the list too.
     options, rest = parser.parse_known_args(arguments)
-    if unknown := [word for word in rest if word.startswith("-")]:
+    if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command in _DATA_COMMANDS:
+        return options
     options.overrides += rest
     return options
 
@@ -64,10 +73,35 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", help="recipe file, such as jobs/recipes/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+    _add_data_commands(commands)
     return parser
 
 
+def _add_data_commands(commands: Any) -> None:
+    """Add the commands that read a run's folder; each takes the folder alone, and works while the run does."""
+    export = commands.add_parser("export", help="write a run's images in a layout that other trainers read")
+    export.add_argument("--to", required=True, metavar="LAYOUT", help="imagefolder or webdataset")
+    export.add_argument("--out", help="an empty folder, or s3://… (default: exports/LAYOUT in the run's folder)")
+    data = commands.add_parser("data", help="show what a run's folder holds").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    status = data.add_parser("status", help="counts, rates, reasons and time left of prompts and images, at any time")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    sheet = data.add_parser("sheet", help="a contact sheet of random images of every skill")
+    sheet.add_argument("--out", help="a file named .html or .png (default: contact_sheet.html in the run's folder)")
+    sheet.add_argument("--per-skill", type=int, default=12, help="images of a skill (default: 12)")
+    sheet.add_argument("--seed", type=int, default=0, help="which random images (default: 0)")
+    for command in (export, status, sheet):
+        command.add_argument("run", help="the run's folder, such as runs/demo or s3://…")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
 def _execute(options: argparse.Namespace) -> None:
+    if options.command in _DATA_COMMANDS:
+        from selma_ray import data
+
+        data.execute(options)
+        return
     from selma_ray.loop import open_run
     from selma_ray.recipe import load_recipe
 

@@ -1,8 +1,9 @@
 """The whole loop: each stage of a run in order, every one skipped where the run's folder says that it is finished."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -23,7 +24,7 @@ _PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving")
 _PLACEMENT_KEYS = {
     "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
     "cpus_per_worker", "encoders", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
-    "max_requests",
+    "max_requests", "license", "latency_s",
 }  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def open_run(recipe: Recipe) -> Run:
         )
     locate_text_to_image(recipe.model.name, recipe.model.revision)
     locate_judge(recipe.evaluation.judge.name)
+    if recipe.images.selection:
+        locate_judge(recipe.images.selection.judge)
     check_llm(recipe.prompts.llm)
     folder = RunFolder(recipe.run_dir)
     if folder.exists("recipe.yaml"):
@@ -85,7 +88,8 @@ def open_run(recipe: Recipe) -> Run:
 def generate(run: Run, report: Report) -> dict[str, Any]:
     """Stream prompts from the LLM into the renderers; returns counts of both."""
     from selma_ray.evaluation.questions import load_suite
-    from selma_ray.images.stream import check_failures, image_summary, render_stream
+    from selma_ray.images.card import write_card
+    from selma_ray.images.stream import check_failures, follow, image_summary, render_stream
     from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
 
     recipe = run.recipe
@@ -93,17 +97,18 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     prompts = prompt_stream(
         run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=[test.prompt for test in suite]
     )
-    images = render_stream(prompts, recipe.images, recipe.model, recipe.seed, run.folder, recipe.cluster)
+    images = render_stream(
+        prompts, recipe.images, recipe.model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
+    )
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
-    done = image_summary(run.folder, run.skill_names)["rendered"]
-    for row in images.iter_rows():
-        done += 1
-        report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
+    for row, progress in follow(images, run.folder, recipe.images, total):
+        report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}"))
     summary = {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),
     }
     check_failures(summary["images"], recipe.images)
+    write_card(run.folder, run.skill_names, recipe.images, recipe.model, recipe.prompts.llm.name)
     return summary
 
 
@@ -167,6 +172,27 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
     summary = STAGES[name](run, report)
     run.folder.mark_done(name, summary)
     return summary
+
+
+def _scorer_of(recipe: Recipe) -> Callable[[], Any] | None:
+    """Return what loads the judge that chooses among a prompt's images, where the recipe asks for a choice."""
+    selection = recipe.images.selection
+    return partial(_open_scorer, selection.judge) if selection else None
+
+
+def _open_scorer(judge: str) -> Callable[[Sequence[Any], Sequence[str]], list[float | None]]:
+    """Load a judge and return what scores images by their prompts; called in a renderer's process."""
+    from selma_ray.evaluation.config import JudgeConfig
+    from selma_ray.evaluation.judges.opening import open_judge
+    from selma_ray.evaluation.scoring import ImageScorer
+
+    scorer = ImageScorer(open_judge(JudgeConfig(name=judge)))
+
+    def score(images: Sequence[Any], prompts: Sequence[str]) -> list[float | None]:
+        questions = [scorer.questions(prompt) for prompt in prompts]
+        return [scored.score for scored in scorer.score(images, questions)]
+
+    return score
 
 
 def _models_under_test(run: Run) -> dict[str, Any]:

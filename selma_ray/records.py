@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "dev", "test"]
+"""What a prompt is for. An image may also be `rejected`: rendered for training, and not chosen for it."""
 
 PROMPT_SCHEMA = pa.schema(
     [
@@ -48,6 +49,7 @@ _IMAGE_FIELDS = [
     pa.field("width", pa.int32(), nullable=False),
     pa.field("height", pa.int32(), nullable=False),
     pa.field("error", pa.string()),  # null where rendering succeeded
+    pa.field("score", pa.float32()),  # the judge's, where a selection asked for one
 ]
 
 

@@ -41,7 +41,10 @@ class RunFolder:
 
     def path(self, *parts: str) -> str:
         """Return the full path or URI of `parts` below the root."""
-        return str(PurePosixPath(self.uri, *parts)) if self.is_local else "/".join((self.uri.rstrip("/"), *parts))
+        if self.is_local:
+            return str(PurePosixPath(self.uri, *parts))
+        place, mark, options = self.uri.partition("?")
+        return "/".join((place.rstrip("/"), *parts)) + mark + options
 
     def local_path(self, *parts: str) -> Path:
         """Return a local path below the root; raises StorageError where the run is not on a mounted filesystem."""
@@ -53,25 +56,28 @@ class RunFolder:
 
     def exists(self, *parts: str) -> bool:
         """Tell whether an object or folder stands at `parts`."""
-        return self._filesystem.get_file_info(self._inner(*parts)).type != fs.FileType.NotFound
+        with _reading(self.path(*parts)):
+            return self._filesystem.get_file_info(self._inner(*parts)).type != fs.FileType.NotFound
 
     def files(self, *parts: str, suffix: str = "") -> list[str]:
         """Return the sorted relative paths of all finished files below `parts` whose names end in `suffix`."""
         selector = fs.FileSelector(self._inner(*parts), allow_not_found=True, recursive=True)
         prefix = len(self._root.rstrip("/")) + 1
+        with _reading(self.path(*parts)):
+            found = self._filesystem.get_file_info(selector)
         return sorted(
             info.path[prefix:]
-            for info in self._filesystem.get_file_info(selector)
+            for info in found
             if info.type == fs.FileType.File and info.path.endswith(suffix) and not info.path.endswith(_PART_SUFFIX)
         )
 
     def read_bytes(self, *parts: str) -> bytes:
         """Return an object's bytes; raises StorageError where it cannot be read."""
-        try:
-            with self._filesystem.open_input_stream(self._inner(*parts), compression=None) as stream:
-                return stream.read()
-        except OSError as error:
-            raise StorageError(f"{self.path(*parts)} cannot be read: {error}") from None
+        with (
+            _reading(self.path(*parts)),
+            self._filesystem.open_input_stream(self._inner(*parts), compression=None) as stream,
+        ):
+            return stream.read()
 
     def write_bytes(self, content: bytes | memoryview, *parts: str) -> None:
         """Write a whole object atomically; raises StorageError where the disk is full or the storage cannot be reached."""
@@ -96,7 +102,8 @@ class RunFolder:
 
     def read_table(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of several Parquet files as one table; `paths` must not be empty."""
-        return pa.concat_tables(self._read_table(path, list(columns) if columns else None) for path in paths)
+        tables = [self._read_table(path, list(columns) if columns else None) for path in paths]
+        return pa.concat_tables(tables, promote_options="default")
 
     def write_table(self, table: pa.Table, *parts: str) -> None:
         """Write `table` as one Parquet file, atomically."""
@@ -106,11 +113,12 @@ class RunFolder:
 
     def delete(self, *parts: str) -> None:
         """Delete an object or a whole folder; what is not there is no error."""
-        info = self._filesystem.get_file_info(self._inner(*parts))
-        if info.type == fs.FileType.Directory:
-            self._filesystem.delete_dir(info.path)
-        elif info.type == fs.FileType.File:
-            self._filesystem.delete_file(info.path)
+        with storage_errors(self.path(*parts)):
+            info = self._filesystem.get_file_info(self._inner(*parts))
+            if info.type == fs.FileType.Directory:
+                self._filesystem.delete_dir(info.path)
+            elif info.type == fs.FileType.File:
+                self._filesystem.delete_file(info.path)
 
     def mark_done(self, stage: str, summary: dict[str, Any]) -> None:
         """Record that `stage` is finished, with a summary for people and reports."""
@@ -122,11 +130,8 @@ class RunFolder:
 
     def _read_table(self, path: str, columns: list[str] | None) -> pa.Table:
         """Read one Parquet file, of its bytes only what the columns need."""
-        try:
-            with self._filesystem.open_input_file(self._inner(path)) as file:
-                return pq.read_table(file, columns=columns)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(f"{self.path(path)} cannot be read: {error}") from None
+        with _reading(self.path(path)), self._filesystem.open_input_file(self._inner(path)) as file:
+            return pq.read_table(file, columns=columns)
 
     def _inner(self, *parts: str) -> str:
         return "/".join((self._root.rstrip("/"), *parts))
@@ -153,4 +158,14 @@ def storage_errors(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"no space left to write {path}; free some and run the same command again") from None
-        raise StorageError(f"{path} cannot be written: {error}; mend it and run the same command again") from None
+        reason = " ".join(str(error).split())
+        raise StorageError(f"{path} cannot be written: {reason}; mend it and run the same command again") from None
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn an error of reading `path` into a StorageError of one line."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{path} cannot be read: {' '.join(str(error).split())}") from None

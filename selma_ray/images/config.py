@@ -1,20 +1,50 @@
 """How training images are rendered (SELMA, section 3.2)."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from selma_ray.config import StrictModel
 from selma_ray.models.config import SamplingConfig
 
-__all__ = ["ImagesConfig"]
+__all__ = ["FreeEngineConfig", "ImagesConfig", "SelectionConfig"]
+
+
+class FreeEngineConfig(StrictModel):
+    """The stand-in engine that draws a colour ramp from a row's seed: for measuring and testing what is around an engine."""
+
+    latency_s: float = Field(default=0.0, ge=0)
+    """Seconds that it waits for each batch, as if a GPU rendered it."""
+
+
+class SelectionConfig(StrictModel):
+    """Which of a prompt's images are trained on; the others are kept beside them as split `rejected`, all with scores."""
+
+    judge: str = "miniature"
+    """The judge whose score in [0, 1] decides: `miniature`, a local folder, or a hub name."""
+    keep_best: int = Field(default=1, ge=1)
+    """Images kept for each prompt, those of the highest scores."""
+    min_score: float = Field(default=0, ge=0, le=1)
+    """Score below which an image is rejected, even the best of its prompt."""
 
 
 class ImagesConfig(StrictModel):
     """How the model renders its own training images."""
 
+    engine: Literal["diffusers", "free"] = "diffusers"
+    """`diffusers` renders with the model's pipeline; `free` is the stand-in that costs nothing."""
+    free: FreeEngineConfig = FreeEngineConfig()
+    """The stand-in engine."""
     sampling: SamplingConfig = SamplingConfig()
     """How each image is sampled."""
     per_prompt: int = Field(default=1, ge=1)
     """Images rendered for each prompt."""
+    selection: SelectionConfig | None = None
+    """Choice among a prompt's images by a judge; none trains on all of them, as published."""
+    format: Literal["png", "webp"] = "png"
+    """Encoding of the images; both are lossless."""
+    license: str = "unknown"
+    """Licence of the dataset, as its card names it: an identifier of the Hugging Face hub."""
     batch_size: int = Field(default=8, ge=1)
     """Images one pipeline call renders."""
     min_renderers: int = Field(default=1, ge=1)
@@ -26,6 +56,24 @@ class ImagesConfig(StrictModel):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of a renderer; 0 renders on the CPU."""
     max_attempts: int = Field(default=3, ge=1)
-    """Times a row is tried before it is recorded as failed."""
+    """Times a row is tried before it is recorded as failed, whether it raises an error or ends the renderer's process."""
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of failed images above which the stage stops."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> "ImagesConfig":
+        if self.max_renderers < self.min_renderers:
+            raise ValueError(
+                f"max_renderers must be at least min_renderers={self.min_renderers}, got {self.max_renderers}; raise it"
+            )
+        if self.selection and self.selection.keep_best > self.per_prompt:
+            raise ValueError(
+                f"selection.keep_best must be at most per_prompt={self.per_prompt}, "
+                f"got {self.selection.keep_best}; raise per_prompt"
+            )
+        return self
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Return how many images a batch holds: with a selection, those of whole prompts."""
+        return max(1, self.batch_size // self.per_prompt) * self.per_prompt if self.selection else self.batch_size

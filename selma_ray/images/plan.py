@@ -32,6 +32,7 @@ class PlanImages:
         self._seed = seed
         self._finished_ids = frozenset(finished_ids)
         self._provenance = {
+            "engine": config.engine,
             "revision": locate_text_to_image(model.name, model.revision).revision,
             "dtype": model.dtype,
             "sampling": config.sampling.model_dump(mode="json"),

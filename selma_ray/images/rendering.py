@@ -1,50 +1,68 @@
-"""Rendering planned images with one pipeline: row by row where a batch fails, encoding beside the denoiser."""
+"""Rendering planned images with one engine: row by row where a batch fails, judging and encoding beside the denoiser."""
 
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
 from selma_ray.images.config import ImagesConfig
+from selma_ray.images.engines import ImageEngine, open_engine
+from selma_ray.images.in_flight import begin_batch, begin_row, finish_row
+from selma_ray.images.selection import OpenScorer, ScoreImages, reject_unchosen
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import IMAGE_SCHEMA
+from selma_ray.storage import RunFolder
 
-__all__ = ["RENDERED_SCHEMA", "RenderPrompts"]
+__all__ = ["RENDERED_SCHEMA", "OpenEngine", "RenderPrompts"]
 
-RENDERED_SCHEMA = IMAGE_SCHEMA.append(pa.field("seconds", pa.float32()))
+OpenEngine = Callable[[ImagesConfig, ModelConfig], ImageEngine]
+
+# `batch` is the key of the batch in flight, `again` says that an earlier process did not bring it back.
+RENDERED_SCHEMA = (
+    IMAGE_SCHEMA.append(pa.field("seconds", pa.float32()))
+    .append(pa.field("batch", pa.string()))
+    .append(pa.field("again", pa.bool_()))
+)
 _LONGEST_REASON = 200
 
 logger = logging.getLogger(__name__)
 
 
 class RenderPrompts:
-    """Renders batches of planned images with one pipeline held in memory.
+    """Renders batches of planned images with one engine held in memory.
 
     May be called from several threads: the denoiser runs in a thread of its own, one batch at a time, while the callers'
-    threads encode what it has rendered.
+    threads judge and encode what it has rendered. A batch whose process died is rendered row by row; a row that ends the
+    process `max_attempts` times is given up.
     """
 
-    def __init__(self, config: ImagesConfig, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        config: ImagesConfig,
+        model: ModelConfig,
+        folder: RunFolder,
+        open_scorer: OpenScorer | None = None,
+        open_engine: OpenEngine = open_engine,
+    ) -> None:
         # The driver ships this class to its actors without loading torch.
         import torch
 
-        from selma_ray.models.rendering import Renderer, load_pipeline
-
         self._config = config
+        self._folder = folder
         self._denoiser = ThreadPoolExecutor(1, "denoiser", torch.set_num_threads, (max(1, int(config.num_cpus)),))
-        self._renderer: Renderer = self._denoiser.submit(
-            lambda: Renderer(load_pipeline(model), config.sampling)
-        ).result()
+        self._engine = self._denoiser.submit(open_engine, config, model).result()
+        self._score: ScoreImages | None = open_scorer() if open_scorer else None
         self._provenance = {
-            "model": model.name,
+            "model": model.name if config.engine == "diffusers" else config.engine,
             "revision": locate_text_to_image(model.name, model.revision).revision,
-            "scheduler": type(self._renderer.pipeline.scheduler).__name__,
+            "scheduler": self._engine.scheduler,
             "steps": config.sampling.steps,
             "guidance_scale": config.sampling.guidance_scale,
             "width": config.sampling.width_px,
@@ -56,17 +74,22 @@ class RenderPrompts:
         rows = planned.to_pylist()
         if not rows:
             return RENDERED_SCHEMA.empty_table()
-        images, seconds = self._denoiser.submit(self._render_timed, rows).result()
-        rendered = [self._row(row, image, seconds / len(rows)) for row, image in zip(rows, images, strict=True)]
+        batch, again = begin_batch(self._folder, [row["id"] for row in rows])
+        render = self._render_suspects if again else self._render
+        images, seconds = self._denoiser.submit(_timed, render, rows).result()
+        common = {**self._provenance, "seconds": seconds / len(rows), "batch": batch, "again": again}
+        rendered = [
+            {**row, **common, **self._outcome(row["id"], image)} for row, image in zip(rows, images, strict=True)
+        ]
+        if self._config.selection:
+            self._select(rendered, images)
         return pa.Table.from_pylist(rendered, schema=RENDERED_SCHEMA)
-
-    def _render_timed(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Image.Image | Exception], float]:
-        started_s = time.monotonic()
-        return self._render(rows), time.monotonic() - started_s
 
     def _render(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image | Exception]:
         try:
-            return list(self._renderer.render([row["prompt"] for row in rows], [row["seed"] for row in rows]))
+            images: list[Image.Image | Exception] = []
+            images += self._engine.render([row["prompt"] for row in rows], [row["seed"] for row in rows])
+            return images
         except Exception as error:
             logger.warning("a batch of %d images failed (%s); its rows are tried one by one", len(rows), _reason(error))
             return [self._render_alone(row) for row in rows]
@@ -75,23 +98,52 @@ class RenderPrompts:
         failure: Exception = RuntimeError("not tried")
         for _ in range(self._config.max_attempts):
             try:
-                return self._renderer.render([row["prompt"]], [row["seed"]])[0]
+                return self._engine.render([row["prompt"]], [row["seed"]])[0]
             except Exception as error:
                 failure = error
         return failure
 
-    def _row(self, planned: dict[str, Any], image: Image.Image | Exception, seconds: float) -> dict[str, Any]:
+    def _render_suspects(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image | Exception]:
+        """Render rows of which one may have ended an earlier process; it is the one that does so alone, time and again."""
+        logger.warning("a batch of %d images ended its renderer's process; its rows are tried one by one", len(rows))
+        return [self._render_suspect(row) for row in rows]
+
+    def _render_suspect(self, row: dict[str, Any]) -> Image.Image | Exception:
+        begun = begin_row(self._folder, row["id"], self._config.max_attempts)
+        if begun >= self._config.max_attempts:
+            return RuntimeError(f"the renderer's process ended {begun} times while it rendered this row alone")
+        image = self._render_alone(row)
+        finish_row(self._folder, row["id"])
+        return image
+
+    def _outcome(self, id_: str, image: Image.Image | Exception) -> dict[str, Any]:
         if isinstance(image, Exception):
-            outcome: dict[str, Any] = {"image": None, "error": _reason(image)}
-        else:
-            outcome = {"image": {"bytes": _png(image), "path": f"{planned['id']}.png"}, "error": None}
-        return {**planned, **self._provenance, **outcome, "seconds": seconds}
+            return {"image": None, "error": _reason(image)}
+        content = encoded(image, self._config.format)
+        return {"image": {"bytes": content, "path": f"{id_}.{self._config.format}"}, "error": None}
+
+    def _select(self, rendered: list[dict[str, Any]], images: Sequence[Image.Image | Exception]) -> None:
+        """Score the images and reject those that are not chosen; the images of a prompt stand side by side in one batch."""
+        assert self._score is not None
+        assert self._config.selection is not None
+        there = [(row, image) for row, image in zip(rendered, images, strict=True) if isinstance(image, Image.Image)]
+        scores = self._score([image for _, image in there], [row["prompt"] for row, _ in there])
+        for (row, _), score in zip(there, scores, strict=True):
+            row["score"] = score
+        for _, group in groupby(rendered, key=lambda row: (row["skill"], row["prompt"])):
+            reject_unchosen(list(group), self._config.selection)
 
 
-def _png(image: Image.Image) -> bytes:
+def encoded(image: Image.Image, format_: str) -> bytes:
+    """Return the image as PNG or as lossless WebP."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, format_.upper(), **({"lossless": True} if format_ == "webp" else {}))
     return buffer.getvalue()
+
+
+def _timed(render: Callable[[Sequence[Any]], list[Any]], rows: Sequence[Any]) -> tuple[list[Any], float]:
+    started_s = time.monotonic()
+    return render(rows), time.monotonic() - started_s
 
 
 def _reason(error: Exception) -> str:

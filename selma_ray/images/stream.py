@@ -6,8 +6,11 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.images.config import ImagesConfig
+from selma_ray.images.engines import open_engine
 from selma_ray.images.plan import PlanImages
-from selma_ray.images.rendering import RenderPrompts
+from selma_ray.images.progress import follow
+from selma_ray.images.rendering import OpenEngine, RenderPrompts
+from selma_ray.images.selection import OpenScorer
 from selma_ray.images.shards import (
     WriteImages,
     check_failures,
@@ -19,7 +22,7 @@ from selma_ray.images.shards import (
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 
-__all__ = ["check_failures", "existing_ids", "image_summary", "read_images", "render_stream"]
+__all__ = ["check_failures", "existing_ids", "follow", "image_summary", "read_images", "render_stream"]
 
 # One batch is denoised while the one before it is encoded.
 _CALLS_PER_RENDERER = 2
@@ -28,12 +31,20 @@ _LIGHT_STAGE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "
 
 
 def render_stream(
-    prompts: Dataset, config: ImagesConfig, model: ModelConfig, seed: int, folder: RunFolder, cluster: ClusterConfig
+    prompts: Dataset,
+    config: ImagesConfig,
+    model: ModelConfig,
+    seed: int,
+    folder: RunFolder,
+    cluster: ClusterConfig,
+    *,
+    open_scorer: OpenScorer | None = None,
+    open_engine: OpenEngine = open_engine,
 ) -> Dataset:
-    """Return the stream of finished images: a light row (id, skill, prompt, error, seconds) for each that was written.
+    """Return the stream of finished images: a light row (id, skill, prompt, split, error, seconds, again) for each written.
 
     Takes rows of PROMPT_SCHEMA; only training prompts whose images are not in the folder are rendered. Images that fail
-    are recorded with their reason; `check_failures` says whether there were too many.
+    are recorded with their reason; `follow` stops where there are too many. A recipe with a selection needs `open_scorer`.
     """
     forget_failures(folder)
     planned = prompts.map_batches(
@@ -44,8 +55,8 @@ def render_stream(
     )
     rendered = planned.map_batches(
         RenderPrompts,
-        fn_constructor_kwargs={"config": config, "model": model},
-        batch_size=config.batch_size,
+        fn_constructor_args=(config, model, folder, open_scorer if config.selection else None, open_engine),
+        batch_size=config.rows_per_batch,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             min_size=config.min_renderers,

@@ -1,4 +1,5 @@
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -6,17 +7,29 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from selma_ray.images.config import ImagesConfig
+from selma_ray.images import rendering
+from selma_ray.images.config import ImagesConfig, SelectionConfig
+from selma_ray.images.in_flight import take_lost
 from selma_ray.images.plan import PLAN_SCHEMA
-from selma_ray.images.rendering import RENDERED_SCHEMA, RenderPrompts
+from selma_ray.images.rendering import RENDERED_SCHEMA, RenderPrompts, encoded
+from selma_ray.images.shards import WriteImages, existing_ids, image_summary
 from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.storage import RunFolder
 
 CONFIG = ImagesConfig(sampling=SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64), max_attempts=3)
 
 
 @pytest.fixture(scope="module")
-def render(tiny_pipeline_dir) -> RenderPrompts:
-    return RenderPrompts(CONFIG, ModelConfig(name=str(tiny_pipeline_dir)))
+def loaded(tiny_pipeline_dir, tmp_path_factory) -> RenderPrompts:
+    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
+    return RenderPrompts(CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), folder)
+
+
+@pytest.fixture
+def render(loaded) -> RenderPrompts:
+    """Return a renderer that knows of nothing in flight."""
+    loaded._folder.delete("in_flight")
+    return loaded
 
 
 def planned(*prompts: str) -> pa.Table:
@@ -31,9 +44,13 @@ def pixels(rendered: pa.Table) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in rendered["image"].to_pylist()]
 
 
+def content(rendered: pa.Table) -> list[bytes]:
+    return [image["bytes"] for image in rendered["image"].to_pylist()]
+
+
 def fail_on(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch, word: str, times: int) -> list[int]:
     """Let the pipeline fail when a prompt has `word`, so many times; returns the sizes of all calls, filled as they come."""
-    original, calls, failures = render._renderer.render, [], []
+    original, calls, failures = render._engine.render, [], []
 
     def flaky(prompts, seeds):
         calls.append(len(prompts))
@@ -42,7 +59,7 @@ def fail_on(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch, word: str, t
             raise ValueError(f"cannot draw {word}\nsecond line")
         return original(prompts, seeds)
 
-    monkeypatch.setattr(render._renderer, "render", flaky)
+    monkeypatch.setattr(render._engine, "render", flaky)
     return calls
 
 
@@ -56,12 +73,15 @@ def test_rows_carry_their_image_and_where_it_comes_from(render):
     assert row["seconds"] > 0
 
 
-def test_an_image_depends_on_its_row_and_not_on_its_batch(render):
-    """Equal up to one step of 255: the CPU's kernels round differently for other batch sizes."""
-    together = pixels(render(planned("a cat", "a dog", "a cow")))
-    alone = pixels(render(planned("a cat", "a dog", "a cow").slice(2)))[0]
-    assert np.abs(together[2].astype(int) - alone.astype(int)).max() <= 1
-    assert np.abs(together[0].astype(int) - alone.astype(int)).max() > 1
+def test_an_image_depends_on_its_row_to_the_byte_whatever_batch_it_is_in(render):
+    prompts = planned("a cat", "a dog", "a cow", "a hen", "a fox", "a bee")
+    together = content(render(prompts))
+    alone = [content(render(prompts.slice(index, 1)))[0] for index in range(6)]
+    by_two = [image for start in (4, 2, 0) for image in reversed(content(render(prompts.slice(start, 2))))]
+    backwards = content(render(prompts.take([5, 4, 3, 2, 1, 0])))
+    assert alone == together
+    assert by_two == backwards == together[::-1]
+    assert len(set(together)) == 6
 
 
 def test_calls_from_several_threads_give_each_its_own_rows(render):
@@ -87,3 +107,105 @@ def test_a_row_that_fails_twice_is_rendered_the_third_time(render, monkeypatch):
 
 def test_an_empty_block_stays_empty(render):
     assert render(planned()).num_rows == 0
+
+
+class BlockingEngine:
+    """Lets its second batch begin only while the first is encoded, which waits for that in turn."""
+
+    scheduler = "none"
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.second_began = threading.Event()
+
+    def render(self, prompts, seeds):
+        self.calls += 1
+        if self.calls == 2:
+            self.second_began.set()
+        return [Image.new("RGB", (8, 8))] * len(prompts)
+
+
+def test_a_batch_is_encoded_while_the_next_is_denoised(tmp_path, monkeypatch, tiny_pipeline_dir):
+    engine, first = BlockingEngine(), threading.Event()
+
+    def encode_slowly(image, format_):
+        if not first.is_set():
+            first.set()
+            assert engine.second_began.wait(30), "the denoiser stood still while a batch was encoded"
+        return b"png"
+
+    monkeypatch.setattr(rendering, "encoded", encode_slowly)
+    render = RenderPrompts(
+        CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), RunFolder(str(tmp_path)), open_engine=lambda *_: engine
+    )
+    with ThreadPoolExecutor(2) as threads:
+        assert [table.num_rows for table in threads.map(render, [planned("a cat"), planned("a dog")])] == [1, 1]
+
+
+@pytest.mark.parametrize("format_", ["png", "webp"])
+def test_images_are_encoded_without_loss(format_):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    decoded = Image.open(io.BytesIO(encoded(image, format_)))
+    assert decoded.format == format_.upper()
+    assert np.array_equal(np.asarray(decoded), np.asarray(image))
+
+
+class EndingEngine:
+    """Ends its process, which here is an exception that no one catches, at a prompt with the word ghost."""
+
+    scheduler = "none"
+
+    def render(self, prompts, seeds):
+        if any("ghost" in prompt for prompt in prompts):
+            raise SystemExit
+        return [Image.new("RGB", (8, 8), (seed, 0, 0)) for seed in seeds]
+
+
+def test_a_row_that_ends_the_process_three_times_is_given_up(tmp_path, tiny_pipeline_dir):
+    """Every call is a new process with the same folder, as Ray starts an actor anew and repeats its task."""
+    folder = RunFolder(str(tmp_path))
+
+    def attempt():
+        engine = EndingEngine()
+        render = RenderPrompts(CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), folder, open_engine=lambda *_: engine)
+        return render(planned("a cat", "a ghost", "a dog"))
+
+    for _ in range(1 + CONFIG.max_attempts):  # with its batch, then alone
+        with pytest.raises(SystemExit):
+            attempt()
+    rendered = attempt()
+    assert rendered["error"].to_pylist()[::2] == [None, None]
+    assert "process ended 3 times" in rendered["error"][1].as_py()
+    assert rendered["again"].to_pylist() == [True] * 3
+    WriteImages(folder)(rendered)
+    assert take_lost(folder, []) == 0
+    assert image_summary(folder, ["one"])["failed"] == 1
+    assert folder.files("in_flight") == []
+
+
+def test_what_was_in_flight_when_a_run_ended_is_counted_once(tmp_path, tiny_pipeline_dir):
+    folder = RunFolder(str(tmp_path))
+    render = RenderPrompts(
+        CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), folder, open_engine=lambda *_: EndingEngine()
+    )
+    WriteImages(folder)(render(planned("a cat")))
+    render(planned("a dog", "a cow"))  # rendered, and never written
+    assert take_lost(folder, existing_ids(folder)) == 2
+    assert take_lost(folder, existing_ids(folder)) == 0
+
+
+def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path, tiny_pipeline_dir):
+    config = CONFIG.model_copy(update={"per_prompt": 3, "selection": SelectionConfig(keep_best=1, min_score=0.5)})
+    scores = {0: 0.6, 1: 0.9, 2: 0.9, 3: 0.1, 4: None, 5: 0.2}
+    rows = [
+        {"id": str(seed), "skill": "one", "prompt": prompt, "split": "train", "image_index": seed % 3, "seed": seed}
+        for seed, prompt in enumerate(["a cat"] * 3 + ["a dog"] * 3)
+    ]
+    render = RenderPrompts(
+        config, ModelConfig(name=str(tiny_pipeline_dir)), RunFolder(str(tmp_path)),
+        open_scorer=lambda: lambda images, prompts: [scores[image.getpixel((0, 0))[0]] for image in images],
+        open_engine=lambda *_: EndingEngine(),
+    )  # fmt: skip
+    rendered = render(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
+    assert rendered["split"].to_pylist() == ["rejected", "train", *["rejected"] * 4]
+    assert rendered["score"].to_pylist() == pytest.approx([0.6, 0.9, 0.9, 0.1, None, 0.2])

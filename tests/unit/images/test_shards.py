@@ -25,14 +25,14 @@ def folder(tmp_path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
-def row(id_: str, skill: str = "one", error: str | None = None, colour: str = "red") -> dict:
+def row(id_: str, skill: str = "one", error: str | None = None, colour: str = "red", split: str = "train") -> dict:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
     return {
-        "id": id_, "skill": skill, "prompt": f"prompt of {id_}", "split": "train", "image_index": 0, "seed": 7,
+        "id": id_, "skill": skill, "prompt": f"prompt of {id_}", "split": split, "image_index": 0, "seed": 7,
         "image": None if error else {"bytes": buffer.getvalue(), "path": f"{id_}.png"}, "model": "tiny",
         "revision": "main", "scheduler": "DDIMScheduler", "steps": 2, "guidance_scale": 7.5, "width": 8, "height": 8,
-        "error": error,
+        "error": error, "score": None,
     }  # fmt: skip
 
 
@@ -75,9 +75,13 @@ def test_failures_are_recorded_counted_and_tried_again(folder):
     write_shards(folder, table(row("a"), row("b", error="ValueError: no"), row("c", error="ValueError: no")))
     assert image_summary(folder, ["one", "two"]) == {
         "rendered": 1,
+        "rejected": 0,
         "failed": 2,
         "reasons": {"ValueError: no": 2},
-        "skills": {"one": {"rendered": 1, "failed": 2}, "two": {"rendered": 0, "failed": 0}},
+        "skills": {
+            "one": {"rendered": 1, "rejected": 0, "failed": 2},
+            "two": {"rendered": 0, "rejected": 0, "failed": 0},
+        },
     }
     assert existing_ids(folder) == {"a"}
     assert read_images(folder, "one")["id"].to_pylist() == ["a"]
@@ -98,3 +102,19 @@ def test_too_many_failures_name_the_first_reasons(folder):
 
 def test_nothing_rendered_is_no_failure(folder):
     check_failures(image_summary(folder, ["one"]), ImagesConfig())
+
+
+def test_rejected_images_are_counted_apart_and_not_tried_again(folder):
+    write_shards(
+        folder, table(row("a"), row("b", split="rejected"), row("c", split="rejected", error="ValueError: no"))
+    )
+    summary = image_summary(folder, ["one"])
+    assert (summary["rendered"], summary["rejected"], summary["failed"]) == (1, 2, 0)
+    assert existing_ids(folder) == {"a", "b", "c"}
+
+
+def test_shards_of_an_earlier_version_are_read_with_those_of_this(folder):
+    write_shards(folder, table(row("a")))
+    old = folder.read_table(folder.files("images")).drop_columns(["score"])
+    folder.write_table(old, "images", "skill=one", "old.parquet")
+    assert read_images(folder, "one")["score"].to_pylist() == [None, None]

@@ -1,0 +1,94 @@
+"""The dataset card beside the shards: what the Hugging Face hub and a reader want to know of a dataset."""
+
+from collections.abc import Iterable, Sequence
+
+import yaml
+
+from selma_ray.images.config import ImagesConfig
+from selma_ray.images.shards import image_summary
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_text_to_image
+from selma_ray.storage import RunFolder
+
+__all__ = ["card_text", "write_card"]
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def write_card(
+    folder: RunFolder, skills: Sequence[str], config: ImagesConfig, model: ModelConfig, llm: str, stage: str = "images"
+) -> None:
+    """Write images/README.md, with which `datasets.load_dataset` opens the folder as it stands."""
+    layout: dict[str, object] = {
+        "config_name": "default",
+        "data_files": [{"split": "train", "path": "skill=*/*.parquet"}],
+    }
+    folder.write_bytes(card_text(folder, skills, config, model, llm, [layout]).encode(), stage, "README.md")
+
+
+def card_text(
+    folder: RunFolder,
+    skills: Sequence[str],
+    config: ImagesConfig,
+    model: ModelConfig,
+    llm: str,
+    layouts: Sequence[dict[str, object]] = (),
+) -> str:
+    """Return the card of a run's images; `layouts` are the hub's `configs`, for files it would not find by itself."""
+    summary = image_summary(folder, skills)
+    count = summary["rendered"] + summary["rejected"]
+    header: dict[str, object] = {
+        "license": config.license,
+        "task_categories": ["text-to-image"],
+        "language": ["en"],
+        "tags": ["synthetic", "selma"],
+        "size_categories": [next((name for bound, name in _SIZES if count < bound), "n>1M")],
+    }
+    if layouts:
+        header["configs"] = list(layouts)
+    settings = {
+        "text-to-image model": model.name if config.engine == "diffusers" else f"none ({config.engine} stand-in)",
+        "revision": locate_text_to_image(model.name, model.revision).revision,
+        "precision": model.dtype,
+        "scheduler": config.sampling.scheduler or "the model's own",
+        "steps": config.sampling.steps,
+        "guidance scale": config.sampling.guidance_scale,
+        "size": f"{config.sampling.width_px} x {config.sampling.height_px} px",
+        "negative prompt": config.sampling.negative_prompt or "none",
+        "images per prompt": config.per_prompt,
+        "selection": _selection_words(config),
+        "prompts written by": llm,
+        "licence": config.license,
+    }
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False).strip(),
+            "---",
+            "# Images that a text-to-image model rendered for its own training",
+            "",
+            "A language model wrote the prompts of each skill; the model below rendered them, without human labels "
+            "([SELMA](https://arxiv.org/abs/2403.06952)).",
+            "",
+            *_table(("skill", "images", "rejected", "failed"), [
+                (skill, counts["rendered"], counts["rejected"], counts["failed"]) for skill, counts in summary["skills"].items()
+            ]),
+            "",
+            *_table(("setting", "value"), settings.items()),
+            "",
+            "Every row names its prompt, skill, seed, model and sampler; its id is a hash of them all.",
+            "",
+        ]
+    )  # fmt: skip
+
+
+def _selection_words(config: ImagesConfig) -> str:
+    if config.selection is None:
+        return "none"
+    selection = config.selection
+    return f"the best {selection.keep_best} of each prompt by {selection.judge}, scores from {selection.min_score:g} on"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]

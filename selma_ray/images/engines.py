@@ -1,0 +1,52 @@
+"""What draws images: a diffusers pipeline, or the stand-in that costs nothing."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from selma_ray.images.config import FreeEngineConfig, ImagesConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
+
+__all__ = ["FreeEngine", "ImageEngine", "open_engine"]
+
+
+class ImageEngine(Protocol):
+    """Draws an image for each prompt and seed; an image depends on these two alone, not on its batch."""
+
+    @property
+    def scheduler(self) -> str:
+        """Return the name of the sampler, as result rows show it."""
+        ...
+
+    def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Return one RGB image per prompt, in order."""
+        ...
+
+
+class FreeEngine:
+    """Draws a colour ramp whose offset is the seed, after a wait that may be zero."""
+
+    scheduler = "free"
+
+    def __init__(self, config: FreeEngineConfig, sampling: SamplingConfig) -> None:
+        self._latency_s = config.latency_s
+        ramp_HW = np.add.outer(np.arange(sampling.height_px), np.arange(sampling.width_px))
+        self._ramp_HW3 = np.stack([ramp_HW, 2 * ramp_HW, 255 - ramp_HW], axis=-1).astype(np.uint8)
+
+    def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Return a ramp per prompt."""
+        if self._latency_s:
+            time.sleep(self._latency_s)
+        return [Image.fromarray(self._ramp_HW3 + np.uint8(seed % 256)) for seed in seeds]
+
+
+def open_engine(config: ImagesConfig, model: ModelConfig) -> ImageEngine:
+    """Load the engine that `config` names; raises ConfigError where the model or its scheduler cannot be."""
+    if config.engine == "free":
+        return FreeEngine(config.free, config.sampling)
+    from selma_ray.models.rendering import Renderer, load_pipeline
+
+    return Renderer(load_pipeline(model), config.sampling)

@@ -1,0 +1,76 @@
+"""A contact sheet: random images of every skill with their prompts, as one HTML page or one PNG."""
+
+import base64
+import html
+import io
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from selma_ray.errors import ConfigError
+from selma_ray.images.shards import shards_of
+from selma_ray.storage import RunFolder
+
+__all__ = ["contact_sheet", "random_rows"]
+
+_CELL_PX, _GAP_PX, _TITLE_PX = 128, 6, 24
+_STYLE = (
+    "body{font:14px sans-serif;margin:24px}.row{display:flex;flex-wrap:wrap;gap:12px}"
+    "figure{margin:0;width:160px}img{width:160px;image-rendering:pixelated}figcaption{font-size:12px;color:#444}"
+)
+
+
+def contact_sheet(folder: RunFolder, skills: Sequence[str], per_skill: int, seed: int, suffix: str) -> bytes:
+    """Return the sheet as `.html` or `.png`; raises ConfigError for another suffix or a run without images."""
+    if suffix not in (".html", ".png"):
+        raise ConfigError(f"a contact sheet must be named .html or .png, got {suffix!r}; mend --out")
+    rows = {skill: random_rows(folder, skill, per_skill, seed) for skill in skills}
+    if not any(rows.values()):
+        raise ConfigError(f"{folder.uri} holds no image yet; run `selma generate` first")
+    return _page(rows).encode() if suffix == ".html" else _picture(rows)
+
+
+def random_rows(folder: RunFolder, skill: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Return up to `count` random rows of a skill that have images; of the shards, only those with chosen rows are read whole."""
+    places = [
+        (path, index)
+        for path in shards_of(folder, skill)
+        for index, error in enumerate(folder.read_table([path], columns=["error"])["error"].to_pylist())
+        if error is None
+    ]
+    chosen = random.Random(f"{seed} {skill}").sample(places, min(count, len(places)))
+    tables = {path: folder.read_table([path]) for path in {path for path, _ in chosen}}
+    return [tables[path].slice(index, 1).to_pylist()[0] for path, index in chosen]
+
+
+def _page(rows: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    sections = "".join(
+        f"<h2>{html.escape(skill)}</h2><div class=row>{''.join(map(_figure, of_skill))}</div>"
+        for skill, of_skill in rows.items()
+    )
+    return f"<!doctype html><html><meta charset=utf-8><title>Contact sheet</title><style>{_STYLE}</style>{sections}</html>\n"
+
+
+def _figure(row: Mapping[str, Any]) -> str:
+    format_ = row["image"]["path"].rpartition(".")[2]
+    source = f"data:image/{format_};base64,{base64.b64encode(row['image']['bytes']).decode()}"
+    score = "" if row["score"] is None else f" (score {row['score']:.2f}, {row['split']})"
+    prompt = html.escape(row["prompt"])
+    return f'<figure><img src="{source}" alt="{prompt}"><figcaption>{prompt}{score}</figcaption></figure>'
+
+
+def _picture(rows: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
+    columns = max(len(of_skill) for of_skill in rows.values())
+    step, height = _CELL_PX + _GAP_PX, _CELL_PX + _GAP_PX + _TITLE_PX
+    sheet = Image.new("RGB", (columns * step + _GAP_PX, len(rows) * height + _GAP_PX), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for line, (skill, of_skill) in enumerate(rows.items()):
+        draw.text((_GAP_PX, line * height + _GAP_PX), skill, fill="black", font=font)
+        for column, row in enumerate(of_skill):
+            image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB").resize((_CELL_PX, _CELL_PX))
+            sheet.paste(image, (column * step + _GAP_PX, line * height + _TITLE_PX + _GAP_PX))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,59 @@
+import time
+
+import pytest
+
+from selma_ray.errors import RenderError
+from selma_ray.images.config import ImagesConfig
+from selma_ray.images.in_flight import begin_batch
+from selma_ray.images.progress import follow, read_progress
+from selma_ray.images.shards import write_shards
+from selma_ray.storage import RunFolder
+from tests.unit.images.test_shards import row, table
+
+
+class Stream:
+    """Rows as a Ray dataset hands them out."""
+
+    def __init__(self, *errors: str | None, again: bool = False) -> None:
+        self._errors = errors
+        self._again = again
+        self.taken = 0
+
+    def iter_rows(self):
+        for error in self._errors:
+            self.taken += 1
+            yield {"id": "x", "split": "train", "error": error, "again": self._again}
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(str(tmp_path))
+
+
+def test_progress_is_handed_on_and_written(folder):
+    write_shards(folder, table(row("a")))
+    steps = [progress for _, progress in follow(Stream(None, None, None), folder, ImagesConfig(), total=8)]
+    assert [step.done for step in steps] == [2, 3, 4]
+    written = read_progress(folder)
+    assert (written.found, written.rendered, written.total, written.ended) == (1, 3, 8, True)
+    assert written.images_per_s > 0
+    assert written.seconds_left == pytest.approx(4 / written.images_per_s)
+    assert abs(written.updated_at - time.time()) < 60
+
+
+def test_a_new_start_counts_what_the_last_one_lost(folder):
+    list(follow(Stream(None, again=True), folder, ImagesConfig(), total=8))
+    begin_batch(folder, ["b", "c"])
+    list(follow(Stream(None), folder, ImagesConfig(), total=8))
+    written = read_progress(folder)
+    assert (written.starts, written.again) == (2, 1 + 2)
+
+
+def test_too_many_failures_stop_the_stream_at_once(folder):
+    stream = Stream(None, "ValueError: no", None, "ValueError: no", None, None)
+    with pytest.raises(
+        RenderError, match=r"max_failed_fraction allows 0.2, 2 of 8 images failed \(2 x ValueError: no\)"
+    ):
+        list(follow(stream, folder, ImagesConfig(max_failed_fraction=0.2), total=8))
+    assert stream.taken == 4
+    assert (read_progress(folder).failed, read_progress(folder).ended) == (2, False)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from selma_ray.errors import ConfigError
+from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.models.rendering import CPU_LANES, Renderer, load_pipeline
+from tests.tiny_models import save_tiny_sdxl
+
+SAMPLING = SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline_dir):
+    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+
+
+@pytest.fixture
+def renderer(pipeline):
+    return Renderer(pipeline, SAMPLING)
+
+
+def test_another_family_renders_with_a_scheduler_by_name_and_a_negative_prompt(tmp_path):
+    save_tiny_sdxl(tmp_path / "sdxl")
+    sampling = SAMPLING.model_copy(update={"scheduler": "DPMSolverMultistepScheduler", "negative_prompt": "blur"})
+    renderer = Renderer(load_pipeline(ModelConfig(name=str(tmp_path / "sdxl"))), sampling)
+    assert renderer.scheduler == "DPMSolverMultistepScheduler"
+    assert renderer.render(["a cat"], [0])[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["EulerScheduler", "DDIMSchedulers", "FlowMatchEulerDiscreteScheduler", "UNet2DModel"])
+def test_a_scheduler_that_does_not_fit_names_those_that_do(pipeline, name):
+    with pytest.raises(ConfigError, match=rf"must be a diffusers scheduler .*DDIMScheduler.*got '{name}'"):
+        Renderer(pipeline, SAMPLING.model_copy(update={"scheduler": name}))
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(renderer, monkeypatch, failure):
+    sizes = []
+
+    def draw(prompts, seeds):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise failure
+        return [f"{prompts[0]} {seeds[0]}"]
+
+    monkeypatch.setattr(renderer, "_render", draw)
+    assert renderer.render(["a", "b", "c"], [1, 2, 3]) == ["a 1", "b 2", "c 3"]
+    assert sizes == [CPU_LANES, 2, 1, 1, 2, 1, 1]
+
+
+def test_other_errors_and_single_rows_are_not_halved(renderer, monkeypatch):
+    def fail_with(error):
+        def draw(prompts, seeds):
+            raise error
+
+        monkeypatch.setattr(renderer, "_render", draw)
+
+    fail_with(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        renderer.render(["a", "b"], [1, 2])
+    fail_with(torch.OutOfMemoryError("no"))
+    with pytest.raises(torch.OutOfMemoryError):
+        renderer.render(["a"], [1])
