@@ -1,6 +1,5 @@
 """The experts of a run, opened for merging and checked against its model and its training."""
 
-import json
 from collections.abc import Sequence
 
 from selma_ray.errors import AdapterError
@@ -18,7 +17,7 @@ def open_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -
     for skill in skills:
         adapter = open_adapter(folder.local_path("experts", skill))
         _check_base(adapter, model)
-        _check_run(adapter, trained.get(skill, {}).get("key"))
+        _check_run(folder, skill, trained.get(skill, {}).get("key"))
         adapters[skill] = adapter
     return adapters
 
@@ -31,14 +30,14 @@ def _check_base(adapter: Adapter, model: ModelConfig) -> None:
         )
 
 
-def _check_run(adapter: Adapter, trained_key: str | None) -> None:
+def _check_run(folder: RunFolder, skill: str, trained_key: str | None) -> None:
     """Refuse an adapter that is not the one that this run's training left; one without a result was put there by hand."""
-    path = adapter.folder / "result.json"
-    if trained_key is None or not path.is_file():
+    result = ("experts", skill, "result.json")
+    if trained_key is None or not folder.exists(*result):
         return
-    key = json.loads(path.read_text()).get("key")
+    key = folder.read_json(*result).get("key")
     if key != trained_key:
         raise AdapterError(
-            f"{path}: key must be {trained_key} as this run trained it, got {key}: a checkpoint of another recipe; "
-            f"delete {adapter.folder} and done/train.json, and train again"
+            f"{folder.path(*result)}: key must be {trained_key} as this run's training says, got {key}, a checkpoint of another recipe; "
+            f"delete {folder.path('experts', skill)} and {folder.path('done', 'train.json')}, and train again"
         )

@@ -76,7 +76,7 @@ def merge_experts(
     weights = found if found is not None else {ALL: _weights(skills, model, config)}
     target = folder.local_path("merged", config.name)
     key = _content_key(adapters, weights, model, config, seed)
-    before = _report_of(target)
+    before = folder.read_json("merged", config.name, _REPORT_FILE) if (target / _REPORT_FILE).is_file() else None
     if before and before["key"] == key:
         logger.info("%s holds this merge already", target)
         return _summary(before, config)
@@ -200,11 +200,6 @@ def _content_key(
         base=[model.name, located.revision],
         dtype=model.dtype,
     )
-
-
-def _report_of(target: Path) -> dict[str, Any] | None:
-    path = target / _REPORT_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -8,8 +8,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from selma_ray.errors import AdapterError
+from selma_ray.config import validate
+from selma_ray.errors import AdapterError, ConfigError, StorageError
+from selma_ray.merging.adapters import open_adapter
 from selma_ray.merging.config import MergingConfig
+from selma_ray.merging.methods import METHODS, MergeOptions, default_weight
 from selma_ray.merging.run import merge_experts
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
@@ -159,3 +162,143 @@ def test_baked_pipeline_renders_what_diffusers_renders_with_all_adapters_set(tin
     by_diffusers.set_adapters(SKILLS, adapter_weights=[1 / 3] * 3)
     baked = DiffusionPipeline.from_pretrained(tmp_path / "merged" / "merged" / "pipeline")
     torch.testing.assert_close(noise_of(baked.unet), noise_of(by_diffusers.unet), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sum_deltas", "released_scale", "svd", "ties", "dare", "knots"])
+def test_each_method_is_baked_as_its_function_says(run_dir, tiny_pipeline_dir, method):
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    config = MergingConfig(method=method, name=method, scale=0.9, rank=3, density=0.5)
+    summary = merge_experts(RunFolder(str(run_dir)), SKILLS, model, config, seed=4)
+    merged_dir = run_dir / "merged" / method
+    weight = default_weight(method, len(SKILLS), model.name)
+    assert summary.weights == dict.fromkeys(SKILLS, weight)
+
+    options = MergeOptions(0.9, 3, 0.5, 4, model.name)
+    experts = [open_adapter(run_dir / "experts" / skill) for skill in SKILLS]
+    base, baked = base_unet(tiny_pipeline_dir), DiffusionPipeline.from_pretrained(merged_dir / "pipeline").unet
+    written = open_adapter(merged_dir / "adapter")
+    assert written.rank == (3 if method in ("svd", "ties", "dare") else 10)
+    for module in written.modules[::8]:
+        delta = METHODS[method]([expert.factors(module) for expert in experts], [weight] * len(SKILLS), options).delta()
+        added = (weight_of(baked, module) - weight_of(base, module)).detach()
+        torch.testing.assert_close(added, delta, atol=1e-5, rtol=1e-5)
+        kept = written.factors(module).delta().square().sum() / delta.square().sum()
+        reported = json.loads((merged_dir / "report.json").read_text())["modules"][module]
+        assert reported["energy_kept"] == pytest.approx(1 if method == "svd" else float(kept), abs=1e-4) or kept > 0.999
+        assert 0 < reported["sign_conflicts"] < 1
+
+
+def weight_of(unet: torch.nn.Module, module: str) -> torch.Tensor:
+    return unet.get_submodule(module).weight
+
+
+def test_methods_that_draw_follow_the_seed(run_dir, tiny_pipeline_dir):
+    folder, model = RunFolder(str(run_dir)), ModelConfig(name=str(tiny_pipeline_dir))
+    weights = []
+    for seed in (0, 0, 1):
+        merge_experts(folder, SKILLS, model, MergingConfig(method="dare", name="drawn"), seed=seed)
+        weights.append((run_dir / "merged" / "drawn" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_weights_by_block_reach_their_blocks(run_dir, tiny_pipeline_dir):
+    found = {
+        group: dict(zip(SKILLS, weights, strict=True))
+        for group, weights in {"down_blocks": [1, 0, 0], "mid_block": [0, 1, 0], "up_blocks": [0, 0, 2]}.items()
+    }
+    config = MergingConfig(method="search", name="found")
+    merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config, found=found)
+    base = base_unet(tiny_pipeline_dir)
+    baked = DiffusionPipeline.from_pretrained(run_dir / "merged" / "found" / "pipeline").unet
+    experts = {skill: open_adapter(run_dir / "experts" / skill) for skill in SKILLS}
+    for module in experts["style"].modules:
+        by_skill = found[module.partition(".")[0]]
+        expected = sum(by_skill[skill] * experts[skill].factors(module).delta() for skill in SKILLS)
+        torch.testing.assert_close(weight_of(baked, module) - weight_of(base, module), expected, atol=1e-5, rtol=1e-5)
+    assert json.loads((run_dir / "merged" / "found" / "report.json").read_text())["weights_by_block"] == found
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tiny_pipeline_dir, tmp_path):
+    folder = RunFolder(str(tmp_path))
+    save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "style", seed=0)
+    folder.mark_done("train", {"style": {"key": "this"}})
+    folder.write_json({"key": "this"}, "experts", "style", "result.json")
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    merge_experts(folder, ["style"], model, MergingConfig())
+    folder.write_json({"key": "other"}, "experts", "style", "result.json")
+    with pytest.raises(AdapterError, match=r"experts/style/result.json: key must be this .* got other") as caught:
+        merge_experts(folder, ["style"], model, MergingConfig())
+    assert "train again" in str(caught.value)
+    (tmp_path / "experts" / "style" / "result.json").write_text("{")
+    with pytest.raises(StorageError, match=r"result\.json must be JSON"):
+        merge_experts(folder, ["style"], model, MergingConfig())
+
+
+def broken_run(pipeline_dir: Path, folder: Path, change) -> RunFolder:
+    """Return a run of two experts, the tensors of the second changed."""
+    for seed, skill in enumerate(("good", "bad")):
+        save_random_adapter(pipeline_dir, folder / "experts" / skill, seed)
+    path = folder / "experts" / "bad" / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    return RunFolder(str(folder))
+
+
+def widened(tensors):
+    return {key: torch.cat([value, value], dim=1) if "lora_A" in key else value for key, value in tensors.items()}
+
+
+def with_infinity(tensors):
+    next(iter(tensors.values()))[0, 0] = torch.inf
+    return tensors
+
+
+def with_one_module_less(tensors):
+    return {key: value for key, value in tensors.items() if "mid_block" not in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (widened, r"bad/adapter_model.safetensors: .* must be \(\d+, \d+\) as in .*good.*merge experts of one base"),
+        (with_infinity, r"bad/adapter_model.safetensors: .*lora_A.weight must be finite.*train this expert again"),
+        (with_one_module_less, r"must adapt the same modules, mid_block.* is in one; train both alike"),
+    ],
+)
+def test_an_expert_that_does_not_fit_is_one_line_and_nothing_is_written(tiny_pipeline_dir, tmp_path, change, message):
+    folder = broken_run(tiny_pipeline_dir, tmp_path, change)
+    with pytest.raises(AdapterError, match=message) as caught:
+        merge_experts(folder, ["good", "bad"], ModelConfig(name=str(tiny_pipeline_dir)), MergingConfig())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "merged").exists() or not list((tmp_path / "merged").iterdir())
+
+
+def test_a_pickle_beside_no_safetensors_is_refused(tiny_pipeline_dir, tmp_path):
+    path = save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "odd", seed=0) / "adapter_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(
+        AdapterError, match=r"adapter_model.bin is a pickle, which is never opened; save the adapter as"
+    ):
+        merge_experts(RunFolder(str(tmp_path)), ["odd"], ModelConfig(name=str(tiny_pipeline_dir)), MergingConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "mean"}, "method should be 'average_deltas', .* or 'search', got 'mean'"),
+        ({"method": "ties", "weights": {"a": -1.0}}, "weights must not be negative with method ties, got -1"),
+        ({"method": "released_scale", "weights": {"a": 1.0}}, "weights must be left out with method released_scale"),
+        ({"density": 0}, "density should be greater than 0, got 0"),
+        ({"rank": 0}, "rank should be greater than or equal to 1, got 0"),
+        ({"name": "../elsewhere"}, "name .*got '../elsewhere'"),
+        ({"exports": ["gguf"]}, "exports.0 should be 'diffusers' or 'kohya', got 'gguf'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(MergingConfig, settings, "recipe")
+
+
+def test_a_weight_for_every_skill_is_asked_for(run_dir, tiny_pipeline_dir):
+    config = MergingConfig(weights={"style": 1.0})
+    with pytest.raises(AdapterError, match=r"merging.weights must weigh every skill, 'counting' is missing"):
+        merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config)
