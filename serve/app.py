@@ -1,6 +1,7 @@
 """The service for Ray Serve: `serve deploy serve/config.yaml`, or `serve run serve.app:build run_dir=runs/demo`."""
 
 # Ray Serve reads the type of `build`'s argument from its annotation: annotations must not be postponed here.
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from selma_ray.loop import Run
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_judge, locate_text_to_image
 from selma_ray.recipe import load_recipe
-from selma_ray.service import open_scorer
+from selma_ray.service import open_experts, open_scorer, served_models
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
+from selma_ray.serving.served import ServedModels
 from selma_ray.storage import RunFolder
 
 __all__ = ["ServeArgs", "build"]
@@ -37,17 +39,18 @@ class ServeArgs(ServingConfig):
 def build(args: ServeArgs) -> serve.Application:
     """Return the Ray Serve application; raises ConfigError where the model, the judge or the keys cannot be used."""
     given = args.model_dump(include=args.model_fields_set & ServingConfig.model_fields.keys())
-    model, model_name = args.model, Path(args.model.name).name
+    models = ServedModels(args.model_name or Path(args.model.name).name, args.model)
     if args.run_dir is not None:
         run = _finished_run(args.run_dir)
-        model, model_name = run.merged_model, run.recipe.merging.name
         given = run.recipe.serving.model_dump() | given
+        models = served_models(run, experts=given["experts"])
+        models = replace(models, name=args.model_name or models.name)
     config = validate(ServingConfig, given, source="serve arguments")
     # Checked here, before replicas are started that would fail one after the other.
-    locate_text_to_image(model.name, model.revision)
+    locate_text_to_image(models.merged.name, models.merged.revision)
     if config.evaluator_replicas:
         locate_judge(config.judge)
-    return application(model, args.model_name or model_name, config, args.cluster, partial(open_scorer, config.judge))
+    return application(models, config, args.cluster, partial(open_scorer, config.judge), open_experts)
 
 
 def _finished_run(run_dir: str) -> Run:

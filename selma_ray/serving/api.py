@@ -1,113 +1,120 @@
 """The HTTP API: a FastAPI application over whatever draws images and scores them."""
 
-import base64
-import binascii
-import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from selma_ray import __version__
-from selma_ray.serving.bodies import (
-    GeneratedImage,
-    Generation,
-    GenerationBody,
-    Model,
-    ModelList,
-    Score,
-    ScoreBody,
-    image_requests,
-)
+from selma_ray.serving.backend import Backend
+from selma_ray.serving.bodies import Generation, GenerationBody, Model, ModelList, ScoreBody, Scores, image_requests
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import OutputFormat
+from selma_ray.serving.encoding import bytes_of_base64
 from selma_ray.serving.errors import RequestError, invalid_request
-from selma_ray.serving.guards import LimitBody, RequireKey, SecureHeaders, error_response
-from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.generation import draw, event_stream
+from selma_ray.serving.guards import AnswerFaults, LimitBody, RequireKey, SecureHeaders, error_response
+from selma_ray.serving.keys import ApiKey
+from selma_ray.serving.metrics import MeasureRequests, Metrics
+from selma_ray.serving.page import PAGE_PATHS, add_page
+from selma_ray.serving.served import ModelNames
 
-__all__ = ["Backend", "build_app"]
+__all__ = ["build_app"]
 
-logger = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """Whatever draws images and scores them; both raise RequestError."""
-
-    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
-        """Return one encoded image a request."""
-        ...
-
-    async def score(self, prompt: str, image: bytes) -> dict[str, Any]:
-        """Return the score of an encoded image: what bodies.Score holds, without the prompt."""
-        ...
+_PROBES = ("/healthz", "/readyz")
+_REFUSED = (400, 401, 404, 413, 422, 429, 500, 503, 504)
 
 
-def build_app(backend: Backend, config: ServingConfig, model_name: str, key_digests: Sequence[bytes]) -> FastAPI:
-    """Return the API around `backend`; `key_digests` is empty where only loopback is answered."""
+def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: Sequence[ApiKey]) -> FastAPI:
+    """Return the API around `backend`; `keys` is empty where only loopback is answered."""
+    metrics = Metrics()
     app = FastAPI(title="selma_ray", version=__version__, docs_url=None, redoc_url=None)
-    _add_routes(app, backend, config, model_name)
+    _add_probes(app, backend, metrics)
+    _add_routes(app, backend, config, names, metrics)
+    add_page(app)
     _add_error_handlers(app)
+    _describe_errors(app)
+    # The last added is the outermost.
     app.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 1e6))
-    app.add_middleware(RequireKey, digests=key_digests)
+    app.add_middleware(RequireKey, keys=keys, open_paths=(*_PROBES, *PAGE_PATHS))
+    app.add_middleware(AnswerFaults)
+    app.add_middleware(MeasureRequests, metrics=metrics)
     app.add_middleware(SecureHeaders)
     return app
 
 
-def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, model_name: str) -> None:
-    started_s = int(time.time())
-
+def _add_probes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Tell that the API answers."""
         return {"status": "ok"}
 
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """Tell that images can be drawn."""
+        await backend.check_ready()
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Response:
+        """Report counts in Prometheus' text format; those of the generator are left out while it is down."""
+        try:
+            stats = await backend.generator_stats()
+        except RequestError:
+            stats = []
+        return Response(metrics.exposition(stats), media_type=metrics.CONTENT_TYPE)
+
+
+def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: ModelNames, metrics: Metrics) -> None:
+    started_s = int(time.time())
+
     @app.get("/v1/models")
     async def models() -> ModelList:
         """List the models that can be asked for."""
-        return ModelList(data=[Model(id=model_name, created=started_s)])
+        return ModelList(data=[Model(id=name, created=started_s, kind=names.kind(name)) for name in names.all()])
 
-    @app.post("/v1/images/generations")
-    async def generations(body: GenerationBody) -> Generation:
+    @app.post(
+        "/v1/images/generations",
+        response_model=Generation,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
+    async def generations(body: GenerationBody) -> Any:
         """Draw images."""
-        if body.model not in (None, model_name):
-            raise invalid_request(
-                f"model must be {model_name!r}, got {body.model[:80]!r}", "model", "model_not_found", status=404
-            )
-        requests = image_requests(body, config)
-        output_format = body.output_format or "png"
-        images = await backend.generate(requests, output_format)
-        return Generation(
-            created=int(time.time()),
-            data=[
-                GeneratedImage(b64_json=base64.b64encode(image).decode(), seed=request.seed)
-                for image, request in zip(images, requests, strict=True)
-            ],
-            model=model_name,
-            size=f"{requests[0].width_px}x{requests[0].height_px}",
-            output_format=output_format,
-        )
+        requests = image_requests(body, config, names)
+        if body.stream:
+            return await event_stream(backend, requests, body.output_format or "png")
+        generation = await draw(backend, body, requests, names.merged)
+        metrics.images.inc(len(generation.candidates or generation.data))
+        for candidate in generation.candidates or ():
+            metrics.count_scores(candidate.scores)
+        return generation
 
     @app.post("/v1/scores")
-    async def scores(body: ScoreBody) -> Score:
-        """Score an image against a prompt."""
+    async def scores(body: ScoreBody) -> Scores:
+        """Score images against a prompt."""
         if len(body.prompt) > config.max_prompt_chars:
             raise invalid_request(
                 f"prompt must have at most {config.max_prompt_chars} characters", "prompt", "string_too_long"
             )
-        return Score(prompt=body.prompt, **await backend.score(body.prompt, _decoded(body.image)))
+        judged = await backend.score(body.prompt, _uploads(body, config), list(dict.fromkeys(body.metrics)))
+        answer = Scores(prompt=body.prompt, **judged)
+        for image in answer.data:
+            metrics.count_scores(image.scores)
+        return answer
 
 
-def _decoded(text: str) -> bytes:
-    """Return the bytes of base64 text, bare or in a data: URL."""
-    content = text.partition(",")[2] if text.startswith("data:") else text
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError):
-        raise invalid_request("image must be a file in base64", "image", "invalid_image") from None
+def _uploads(body: ScoreBody, config: ServingConfig) -> list[bytes]:
+    if (body.image is None) == (body.images is None):
+        raise invalid_request("give either image or images", "image")
+    if body.image is not None:
+        return [bytes_of_base64(body.image, "image")]
+    images = body.images or []
+    if len(images) > config.max_images:
+        raise invalid_request(f"images must be at most {config.max_images}, got {len(images)}", "images")
+    return [bytes_of_base64(image, "images") for image in images]
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -121,19 +128,16 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(
-            RequestError(f"{request.method} {request.url.path}: {error.detail}", error.status_code, "unknown_url")
+        refusal = RequestError(
+            f"{request.method} {request.url.path[:200]}: {error.detail}", error.status_code, "unknown_url"
         )
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return error_response(RequestError("the service failed to answer; its log says why", 500, "internal_error"))
+        return error_response(refusal, error.headers)
 
 
 def _explained(error: RequestValidationError) -> RequestError:
     """Return the first fault of a body as OpenAI's API words it: the parameter and the rule, never the whole input."""
     fault = error.errors()[0]
-    param = ".".join(str(part) for part in fault["loc"][1:]) or None
+    param = str(fault["loc"][1])[:80] if len(fault["loc"]) > 1 and isinstance(fault["loc"][1], str) else None
     if fault["type"] == "json_invalid":
         return invalid_request("the body must be JSON", code="invalid_json")
     if fault["type"] == "extra_forbidden":
@@ -141,3 +145,28 @@ def _explained(error: RequestValidationError) -> RequestError:
     if fault["type"] == "missing":
         return invalid_request(f"missing required parameter: {param}", param, "missing_required_parameter")
     return invalid_request(f"{param or 'the body'}: {fault['msg']}", param)
+
+
+def _describe_errors(app: FastAPI) -> None:
+    """Write into the OpenAPI description how refusals look."""
+    written = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = written()
+        error = {"type": "object", "required": ["message", "type", "param", "code"], "properties": {
+            "message": {"type": "string"}, "type": {"type": "string"},
+            "param": {"type": ["string", "null"]}, "code": {"type": "string"},
+        }}  # fmt: skip
+        schema["components"]["schemas"]["Error"] = {
+            "type": "object",
+            "required": ["error"],
+            "properties": {"error": error},
+        }
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                for status in _REFUSED:
+                    operation["responses"][str(status)] = {"description": "Refused", "content": content}
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]

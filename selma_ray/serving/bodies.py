@@ -1,7 +1,7 @@
 """The JSON bodies of the HTTP API: OpenAI's Images API, what diffusion models can be asked beyond it, and scores."""
 
 import secrets
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,16 +9,19 @@ from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat
 from selma_ray.serving.errors import invalid_request
 from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.served import ModelNames
 
 __all__ = [
+    "Candidate",
     "GeneratedImage",
     "Generation",
     "GenerationBody",
     "Model",
     "ModelList",
-    "Score",
     "ScoreBody",
+    "ScoredImage",
     "ScoredQuestion",
+    "Scores",
     "image_requests",
 ]
 
@@ -27,6 +30,9 @@ Number = TypeVar("Number", int, float)
 _MAX_SEED = 2**53 - 1  # what every JSON reader keeps exact
 _SIZE_STEP_PX = 8
 _MIN_SIZE_PX = 16
+
+
+Weights = Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=64)]
 
 
 class _Body(BaseModel):
@@ -38,8 +44,8 @@ class GenerationBody(_Body):
 
     prompt: str = Field(min_length=1)
     """What the image should show."""
-    model: str | None = None
-    """A name from GET /v1/models; none takes the only one."""
+    model: str | Weights | None = None
+    """A name from GET /v1/models, or experts with weights such as {"counting": 0.6, "style": 0.4}; none takes the merged model."""
     n: int | None = Field(default=None, ge=1)
     """Number of images; image i has seed + i."""
     size: str | None = None
@@ -56,8 +62,10 @@ class GenerationBody(_Body):
     """Images are opaque."""
     moderation: Literal["auto", "low"] | None = None
     """Accepted as OpenAI's values; the pipeline's own safety checker decides, where it has one."""
-    stream: Literal[False] | None = None
-    """Partial images are not streamed."""
+    stream: bool | None = None
+    """Answer with server-sent events: partial images as they form, then each finished image."""
+    partial_images: int | None = Field(default=None, ge=0)
+    """How many partial images to stream of each image, evenly over the steps."""
     negative_prompt: str | None = None
     """What the image should not show."""
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -66,6 +74,10 @@ class GenerationBody(_Body):
     """Classifier-free guidance scale; up to 1 is none."""
     seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
     """Seed of the first image; none draws one."""
+    best_of: int | None = Field(default=None, ge=1)
+    """Images to draw, of which the n best by `metric` are returned."""
+    metric: str = Field(default="dsg", min_length=1, max_length=64)
+    """What best_of chooses by; a metric of POST /v1/scores."""
 
 
 class GeneratedImage(BaseModel):
@@ -74,6 +86,15 @@ class GeneratedImage(BaseModel):
     b64_json: str
     seed: int
     revised_prompt: None = None
+    scores: dict[str, float | None] | None = None
+    """The image's scores, where best_of was asked for."""
+
+
+class Candidate(BaseModel):
+    """An image that best_of has drawn, whether it was chosen or not."""
+
+    seed: int
+    scores: dict[str, float | None]
 
 
 class Generation(BaseModel):
@@ -82,18 +103,28 @@ class Generation(BaseModel):
     created: int
     """Seconds since 1970."""
     data: list[GeneratedImage]
-    model: str
+    model: str | dict[str, float]
     size: str
     output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    candidates: list[Candidate] | None = None
+    """Every image that best_of has drawn, in the order of seeds."""
 
 
 class ScoreBody(_Body):
     """What POST /v1/scores takes."""
 
     prompt: str = Field(min_length=1)
-    """What the image should show."""
-    image: str = Field(min_length=1)
+    """What the images should show."""
+    image: str | None = Field(default=None, min_length=1)
     """A PNG, JPEG or WebP file in base64, or as a data: URL."""
+    images: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    """Several such files, in place of `image`."""
+    metrics: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default=["dsg"], min_length=1, max_length=32
+    )
+    """Which scores are wanted, by name."""
 
 
 class ScoredQuestion(BaseModel):
@@ -111,14 +142,22 @@ class ScoredQuestion(BaseModel):
     """Whether it counts: a yes, with a yes to what it depends on."""
 
 
-class Score(BaseModel):
+class ScoredImage(BaseModel):
+    """How well an image follows the prompt."""
+
+    scores: dict[str, float | None]
+    """By metric, in [0, 1]; none where no answer could be read."""
+    questions: list[ScoredQuestion]
+
+
+class Scores(BaseModel):
     """What POST /v1/scores answers."""
 
+    object: Literal["list"] = "list"
     prompt: str
-    score: float | None
-    """How well the image follows the prompt, in [0, 1]; none where no answer could be read."""
     judge: str
-    questions: list[ScoredQuestion]
+    data: list[ScoredImage]
+    """One entry an image, in the order of the request."""
 
 
 class Model(BaseModel):
@@ -126,6 +165,8 @@ class Model(BaseModel):
 
     id: str
     created: int
+    kind: Literal["merged", "base", "expert"]
+    """Experts can be mixed with weights."""
     object: Literal["model"] = "model"
     owned_by: str = "selma_ray"
 
@@ -137,8 +178,8 @@ class ModelList(BaseModel):
     object: Literal["list"] = "list"
 
 
-def image_requests(body: GenerationBody, config: ServingConfig) -> list[ImageRequest]:
-    """Return one request an image; raises RequestError where the body leaves the service's bounds."""
+def image_requests(body: GenerationBody, config: ServingConfig, names: ModelNames) -> list[ImageRequest]:
+    """Return one request an image to draw; raises RequestError where the body leaves the service's bounds."""
     sampling = config.sampling
     for param, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
         if len(text) > config.max_prompt_chars:
@@ -151,23 +192,38 @@ def image_requests(body: GenerationBody, config: ServingConfig) -> list[ImageReq
         raise invalid_request(
             "response_format url is not supported, as images are not stored; use b64_json", "response_format"
         )
-    num_images = _at_most("n", body.n or 1, config.max_images)
-    steps = _at_most("num_inference_steps", body.num_inference_steps or sampling.steps, config.max_steps)
-    guidance_scale = sampling.guidance_scale if body.guidance_scale is None else body.guidance_scale
+    num_previews = _at_most("partial_images", body.partial_images or 0, config.max_previews)
+    if num_previews and not body.stream:
+        raise invalid_request("partial_images needs stream: true", "partial_images")
     width_px, height_px = _size_px(body.size, config)
+    common: dict[str, Any] = {
+        "prompt": body.prompt,
+        "steps": _at_most("num_inference_steps", body.num_inference_steps or sampling.steps, config.max_steps),
+        "guidance_scale": _at_most(
+            "guidance_scale",
+            sampling.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+            config.max_guidance_scale,
+        ),
+        "width_px": width_px,
+        "height_px": height_px,
+        "negative_prompt": sampling.negative_prompt if body.negative_prompt is None else body.negative_prompt,
+        "mix": names.mix_of(body.model),
+        "num_previews": num_previews,
+    }
     first_seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-    return [
-        ImageRequest(
-            prompt=body.prompt,
-            seed=first_seed + index,
-            steps=steps,
-            guidance_scale=_at_most("guidance_scale", guidance_scale, config.max_guidance_scale),
-            width_px=width_px,
-            height_px=height_px,
-            negative_prompt=sampling.negative_prompt if body.negative_prompt is None else body.negative_prompt,
-        )
-        for index in range(num_images)
-    ]
+    return [ImageRequest(seed=first_seed + index, **common) for index in range(_num_images(body, config))]
+
+
+def _num_images(body: GenerationBody, config: ServingConfig) -> int:
+    """Return how many images are to be drawn."""
+    wanted = _at_most("n", body.n or 1, config.max_images)
+    if body.best_of is None:
+        return wanted
+    if body.stream:
+        raise invalid_request("best_of cannot be streamed, as images are chosen when all are drawn", "best_of")
+    if body.best_of < wanted:
+        raise invalid_request(f"best_of must be at least n, which is {wanted}; got {body.best_of}", "best_of")
+    return _at_most("best_of", body.best_of, config.max_images)
 
 
 def _at_most(param: str, value: Number, bound: Number) -> Number:

@@ -19,7 +19,12 @@ class ServingConfig(StrictModel):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     api_keys_file: str | None = None
-    """File with one bearer key a line (or sha256:<hex digest of a key>); none answers loopback clients only."""
+    """File with one bearer key a line (or sha256:<hex digest of a key>), each with a rate limit of its own where a number
+    of requests a minute follows it; none answers loopback clients only."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Requests that a key without a limit of its own may make a minute, all at once if it likes; none sets no limit."""
+    experts: bool = True
+    """Serve the base model, every expert and mixes of experts too; a second denoiser in each generator's memory."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults of a request that names none."""
     max_steps: int = Field(default=100, ge=1, le=1000)
@@ -30,6 +35,8 @@ class ServingConfig(StrictModel):
     """Longest prompt."""
     max_images: int = Field(default=10, ge=1)
     """Most images a request may ask for (OpenAI's n)."""
+    max_previews: int = Field(default=8, ge=0)
+    """Most partial images that a streamed request may ask for."""
     max_size_px: int = Field(default=1024, ge=8)
     """Longest side of an image a request may ask for."""
     max_body_mb: float = Field(default=16, gt=0)
@@ -42,14 +49,20 @@ class ServingConfig(StrictModel):
     """Images that may wait beyond those in a full batch; more are answered 429."""
     request_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which a request is answered 504."""
+    stall_timeout_s: float = Field(default=120, gt=0)
+    """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
     judge: str = "miniature"
     """The judge behind POST /v1/scores: `miniature`, a local folder, or a hub name."""
     judge_batch_size: int = Field(default=16, ge=1)
     """Images that are judged at once."""
     generator_replicas: int = Field(default=1, ge=1)
-    """Replicas of the generator."""
+    """Replicas of the generator, the fewest where max_generator_replicas is given."""
+    max_generator_replicas: int | None = Field(default=None, ge=1)
+    """Most replicas of the generator, added while requests wait; none keeps their number."""
     evaluator_replicas: int = Field(default=1, ge=0)
-    """Replicas of the evaluator; 0 serves no scores."""
+    """Replicas of the evaluator, the fewest where max_evaluator_replicas is given; 0 serves no scores."""
+    max_evaluator_replicas: int | None = Field(default=None, ge=1)
+    """Most replicas of the evaluator, added while requests wait; none keeps their number."""
     num_cpus: float = Field(default=0.5, gt=0)
     """CPUs of a replica."""
     num_gpus: float = Field(default=0, ge=0)
@@ -71,6 +84,14 @@ class ServingConfig(StrictModel):
             raise ValueError(
                 f"max_images must be at most max_batch_size + max_queued_requests; max_images is {self.max_images}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _most_replicas_above_fewest(self) -> Self:
+        for name in ("generator_replicas", "evaluator_replicas"):
+            fewest, most = getattr(self, name), getattr(self, f"max_{name}")
+            if most is not None and most < fewest:
+                raise ValueError(f"max_{name} must be at least {name}, which is {fewest}; max_{name} is {most}")
         return self
 
 

@@ -13,7 +13,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from selma_ray.errors import ConfigError
-from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.experts import Expert, ExpertLayers
+from selma_ray.serving.requests import ImageRequest, Mix
 from selma_ray.serving.schedulers import Course
 
 __all__ = [
@@ -36,6 +37,8 @@ class Condition:
     """The embedded text, 1 x L x D."""
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """SDXL's pooled text and sizes by their names in diffusers, each 1 x ..."""
+    mix: Mix = ()
+    """Experts that take part in this row."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,24 @@ class Denoiser(Protocol):
         ...
 
 
-def denoiser_for(pipeline: Any) -> Denoiser:
-    """Return the denoiser of a loaded pipeline; raises ConfigError for a family that cannot be served yet."""
+def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None) -> Denoiser:
+    """Return the denoiser of a loaded pipeline, with experts that its requests may mix.
+
+    Raises ConfigError for a family that cannot be served yet, AdapterError for an expert that does not fit.
+    """
     family = _FAMILIES.get(type(pipeline))
     if family is None or pipeline.unet.config.time_cond_proj_dim is not None:
         known = ", ".join(known.__name__ for known in _FAMILIES)
         raise ConfigError(f"the model to serve must be one of {known}, not distilled, got {type(pipeline).__name__}")
-    return family(pipeline)
+    return family(pipeline, experts or {})
 
 
 class StableDiffusionDenoiser:
     """Stable Diffusion 1.x and 2.x, for epsilon and v prediction."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, experts: Mapping[str, Expert] | None = None) -> None:
         self._pipeline = pipeline
+        self._experts = ExpertLayers(pipeline.unet, experts or {})
         self._device = pipeline._execution_device
         self._dtype = pipeline.unet.dtype
         self._texts: OrderedDict[str, Condition] = OrderedDict()
@@ -92,7 +99,10 @@ class StableDiffusionDenoiser:
         texts += [request.negative_prompt for request in requests if _guided(request)]
         embedded = self._embedded(texts)
         return [
-            Conditions(embedded[request.prompt], embedded[request.negative_prompt] if _guided(request) else None)
+            Conditions(
+                replace(embedded[request.prompt], mix=request.mix or ()),
+                replace(embedded[request.negative_prompt], mix=request.mix or ()) if _guided(request) else None,
+            )
             for request in requests
         ]
 
@@ -105,7 +115,8 @@ class StableDiffusionDenoiser:
     def predict(
         self, inputs_NCHW: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
     ) -> torch.Tensor:
-        """Return the UNet's prediction for each row, all in one call."""
+        """Return the UNet's prediction for each row, all in one call, whatever experts each row mixes."""
+        self._experts.weigh([condition.mix for condition in conditions])
         return self._pipeline.unet(
             inputs_NCHW,
             timesteps_N.to(self._device),
@@ -193,7 +204,7 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         return torch.tensor([sizes], dtype=self._dtype, device=self._device)
 
 
-_FAMILIES: Mapping[type, Callable[[Any], Denoiser]] = {
+_FAMILIES: Mapping[type, Callable[[Any, Mapping[str, Expert]], Denoiser]] = {
     StableDiffusionPipeline: StableDiffusionDenoiser,
     StableDiffusionXLPipeline: StableDiffusionXLDenoiser,
 }
@@ -209,4 +220,4 @@ def _with(condition: Condition, time_ids: torch.Tensor) -> Condition:
 
 def _zeroed(condition: Condition) -> Condition:
     added = {name: torch.zeros_like(value) for name, value in condition.added.items()}
-    return Condition(torch.zeros_like(condition.text), added)
+    return replace(condition, text=torch.zeros_like(condition.text), added=added)

@@ -2,73 +2,93 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from selma_ray.cluster import ClusterConfig, role_options
-from selma_ray.models.config import ModelConfig
 from selma_ray.serving.api import build_app
+from selma_ray.serving.backend import Drawn
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full, timed_out, unavailable
 from selma_ray.serving.evaluator import Evaluator, Scorer
-from selma_ray.serving.generator import Generator
-from selma_ray.serving.keys import read_key_digests
+from selma_ray.serving.generator import Generator, OpenExperts
+from selma_ray.serving.keys import ApiKey, read_keys
 from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.served import ModelNames, ServedModels
 
 __all__ = ["Deployments", "application"]
 
 logger = logging.getLogger(__name__)
 
 _ONGOING_API_REQUESTS = 1000
+_RETRY_AFTER_S = 2
+_STATS_TIMEOUT_S = 5.0
+_ATTEMPTS = 3
 
 
 def application(
-    model: ModelConfig,
-    model_name: str,
+    models: ServedModels,
     config: ServingConfig,
     cluster: ClusterConfig,
     open_scorer: Callable[[], Scorer],
+    open_experts: OpenExperts | None = None,
 ) -> serve.Application:
-    """Return the Ray Serve application that serves `model` under `model_name`.
+    """Return the Ray Serve application that serves `models`.
 
-    `open_scorer` opens the judge on the evaluator's replicas. Raises ConfigError where the keys' file is unusable.
+    `open_scorer` opens the judge on the evaluator's replicas, `open_experts` reads the experts on the generator's.
+    Raises ConfigError where the keys' file is unusable.
     """
-    digests = read_key_digests(config.api_keys_file) if config.api_keys_file else ()
+    keys = read_keys(config.api_keys_file, config.requests_per_minute) if config.api_keys_file else ()
     place = {"num_cpus": config.num_cpus, **role_options("serve", cluster)}
     generator = serve.deployment(
         Generator,
         name="generator",
-        num_replicas=config.generator_replicas,
         # The engine's own queue refuses what is too much; Ray Serve must not hold requests back before it.
         max_ongoing_requests=config.max_batch_size + config.max_queued_requests + 1,
         ray_actor_options={**place, "num_gpus": config.num_gpus},
         health_check_timeout_s=30,
+        # A replica that is replaced finishes what it has accepted.
         graceful_shutdown_timeout_s=config.request_timeout_s,
-    ).bind(model, config)
+        **_replicas(config.generator_replicas, config.max_generator_replicas, config.max_batch_size),
+    ).bind(models, config, open_experts)
     evaluator = None
     if config.evaluator_replicas:
         evaluator = serve.deployment(
             Evaluator,
             name="evaluator",
-            num_replicas=config.evaluator_replicas,
             max_ongoing_requests=2 * config.judge_batch_size,
             max_queued_requests=config.max_queued_requests,
             ray_actor_options=place,
+            graceful_shutdown_timeout_s=config.request_timeout_s,
+            **_replicas(config.evaluator_replicas, config.max_evaluator_replicas, config.judge_batch_size),
         ).bind(open_scorer, config)
     api = serve.deployment(
         _Api,
         name="api",
         max_ongoing_requests=_ONGOING_API_REQUESTS,
+        max_queued_requests=_ONGOING_API_REQUESTS,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER_S),
         ray_actor_options={**place, "num_cpus": 0},
+        graceful_shutdown_timeout_s=config.request_timeout_s,
     )
-    return api.bind(config, model_name, digests, generator, evaluator)
+    return api.bind(config, models.names, keys, generator, evaluator)
+
+
+def _replicas(fewest: int, most: int | None, full_batch: int) -> dict[str, Any]:
+    """Return a fixed number of replicas, or bounds between which they follow the queue: each is to have a full batch."""
+    if most is None or most == fewest:
+        return {"num_replicas": fewest}
+    scaling = AutoscalingConfig(min_replicas=fewest, max_replicas=most, target_ongoing_requests=full_batch)
+    return {"autoscaling_config": scaling}
 
 
 @serve.ingress()
@@ -78,21 +98,22 @@ class _Api:
     def __init__(
         self,
         config: ServingConfig,
-        model_name: str,
-        key_digests: Sequence[bytes],
+        names: ModelNames,
+        keys: Sequence[ApiKey],
         generator: DeploymentHandle,
         evaluator: DeploymentHandle | None,
     ) -> None:
-        self._app = build_app(
-            Deployments(generator, evaluator, config.request_timeout_s), config, model_name, key_digests
-        )
+        self._app = build_app(Deployments(generator, evaluator, config.request_timeout_s), config, names, keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
 class Deployments:
-    """The API's backend: handles of the generator and the evaluator, with a limit on time."""
+    """The API's backend: handles of the generator and the evaluator, with a limit on time.
+
+    Drawing and scoring depend on their arguments alone, so what dies with a replica is asked of another one.
+    """
 
     def __init__(self, generator: DeploymentHandle, evaluator: DeploymentHandle | None, timeout_s: float) -> None:
         self._generator = generator
@@ -101,33 +122,84 @@ class Deployments:
 
     async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
         """Return one encoded image a request."""
-        return await self._answer(self._generator.generate.remote(requests, output_format), "generator")
+        return await self._answer(lambda: self._generator.generate.remote(requests, output_format), "generator")
 
-    async def score(self, prompt: str, image: bytes) -> dict[str, Any]:
-        """Return the score of an encoded image."""
-        if self._evaluator is None:
+    async def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+        """Yield previews and finished images as they come."""
+        response = self._generator.options(stream=True).stream.remote(requests, output_format)
+        deadline_s = time.monotonic() + self._timeout_s
+        arriving = aiter(response)
+        try:
+            while True:
+                try:
+                    yield await asyncio.wait_for(anext(arriving), deadline_s - time.monotonic())
+                except StopAsyncIteration:
+                    return
+        except TimeoutError:
+            raise timed_out(self._timeout_s) from None
+        except (RayError, RayServeException, RequestError) as error:
+            raise _refusal(error, "generator") from None
+        finally:
+            # Nothing happens where it has ended; where the client has gone, its slots are freed.
+            response.cancel()
+
+    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
+        """Return scores of encoded images, and the judge's answers."""
+        evaluator = self._evaluator
+        if evaluator is None:
             raise invalid_request(
                 "scores are not served here; set evaluator_replicas", code="scores_not_served", status=404
             )
-        return await self._answer(self._evaluator.score.remote(prompt, image), "evaluator")
+        return await self._answer(lambda: evaluator.score.remote(prompt, images, metrics), "evaluator")
 
-    async def _answer(self, response: DeploymentResponse, what: str) -> Any:
-        """Await a replica's answer; when time is up or the client goes away, the replica is told to stop."""
+    async def check_ready(self) -> None:
+        """Raise RequestError (503) unless a generator replica answers."""
+        if not await self.generator_stats():
+            raise unavailable("generator")
+
+    async def generator_stats(self) -> list[dict[str, Any]]:
+        """Return the counts of each generator replica; those that do not answer are left out."""
         try:
-            return await asyncio.wait_for(response, self._timeout_s)
-        except TimeoutError:
-            response.cancel()
-            raise timed_out(self._timeout_s) from None
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except BackPressureError:
-            raise queue_full(retry_after_s=2) from None
-        except RequestError as error:
-            # Ray raises a class of its own that holds the replica's error as `cause`.
-            raise getattr(error, "cause", error) from None
-        except RayTaskError:
-            raise
-        except (RayError, RayServeException, DeploymentUnavailableError) as error:
-            logger.warning("the %s did not answer: %s", what, type(error).__name__)
-            raise unavailable(what) from None
+            # Not a request: full queues do not hold it back.
+            answers = await self._generator.broadcast("stats").results_async(
+                timeout_s=_STATS_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError):
+            raise unavailable("generator") from None
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def _answer(self, ask: Callable[[], Any], what: str) -> Any:
+        """Await a replica's answer; when time is up or the client goes away, the replica is told to stop."""
+        deadline_s = time.monotonic() + self._timeout_s
+        for attempt in range(1, _ATTEMPTS + 1):
+            response = ask()
+            try:
+                return await asyncio.wait_for(response, deadline_s - time.monotonic())
+            except TimeoutError:
+                response.cancel()
+                raise timed_out(self._timeout_s) from None
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except RayTaskError as error:
+                raise _refusal(error, what) from None
+            except RayActorError as error:
+                if attempt == _ATTEMPTS:
+                    raise _refusal(error, what) from None
+                logger.warning("a replica of the %s died with a request, which is asked again", what)
+            except (RayError, RayServeException, RequestError) as error:
+                raise _refusal(error, what) from None
+        raise AssertionError("unreachable")
+
+
+def _refusal(error: Exception, what: str) -> Exception:
+    """Return how an error of a replica is answered; a fault of ours stays what it is."""
+    if isinstance(error, BackPressureError):
+        return queue_full(_RETRY_AFTER_S)
+    if isinstance(error, RequestError):
+        # Ray raises a class of its own that holds the replica's error as `cause`.
+        return getattr(error, "cause", error)
+    if isinstance(error, RayTaskError):
+        return error
+    logger.warning("the %s did not answer: %s", what, type(error).__name__)
+    return unavailable(what)

@@ -1,5 +1,7 @@
 """Images to bytes for answers, and bytes from strangers to images."""
 
+import base64
+import binascii
 import io
 import logging
 from typing import Any, Literal
@@ -8,7 +10,7 @@ from PIL import Image
 
 from selma_ray.serving.errors import RequestError, invalid_request, too_large
 
-__all__ = ["OutputFormat", "decode_upload", "encode"]
+__all__ = ["OutputFormat", "base64_of", "bytes_of_base64", "decode_upload", "encode", "reencode"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,25 @@ def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
     options: dict[str, Any] = {"compress_level": 4} if output_format == "png" else {"quality": 95}
     image.save(buffer, format=output_format.upper(), **options)
     return buffer.getvalue()
+
+
+def reencode(content: bytes, output_format: OutputFormat) -> bytes:
+    """Return an image file of our own in another format."""
+    return encode(Image.open(io.BytesIO(content)), output_format)
+
+
+def base64_of(content: bytes) -> str:
+    """Return bytes as base64 text."""
+    return base64.b64encode(content).decode()
+
+
+def bytes_of_base64(text: str, param: str) -> bytes:
+    """Return the bytes of base64 text, bare or in a data: URL; raises RequestError (400) for anything else."""
+    content = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid_request(f"{param} must be a file in base64", param, "invalid_image") from None
 
 
 def decode_upload(content: bytes, max_pixels: int) -> Image.Image:

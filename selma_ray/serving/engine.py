@@ -3,8 +3,8 @@
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -12,14 +12,18 @@ from PIL import Image
 
 from selma_ray.errors import ServingError
 from selma_ray.serving.batch import Outcome, StepBatch
+from selma_ray.serving.denoisers import Denoiser
 from selma_ray.serving.errors import queue_full
 from selma_ray.serving.requests import ImageRequest
 
-__all__ = ["Engine", "EngineStats"]
+__all__ = ["Engine", "EngineStats", "OnPreview"]
 
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 2
+
+OnPreview = Callable[[int, int, Image.Image], None]
+"""Called on the engine's thread with the request's index in its call, the preview's number from 0, and the image."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,27 @@ class EngineStats:
 
     in_flight: int
     """Images accepted and not answered."""
+    waiting: int
+    """Of these, images that have not taken their first step."""
     steps: int
     """Denoising steps taken, each of a whole batch."""
     image_steps: int
     """Denoising steps taken, counted for each image."""
     images: int
     """Images finished."""
+    busy_s: float
+    """Seconds spent in steps, decoding included."""
+    occupancy: Mapping[int, int]
+    """How many steps were taken by how many images."""
+
+
+@dataclass(frozen=True)
+class _Promise:
+    """A future image and whom to show previews of it."""
+
+    future: Future[Image.Image]
+    index: int
+    on_preview: OnPreview | None
 
 
 class Engine:
@@ -43,15 +62,20 @@ class Engine:
         self._batch = batch
         self._max_in_flight = max_in_flight
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[ImageRequest, Future[Image.Image]]] = deque()
-        self._futures: dict[int, Future[Image.Image]] = {}
+        self._inbox: deque[tuple[ImageRequest, _Promise]] = deque()
+        self._promises: dict[int, _Promise] = {}
+        self._new_merged: Denoiser | None = None
         self._closed = False
         self._moved_at_s = time.monotonic()
-        self._steps = self._image_steps = self._images = 0
+        self._occupancy: Counter[int] = Counter()
+        self._images = 0
+        self._busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[ImageRequest]) -> list[Future[Image.Image]]:
+    def submit(
+        self, requests: Sequence[ImageRequest], on_preview: OnPreview | None = None
+    ) -> list[Future[Image.Image]]:
         """Accept all of `requests` or none; cancelling a future frees its slot at the next step.
 
         Raises RequestError (429) where they do not fit, ServingError where the engine is closed.
@@ -61,17 +85,31 @@ class Engine:
                 raise ServingError("the engine is closed; start another")
             if self._in_flight() + len(requests) > self._max_in_flight:
                 raise queue_full(_RETRY_AFTER_S)
-            futures: list[Future[Image.Image]] = [Future() for _ in requests]
+            promises = [_Promise(Future(), index, on_preview) for index in range(len(requests))]
             if not self._in_flight():
                 self._moved_at_s = time.monotonic()
-            self._inbox.extend(zip(requests, futures, strict=True))
+            self._inbox.extend(zip(requests, promises, strict=True))
             self._changed.notify()
-        return futures
+        return [promise.future for promise in promises]
+
+    def replace_merged(self, merged: Denoiser) -> None:
+        """Draw requests that come from now on with other merged weights; those in flight finish on the ones they have."""
+        with self._changed:
+            self._new_merged = merged
+            self._changed.notify()
 
     def stats(self) -> EngineStats:
         """Return counts since the start."""
         with self._changed:
-            return EngineStats(self._in_flight(), self._steps, self._image_steps, self._images)
+            return EngineStats(
+                in_flight=self._in_flight(),
+                waiting=len(self._inbox) + self._batch.num_waiting,
+                steps=self._occupancy.total(),
+                image_steps=sum(size * count for size, count in self._occupancy.items()),
+                images=self._images,
+                busy_s=self._busy_s,
+                occupancy=dict(self._occupancy),
+            )
 
     def check_health(self, stall_s: float) -> None:
         """Raise ServingError where the thread is dead, or has work and has not taken a step for `stall_s` seconds."""
@@ -90,46 +128,66 @@ class Engine:
         self._thread.join()
 
     def _in_flight(self) -> int:
-        return len(self._inbox) + len(self._futures)
+        return len(self._inbox) + len(self._promises)
 
     def _run(self) -> None:
         try:
             while self._take_in():
-                self._hand_out(self._batch.step())
+                started_s = time.monotonic()
+                outcomes = self._batch.step()
+                self._hand_out(outcomes, time.monotonic() - started_s)
         finally:
             with self._changed:
                 self._closed = True
-                for _, future in self._inbox:
-                    future.cancel()
-                for future in self._futures.values():
-                    future.cancel()
+                for promise in (*(promise for _, promise in self._inbox), *self._promises.values()):
+                    promise.future.cancel()
 
     def _take_in(self) -> bool:
         """Wait for work, pass new requests to the batch, drop cancelled ones; False when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._inbox or self._futures)
+            self._changed.wait_for(lambda: self._closed or self._inbox or self._promises or self._new_merged)
+            if self._new_merged is not None:
+                self._batch.replace_merged(self._new_merged)
+                self._new_merged = None
             while self._inbox:
-                request, future = self._inbox.popleft()
-                self._futures[self._batch.submit(request)] = future
-            cancelled = [ticket for ticket, future in self._futures.items() if future.cancelled()]
+                request, promise = self._inbox.popleft()
+                self._promises[self._batch.submit(request)] = promise
+            cancelled = [ticket for ticket, promise in self._promises.items() if promise.future.cancelled()]
             for ticket in cancelled:
-                del self._futures[ticket]
-            closed = self._closed
-        if cancelled:
+                del self._promises[ticket]
             self._batch.cancel(cancelled)
-        return not closed
+            return not self._closed
 
-    def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
+    def _hand_out(self, outcomes: Sequence[Outcome], step_s: float) -> None:
+        ended = [outcome for outcome in outcomes if outcome.preview is None]
         with self._changed:
-            self._steps += 1
-            self._image_steps += self._batch.num_moved
+            if self._batch.num_moved:
+                self._occupancy[self._batch.num_moved] += 1
+            self._busy_s += step_s
             self._moved_at_s = time.monotonic()
-            ended = [(self._futures.pop(outcome.ticket), outcome) for outcome in outcomes]
-            self._images += sum(outcome.image is not None for outcome in outcomes)
-        for future, outcome in ended:
-            if not future.set_running_or_notify_cancel():
-                continue
-            if outcome.image is not None:
-                future.set_result(outcome.image)
-            else:
-                future.set_exception(outcome.error)
+            self._images += sum(outcome.image is not None for outcome in ended)
+            shown = [(self._promises[outcome.ticket], outcome) for outcome in outcomes if outcome.preview is not None]
+            kept = [(self._promises.pop(outcome.ticket), outcome) for outcome in ended]
+        for promise, outcome in shown:
+            _show(promise, outcome)
+        for promise, outcome in kept:
+            _keep(promise.future, outcome)
+
+
+def _show(promise: _Promise, outcome: Outcome) -> None:
+    if promise.on_preview is None or outcome.image is None or outcome.preview is None or promise.future.cancelled():
+        return
+    try:
+        promise.on_preview(promise.index, outcome.preview, outcome.image)
+    except Exception:
+        # A caller that is gone must not stop the engine for all others.
+        logger.warning("a preview found nobody to take it", exc_info=True)
+
+
+def _keep(future: Future[Image.Image], outcome: Outcome) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    if outcome.image is not None:
+        future.set_result(outcome.image)
+    else:
+        future.set_exception(outcome.error)

@@ -7,8 +7,10 @@ from selma_ray.errors import ServingError
 __all__ = [
     "RequestError",
     "error_body",
+    "internal_error",
     "invalid_request",
     "queue_full",
+    "rate_limited",
     "timed_out",
     "too_large",
     "unauthorized",
@@ -57,6 +59,21 @@ def unauthorized(message: str) -> RequestError:
 def queue_full(retry_after_s: int) -> RequestError:
     """Return the refusal of a request that found the queue full."""
     return RequestError("the queue is full; try again later", 429, "queue_full", retry_after_s=retry_after_s)
+
+
+def rate_limited(requests_per_minute: int, retry_after_s: int) -> RequestError:
+    """Return the refusal of a request whose key has been used too often."""
+    return RequestError(
+        f"this key may make {requests_per_minute} requests a minute; try again later",
+        429,
+        "rate_limit_exceeded",
+        retry_after_s=retry_after_s,
+    )
+
+
+def internal_error() -> RequestError:
+    """Return the answer to a request that met a fault of ours; nothing of the fault is shown."""
+    return RequestError("the service failed to answer; its log says why", 500, "internal_error")
 
 
 def unavailable(what: str) -> RequestError:

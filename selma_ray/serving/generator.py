@@ -1,34 +1,60 @@
-"""The generator's replica: one pipeline, one engine, images as encoded bytes."""
+"""The generator's replica: one engine over the merged model and the base with its experts, images as encoded bytes."""
 
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from selma_ray.config import StrictModel, validate
 from selma_ray.models.config import ModelConfig
+from selma_ray.serving.backend import Drawn
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat, encode
 from selma_ray.serving.engine import Engine
+from selma_ray.serving.experts import Expert
 from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.served import ServedModels
 
-__all__ = ["Generator", "engine_for", "use_threads"]
+__all__ = ["Generator", "MergedWeights", "OpenExperts", "engine_for", "use_threads"]
 
 logger = logging.getLogger(__name__)
+
+OpenExperts = Callable[[Mapping[str, str]], Mapping[str, Expert]]
+"""Reads experts from their adapter folders, by name."""
+
+
+class MergedWeights(StrictModel):
+    """The generator's user_config in Ray Serve: which merged weights to draw with, changed without a restart."""
+
+    pipeline: str | None = None
+    """A baked pipeline, whose denoiser is taken; none takes the one that the service was started with."""
+    adapter: str | None = None
+    """A PEFT adapter folder to fold into the base model instead."""
 
 
 class Generator:
     """Draws images for any number of callers at once on one step-batching engine; deployed by Ray Serve."""
 
-    def __init__(self, model: ModelConfig, config: ServingConfig) -> None:
+    def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None = None) -> None:
         from selma_ray.models.rendering import load_pipeline, use_scheduler
 
+        started_s = time.monotonic()
         use_threads(config.num_threads)
-        pipeline = load_pipeline(model)
-        use_scheduler(pipeline, config.sampling.scheduler)
-        self._stall_s = config.request_timeout_s
-        self._engine = engine_for(pipeline, config)
-        logger.info("%s is loaded", model.name)
+        self._models, self._config = models, config
+        self._name = secrets.token_hex(4)
+        self._pipeline = load_pipeline(models.merged)
+        use_scheduler(self._pipeline, config.sampling.scheduler)
+        base = None if models.base is None else _with_denoiser_of(self._pipeline, models.base)
+        experts = open_experts(models.experts) if open_experts else {}
+        self._engine = engine_for(self._pipeline, config, base, experts)
+        self.start_s = time.monotonic() - started_s
+        self.swap_s = 0.0
+        logger.info("%s is loaded in %.1f s", models.merged.name, self.start_s)
 
     async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
         """Return one encoded image a request; raises RequestError (429) where the queue is full."""
@@ -41,18 +67,81 @@ class Generator:
                 future.cancel()
         return await asyncio.to_thread(lambda: [encode(image, output_format) for image in images])
 
+    async def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+        """Yield previews and finished images as they come; raises RequestError (429) where the queue is full."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[tuple[int, int | None, Any]] = asyncio.Queue()
+
+        def arrive(index: int, preview: int | None, image: Any) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, (index, preview, image))
+
+        futures = self._engine.submit(requests, on_preview=arrive)
+        for index, future in enumerate(futures):
+            future.add_done_callback(partial(arrive, index, None))
+        unfinished = len(futures)
+        try:
+            while unfinished:
+                index, preview, image = await arrived.get()
+                if preview is None:
+                    unfinished -= 1
+                    image = image.result()
+                yield Drawn(index, await asyncio.to_thread(encode, image, output_format), preview)
+        finally:
+            for future in futures:
+                future.cancel()
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Load other merged weights beside the ones in use and change over; called by Ray Serve with MergedWeights.
+
+        Raises ConfigError or AdapterError, and goes on with the old weights, where the new ones cannot be used.
+        """
+        weights = validate(MergedWeights, user_config, source="user_config of the generator")
+        started_s = time.monotonic()
+        self._engine.replace_merged(await asyncio.to_thread(self._merged_denoiser, weights))
+        self.swap_s = time.monotonic() - started_s
+        logger.info("merged weights were changed in %.1f s", self.swap_s)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the engine's counts, and how long loading and the last change of weights took."""
+        return {
+            **asdict(self._engine.stats()),
+            "replica": self._name,
+            "start_s": self.start_s,
+            "swap_s": self.swap_s,
+        }
+
     def check_health(self) -> None:
         """Raise where the engine is dead or stuck, so that Ray Serve replaces the replica."""
-        self._engine.check_health(self._stall_s)
+        self._engine.check_health(self._config.stall_timeout_s)
+
+    def close(self) -> None:
+        """Stop the engine after the step in progress."""
+        self._engine.close()
+
+    def _merged_denoiser(self, weights: MergedWeights) -> Any:
+        from selma_ray.serving.denoisers import denoiser_for
+
+        model = self._models.merged
+        if weights.adapter is not None:
+            model = self._models.base or model
+        elif weights.pipeline is not None:
+            model = model.model_copy(update={"name": weights.pipeline, "revision": None, "variant": None})
+        return denoiser_for(_with_denoiser_of(self._pipeline, model, weights.adapter))
 
 
-def engine_for(pipeline: Any, config: ServingConfig) -> Engine:
-    """Return a running engine around a loaded pipeline; raises ConfigError for a family that cannot be served."""
+def engine_for(
+    pipeline: Any, config: ServingConfig, base: Any = None, experts: Mapping[str, Expert] | None = None
+) -> Engine:
+    """Return a running engine around a loaded pipeline and, where there is one, the base with its experts.
+
+    Raises ConfigError for a family that cannot be served, AdapterError for an expert that does not fit.
+    """
     from selma_ray.serving.batch import StepBatch
     from selma_ray.serving.denoisers import denoiser_for
 
     full_size_px = (config.sampling.height_px, config.sampling.width_px)
-    batch = StepBatch(denoiser_for(pipeline), config.max_batch_size, full_size_px)
+    mixing = None if base is None else denoiser_for(base, experts)
+    batch = StepBatch(denoiser_for(pipeline), config.max_batch_size, full_size_px, mixing)
     return Engine(batch, config.max_batch_size + config.max_queued_requests)
 
 
@@ -61,3 +150,11 @@ def use_threads(num_threads: int | None) -> None:
     import torch
 
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+
+
+def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None = None) -> Any:
+    """Return a pipeline with the denoiser of `model` that shares everything else with `pipeline`."""
+    from selma_ray.models.rendering import load_pipeline
+
+    denoiser = load_pipeline(model, adapter_dir).unet
+    return type(pipeline).from_pipe(pipeline, unet=denoiser, torch_dtype=denoiser.dtype)

@@ -1,16 +1,28 @@
-"""What stands before every route: the caller's key, the size of the body, headers for browsers."""
+"""What stands before every route: the caller's key and its limit, the size of the body, headers, an answer to any fault."""
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
 from selma_ray.serving.config import is_loopback
-from selma_ray.serving.errors import RequestError, error_body, too_large, unauthorized
-from selma_ray.serving.keys import accepts
+from selma_ray.serving.errors import (
+    RequestError,
+    error_body,
+    internal_error,
+    invalid_request,
+    rate_limited,
+    too_large,
+    unauthorized,
+)
+from selma_ray.serving.keys import ApiKey, Bucket, find_key
 
-__all__ = ["LimitBody", "RequireKey", "SecureHeaders", "error_response"]
+__all__ = ["AnswerFaults", "LimitBody", "RequireKey", "SecureHeaders", "error_response"]
+
+logger = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -18,44 +30,78 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_OPEN_PATHS = ("/healthz",)
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
 
 
-def error_response(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return a refusal as an HTTP response."""
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    headers = dict(headers or {})
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     return JSONResponse(error_body(error), error.status, headers)
 
 
 class RequireKey:
-    """Lets a request through that bears a key; without any keys, one whose peer is on this machine."""
+    """Lets a request through that bears a key within its limit; without any keys, one from this machine to itself.
 
-    def __init__(self, app: App, digests: Sequence[bytes]) -> None:
+    `open_paths` are answered without a key, so that probes and the page that asks for a key can be loaded.
+    """
+
+    def __init__(self, app: App, keys: Sequence[ApiKey], open_paths: Sequence[str]) -> None:
         self._app = app
-        self._digests = digests
+        self._keys = keys
+        self._open_paths = frozenset(open_paths)
+        self._buckets = {
+            key.digest: Bucket(key.requests_per_minute) for key in keys if key.requests_per_minute is not None
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on or answer 401 before its body is read."""
-        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS else None
+        """Pass the request on or answer 401 or 429 before its body is read."""
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
         if refusal is None:
             await self._app(scope, receive, send)
         else:
             await error_response(refusal)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
-        if not self._digests:
-            # The service may have been put on another address than its configuration says, so the peer is checked too.
-            peer = scope.get("client")
-            return (
-                None
-                if peer and is_loopback(peer[0])
-                else unauthorized("without api_keys_file only this machine is answered")
-            )
-        if accepts(self._digests, Headers(scope=scope).get("authorization", "")):
+        headers = Headers(scope=scope)
+        if not self._keys:
+            return _refusal_of_strangers(scope, headers)
+        if scope["path"] in self._open_paths:
             return None
-        return unauthorized("a valid key is required: send the header Authorization: Bearer KEY")
+        key = find_key(self._keys, headers.get("authorization", ""))
+        if key is None:
+            return unauthorized("a valid key is required: send the header Authorization: Bearer KEY")
+        wait_s = self._buckets[key.digest].take() if key.digest in self._buckets else 0
+        return rate_limited(key.requests_per_minute or 0, math.ceil(wait_s)) if wait_s else None
+
+
+def _refusal_of_strangers(scope: Scope, headers: Headers) -> RequestError | None:
+    """Refuse who is not on this machine, and browsers that were sent here under another name (DNS rebinding)."""
+    # The service may have been put on another address than its configuration says, so the peer is checked too.
+    peer = scope.get("client")
+    if not peer or not is_loopback(peer[0]):
+        return (
+            None if scope["path"] == "/healthz" else unauthorized("without api_keys_file only this machine is answered")
+        )
+    host = headers.get("host", "")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name and not is_loopback(name):
+        return invalid_request(
+            "without api_keys_file the Host header must name this machine, such as 127.0.0.1 or localhost",
+            code="unknown_host",
+        )
+    return None
 
 
 class LimitBody:
@@ -94,8 +140,32 @@ class LimitBody:
                 return bytes(body)
 
 
+class AnswerFaults:
+    """Answers 500 in the shape of all errors where the application fails, and logs why."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; a response that has begun is broken off, so that nobody takes it for whole."""
+        begun = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception:
+            if begun or scope["type"] != "http":
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(internal_error())(scope, receive, send)
+
+
 class SecureHeaders:
-    """Adds to every response that it is data, to be neither stored, sniffed nor framed."""
+    """Adds to every response that it is data, to be neither stored, sniffed nor framed; a page may say otherwise."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -106,10 +176,8 @@ class SecureHeaders:
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["X-Frame-Options"] = "DENY"
-                headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'"
-                headers["Cache-Control"] = "no-store"
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, send_secured)

@@ -1,38 +1,69 @@
-"""Bearer keys: read from a file, kept as digests, compared in constant time."""
+"""Bearer keys: read from a file, kept as digests, compared in constant time, each with its limit on requests."""
 
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from selma_ray.errors import ConfigError
 
-__all__ = ["accepts", "first_key", "read_key_digests"]
+__all__ = ["ApiKey", "Bucket", "find_key", "first_key", "read_keys"]
 
 _MIN_KEY_CHARS = 16
 _DIGEST_LINE = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
-def read_key_digests(path: str | Path) -> tuple[bytes, ...]:
-    """Return the SHA-256 digests of a file's keys: one key a line, or sha256:<hex digest>; # starts a comment line.
+@dataclass(frozen=True)
+class ApiKey:
+    """A key that is accepted: its SHA-256 digest, and how often it may be used."""
 
-    Raises ConfigError where the file cannot be read, is empty, or holds a short key.
+    digest: bytes
+    requests_per_minute: int | None = None
+
+
+class Bucket:
+    """Tokens that refill evenly to `per_minute` and never above; a request takes one."""
+
+    def __init__(self, per_minute: int, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._now_s = now_s
+        self._tokens = float(per_minute)
+        self._filled_at_s = now_s()
+
+    def take(self) -> float:
+        """Take a token and return 0, or take none and return the seconds until there is one."""
+        now_s = self._now_s()
+        self._tokens = min(self._per_minute, self._tokens + (now_s - self._filled_at_s) * self._per_minute / 60)
+        self._filled_at_s = now_s
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) * 60 / self._per_minute
+
+
+def read_keys(path: str | Path, requests_per_minute: int | None = None) -> tuple[ApiKey, ...]:
+    """Return a file's keys: a line holds a key or sha256:<hex digest>, and a limit if not `requests_per_minute`.
+
+    A line that starts with # is a comment. Raises ConfigError where the file cannot be read, is empty, or a line is wrong.
     """
-    return tuple(_digest_of_line(line, path, number) for number, line in _lines(path))
+    return tuple(_key_of_line(line, path, number, requests_per_minute) for number, line in _lines(path))
 
 
 def first_key(path: str | Path) -> str | None:
     """Return the file's first key that is not given as a digest."""
-    return next((line for _, line in _lines(path) if not _DIGEST_LINE.fullmatch(line)), None)
+    keys = (line.split()[0] for _, line in _lines(path))
+    return next((key for key in keys if not _DIGEST_LINE.fullmatch(key)), None)
 
 
-def accepts(digests: Sequence[bytes], authorization: str) -> bool:
-    """Tell whether the Authorization header bears one of the keys, in a time that does not depend on which."""
-    scheme, _, key = authorization.partition(" ")
-    presented = hashlib.sha256(key.strip().encode()).digest()
-    matches = [hmac.compare_digest(presented, digest) for digest in digests]
-    return scheme.lower() == "bearer" and any(matches)
+def find_key(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:
+    """Return the key that the Authorization header bears, in a time that does not depend on which it is."""
+    scheme, _, presented = authorization.partition(" ")
+    digest = hashlib.sha256(presented.strip().encode()).digest()
+    matches = [hmac.compare_digest(digest, key.digest) for key in keys]
+    return keys[matches.index(True)] if scheme.lower() == "bearer" and any(matches) else None
 
 
 def _lines(path: str | Path) -> list[tuple[int, str]]:
@@ -52,12 +83,18 @@ def _lines(path: str | Path) -> list[tuple[int, str]]:
     return kept
 
 
-def _digest_of_line(line: str, path: str | Path, number: int) -> bytes:
-    match = _DIGEST_LINE.fullmatch(line)
-    if match:
-        return bytes.fromhex(match.group(1))
-    if len(line) < _MIN_KEY_CHARS or " " in line:
+def _key_of_line(line: str, path: str | Path, number: int, requests_per_minute: int | None) -> ApiKey:
+    key, *limit = line.split()
+    digest = _DIGEST_LINE.fullmatch(key)
+    if len(limit) > 1 or (limit and not (limit[0].isascii() and limit[0].isdigit() and int(limit[0]) > 0)):
         raise ConfigError(
-            f"api_keys_file {path} line {number} must be a key of {_MIN_KEY_CHARS} characters or more without spaces"
+            f"api_keys_file {path} line {number} must be a key, or a key and a number of requests a minute; mend the line"
         )
-    return hashlib.sha256(line.encode()).digest()
+    if not digest and len(key) < _MIN_KEY_CHARS:
+        raise ConfigError(
+            f"api_keys_file {path} line {number} must be a key of {_MIN_KEY_CHARS} characters or more; make a longer one"
+        )
+    return ApiKey(
+        bytes.fromhex(digest.group(1)) if digest else hashlib.sha256(key.encode()).digest(),
+        int(limit[0]) if limit else requests_per_minute,
+    )

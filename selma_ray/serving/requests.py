@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
-__all__ = ["ImageRequest"]
+__all__ = ["MERGED", "ImageRequest", "Mix"]
+
+Mix = tuple[tuple[str, float], ...]
+"""Experts on the base model by name, each with the weight of its delta; none is the base model itself."""
+
+MERGED = None
+"""In place of a mix: the merged model, whose weights are baked."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,9 @@ class ImageRequest:
     width_px: int
     height_px: int
     negative_prompt: str = ""
+    mix: Mix | None = MERGED
+    num_previews: int = 0
+    """Unfinished images to hand out on the way, evenly over the steps."""
 
     @property
     def size_px(self) -> tuple[int, int]:

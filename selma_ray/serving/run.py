@@ -13,11 +13,12 @@ from ray import serve
 
 from selma_ray.cluster import ClusterConfig, connect
 from selma_ray.errors import ConfigError, ServingError
-from selma_ray.models.config import ModelConfig
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
 from selma_ray.serving.evaluator import Scorer
+from selma_ray.serving.generator import OpenExperts
 from selma_ray.serving.keys import first_key
+from selma_ray.serving.served import ServedModels
 
 __all__ = ["APPLICATION_NAME", "Service", "start_service"]
 
@@ -65,13 +66,13 @@ class Service:
 
 
 def start_service(
-    model: ModelConfig,
-    model_name: str,
+    models: ServedModels,
     config: ServingConfig,
     cluster: ClusterConfig,
     open_scorer: Callable[[], Scorer],
+    open_experts: OpenExperts | None = None,
 ) -> Service:
-    """Serve `model` under `model_name` and return once it answers; the caller stops it.
+    """Serve `models` and return once they answer; the caller stops it.
 
     Raises ConfigError where Ray Serve runs on this cluster already, ServingError where a replica cannot start.
     """
@@ -80,7 +81,7 @@ def start_service(
         raise ConfigError(
             "Ray Serve runs on this cluster already; deploy with `serve deploy`, or stop it with `serve shutdown`"
         )
-    app = application(model, model_name, config, cluster, open_scorer)
+    app = application(models, config, cluster, open_scorer, open_experts)
     port = config.port or _free_port(config.host)
     try:
         serve.start(

@@ -33,9 +33,12 @@ class Course:
         # Timesteps stay on the CPU: schedulers index their tables by them, and must not wait for the device to do so.
         try:
             self._scheduler.set_timesteps(steps, device="cpu")
+            possible = bool(self._scheduler.timesteps.max() < scheduler.config.num_train_timesteps)
         except ValueError:
+            possible = False
+        if not possible:
             name = type(scheduler).__name__
-            raise invalid_request(f"{steps} steps are not possible with {name}", "num_inference_steps") from None
+            raise invalid_request(f"{steps} steps are not possible with {name}; ask for fewer", "num_inference_steps")
         # The order in which diffusers' pipelines draw: first the initial noise, then what the scheduler's steps draw.
         self._generator = torch.Generator("cpu").manual_seed(seed)
         noise_NCHW = randn_tensor(shape_NCHW, generator=self._generator, device=device, dtype=dtype)
@@ -44,11 +47,23 @@ class Course:
         options = {"eta": 0.0, "generator": self._generator}
         self._step_options = {name: value for name, value in options.items() if name in accepted}
         self._position = 0
+        self.estimate_NCHW = self.latents_NCHW
+        """Where the course seems to lead: the finished latents as the last prediction has them, where the scheduler tells."""
 
     @property
     def finished(self) -> bool:
         """Tell whether every step is done."""
         return self._position >= len(self._scheduler.timesteps)
+
+    @property
+    def steps_done(self) -> int:
+        """Return how many steps are done."""
+        return self._position
+
+    @property
+    def steps_in_all(self) -> int:
+        """Return how many steps the scheduler takes, which for some is more than were asked for."""
+        return len(self._scheduler.timesteps)
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -61,7 +76,8 @@ class Course:
 
     def advance(self, prediction_NCHW: torch.Tensor) -> None:
         """Take one step along the denoiser's prediction (epsilon, v or sample, as the scheduler's config says)."""
-        self.latents_NCHW = self._scheduler.step(
-            prediction_NCHW, self.timestep, self.latents_NCHW, **self._step_options, return_dict=False
-        )[0]
+        moved = self._scheduler.step(prediction_NCHW, self.timestep, self.latents_NCHW, **self._step_options)
+        self.latents_NCHW = moved.prev_sample
+        estimate_NCHW = getattr(moved, "pred_original_sample", None)
+        self.estimate_NCHW = moved.prev_sample if estimate_NCHW is None else estimate_NCHW
         self._position += 1

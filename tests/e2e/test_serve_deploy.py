@@ -70,8 +70,8 @@ def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, s
     image = ask(f"{url}/v1/images/generations", {"prompt": "a red apple", "num_inference_steps": 2})
     assert image["size"] == "64x64"
     score = ask(f"{url}/v1/scores", {"prompt": "a red apple", "image": image["data"][0]["b64_json"]})
-    assert 0 <= score["score"] <= 1
-    assert score["questions"]
+    assert 0 <= score["data"][0]["scores"]["dsg"] <= 1
+    assert score["data"][0]["questions"]
 
 
 def deploy(dashboard: str, config: Path) -> bool:

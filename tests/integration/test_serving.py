@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -21,8 +20,12 @@ from selma_ray.cluster import ClusterConfig
 from selma_ray.errors import CaptionError, ConfigError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
+from selma_ray.service import open_experts
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.evaluator import Judged
 from selma_ray.serving.run import Service, start_service
+from selma_ray.serving.served import ServedModels
+from tests.tiny_experts import save_experts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 # Replicas cannot import this module.
@@ -32,23 +35,20 @@ KEY = "a-key-for-the-integration-test"
 SAMPLING = SamplingConfig(steps=4, guidance_scale=3.0, width_px=64, height_px=64)
 
 
-@dataclass(frozen=True)
-class RednessScore:
-    score: float
-    judge: str
-    questions: tuple[dict, ...] = ()
-
-
 class RednessScorer:
     """Scores an image by its first pixel's red; knows prompts about balls only."""
+
+    judge = "first pixel"
+    metrics = ("dsg", "redness")
 
     def questions(self, prompt: str) -> str:
         if "ball" not in prompt:
             raise CaptionError(f"{prompt!r} is not about a ball")
         return prompt
 
-    def score(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[RednessScore]:
-        return [RednessScore(image.getpixel((0, 0))[0] / 255, "first pixel") for image in images]
+    def score(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Judged]:
+        reds = [image.getpixel((0, 0))[0] / 255 for image in images]
+        return [Judged({"dsg": red, "redness": red}, ()) for red in reds]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,9 @@ def service(ray_cluster: None, tiny_pipeline_dir: Path, tmp_path_factory: pytest
         port=0, api_keys_file=str(keys), sampling=SAMPLING, max_steps=500, max_batch_size=4, max_queued_requests=6,
         num_threads=1, request_timeout_s=60, num_cpus=0.25,
     )  # fmt: skip
-    running = start_service(ModelConfig(name=str(tiny_pipeline_dir)), "tiny", config, ClusterConfig(), RednessScorer)
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    models = ServedModels("tiny", model, model, save_experts(load_pipeline(model), tmp_path_factory.mktemp("experts")))
+    running = start_service(models, config, ClusterConfig(), RednessScorer, open_experts)
     yield running
     running.stop()
 
@@ -100,7 +102,37 @@ def test_the_openai_client_gets_what_the_pipeline_draws(client: openai.OpenAI, t
 
 
 def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "base", "counting", "style", "common"]
+
+
+def test_the_openai_client_streams_partial_images(client: openai.OpenAI) -> None:
+    stream = client.images.generate(prompt="a red ball", stream=True, partial_images=2, extra_body={"seed": 7})
+    streamed = list(stream)
+    assert [type(event).__name__ for event in streamed] == ["ImageGenPartialImageEvent"] * 2 + [
+        "ImageGenCompletedEvent"
+    ]
+    whole = client.images.generate(prompt="a red ball", extra_body={"seed": 7})
+    assert streamed[-1].b64_json == (whole.data or [])[0].b64_json
+    with pytest.raises(openai.BadRequestError):
+        client.images.generate(prompt="a red ball", stream=True, partial_images=99)
+
+
+def test_mixes_and_the_best_of_several(client: openai.OpenAI, http: httpx.Client) -> None:
+    mix = {"counting": 0.6, "style": 0.4}
+    mixed = client.images.generate(prompt="a red ball", extra_body={"model": mix, "seed": 7})
+    base = client.images.generate(prompt="a red ball", model="base", extra_body={"seed": 7})
+    assert (mixed.data or [])[0].b64_json != (base.data or [])[0].b64_json
+    best = http.post("/v1/images/generations", json={"prompt": "a ball", "n": 1, "best_of": 4, "seed": 7}).json()
+    scores = [candidate["scores"]["dsg"] for candidate in best["candidates"]]
+    assert best["data"][0]["scores"]["dsg"] == max(scores)
+    assert image_of(best["data"][0]["b64_json"]).getpixel((0, 0))[0] / 255 == max(scores)
+
+
+def test_readiness_and_metrics(http: httpx.Client) -> None:
+    assert http.get("/readyz").json() == {"status": "ready"}
+    lines = http.get("/metrics").text
+    assert "selma_engine_steps_total{replica=" in lines
+    assert 'selma_http_requests_total{method="GET",route="/readyz",status="200"}' in lines
 
 
 def test_own_parameters_reach_the_engine(http: httpx.Client) -> None:
@@ -143,7 +175,7 @@ def test_scores(http: httpx.Client) -> None:
             lambda red: http.post("/v1/scores", json={"prompt": "a ball", "image": png((red, 0, 0))}).json(),
             (0, 51, 255),
         )
-    assert [answer["score"] for answer in answers] == [0, 0.2, 1]
+    assert [answer["data"][0]["scores"]["dsg"] for answer in answers] == [0, 0.2, 1]
 
 
 def test_a_caption_without_questions_is_answered_422_with_the_reason(http: httpx.Client) -> None:
@@ -194,4 +226,4 @@ def test_the_handle_fetches_an_image(service: Service) -> None:
 def test_a_second_service_on_the_same_cluster_is_refused(service: Service, tiny_pipeline_dir: Path) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     with pytest.raises(ConfigError, match="serve shutdown"):
-        start_service(model, "tiny", ServingConfig(), ClusterConfig(), RednessScorer)
+        start_service(ServedModels("tiny", model), ServingConfig(), ClusterConfig(), RednessScorer)

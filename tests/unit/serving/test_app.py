@@ -9,6 +9,7 @@ from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig
 from selma_ray.recipe import Recipe
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.served import ServedModels
 from selma_ray.storage import RunFolder
 from serve import app
 from serve.app import ServeArgs, build
@@ -28,8 +29,8 @@ def arguments(**values: Any) -> ServeArgs:
 
 def test_a_model_folder_is_served_under_its_name(bound: list[tuple], tiny_pipeline_dir: Path) -> None:
     build(arguments(model={"name": str(tiny_pipeline_dir)}, port="8123"))
-    ((model, model_name, config, _, _),) = bound
-    assert (model, model_name) == (ModelConfig(name=str(tiny_pipeline_dir)), "tiny-sd")
+    ((models, config, *_),) = bound
+    assert models == ServedModels("tiny-sd", ModelConfig(name=str(tiny_pipeline_dir)))
     assert config == ServingConfig(evaluator_replicas=0, port=8123)
 
 
@@ -41,6 +42,8 @@ def merged_run(folder: Path, tiny_pipeline_dir: Path) -> RunFolder:
     run.write_bytes(recipe.as_yaml().encode(), "recipe.yaml")
     folder.joinpath("merged", recipe.merging.name).mkdir(parents=True)
     folder.joinpath("merged", recipe.merging.name, "pipeline").symlink_to(tiny_pipeline_dir)
+    for path in ("counting", "counting/checkpoints/step_5"):
+        run.write_bytes(b"{}", "experts", path, "adapter_config.json")
     run.mark_done("merge", {})
     return run
 
@@ -50,8 +53,11 @@ def test_a_run_is_served_as_its_recipe_says_but_for_what_is_given(
 ) -> None:
     run = merged_run(tmp_path, tiny_pipeline_dir)
     build(arguments(run_dir=str(tmp_path), max_images=3))
-    ((model, model_name, config, _, _),) = bound
-    assert model.name == run.path("merged", model_name, "pipeline")
+    build(arguments(run_dir=str(tmp_path), experts=False, model_name="ours"))
+    (models, config, *_), (alone, *_) = bound
+    assert models.merged.name == run.path("merged", models.name, "pipeline")
+    assert (models.base, models.experts) == (ModelConfig(), {"counting": run.path("experts", "counting")})
+    assert alone == ServedModels("ours", models.merged)
     assert (config.max_steps, config.max_images, config.evaluator_replicas) == (7, 3, 0)
 
 

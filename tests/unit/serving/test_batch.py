@@ -77,6 +77,13 @@ def test_random_mixes_equal_the_pipeline_itself(pipeline: StableDiffusionPipelin
     assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(8)], rng)
 
 
+@pytest.mark.heavy
+def test_two_hundred_random_mixes_equal_the_pipeline_itself(pipeline: StableDiffusionPipeline) -> None:
+    for seed in range(100, 300):
+        rng = random.Random(seed)
+        assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(6)], rng)
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -108,6 +115,14 @@ def test_steps_that_a_scheduler_cannot_take_are_the_callers_error(tiny_pipeline_
     use_scheduler(pipeline, "PNDMScheduler")
     batch = StepBatch(denoiser_for(pipeline), 2, FULL_SIZE_PX)
     batch.submit(square(steps=2))
+    (outcome,) = batch.step()
+    assert isinstance(outcome.error, RequestError)
+    assert (outcome.error.status, outcome.error.param) == (400, "num_inference_steps")
+
+
+def test_more_steps_than_the_model_has_timesteps_are_the_callers_error(pipeline: StableDiffusionPipeline) -> None:
+    batch = StepBatch(denoiser_for(pipeline), 2, FULL_SIZE_PX)
+    batch.submit(square(steps=1000))  # with its steps_offset, the first timestep would be the 1001st
     (outcome,) = batch.step()
     assert isinstance(outcome.error, RequestError)
     assert (outcome.error.status, outcome.error.param) == (400, "num_inference_steps")

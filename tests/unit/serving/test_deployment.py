@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from selma_ray.serving.deployment import Deployments
-from selma_ray.serving.errors import RequestError, invalid_request
+from selma_ray.serving.errors import RequestError, invalid_request, queue_full
 
 
 class Response:
@@ -22,21 +22,34 @@ class Response:
     def __await__(self):
         return self._answer().__await__()
 
+    def __aiter__(self):
+        return self._answer()
+
+    async def results_async(self, **options: Any) -> Any:
+        return await self._answer()
+
     def cancel(self) -> None:
         self.cancelled = True
 
 
 class Handle:
-    """Stands for a deployment's handle, every method of which gives the same response."""
+    """Stands for a deployment's handle, every method of which gives the next response, the last of them for ever."""
 
-    def __init__(self, response: Response) -> None:
-        self._response = response
+    def __init__(self, *responses: Response) -> None:
+        self._responses = list(responses)
+        self.asked = 0
 
     def __getattr__(self, name: str) -> "Handle":
         return self
 
+    def options(self, **options: Any) -> "Handle":
+        return self
+
     def remote(self, *arguments: Any) -> Response:
-        return self._response
+        self.asked += 1
+        return self._responses.pop(0) if len(self._responses) > 1 else self._responses[0]
+
+    broadcast = remote
 
 
 def raising(error: BaseException) -> Response:
@@ -98,7 +111,80 @@ def test_when_the_client_goes_away_the_replica_is_told_to_stop() -> None:
     assert response.cancelled
 
 
+def test_what_dies_with_a_replica_is_asked_of_another() -> None:
+    async def images() -> list[bytes]:
+        return [b"image"]
+
+    handle = Handle(raising(ActorDiedError()), Response(images))
+    assert asyncio.run(Deployments(handle, None, 60).generate([], "png")) == [b"image"]
+    handle = Handle(raising(ActorDiedError()))
+    with pytest.raises(RequestError) as refusal:
+        asyncio.run(Deployments(handle, None, 60).generate([], "png"))
+    assert (refusal.value.status, handle.asked) == (503, 3)
+
+
+def streamed(response: Response, timeout_s: float = 60, up_to: int = 9) -> list[Any]:
+    async def collect() -> list[Any]:
+        stream = Deployments(Handle(response), None, timeout_s).stream([], "png")
+        drawn = []
+        async for each in stream:
+            drawn.append(each)
+            if len(drawn) == up_to:
+                break
+        await stream.aclose()
+        return drawn
+
+    return asyncio.run(collect())
+
+
+def test_a_stream_is_passed_on_and_called_off_when_its_reader_stops() -> None:
+    async def answer():
+        for each in range(3):
+            yield each
+
+    assert streamed(Response(answer)) == [0, 1, 2]
+    response = Response(answer)
+    assert streamed(response, up_to=1) == [0]
+    assert response.cancelled
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(replica_error(queue_full(2)), 429), (ActorDiedError(), 503), (BackPressureError(1, 1), 429)]
+)
+def test_a_stream_ends_in_the_refusal_that_its_replica_gave(error: Exception, status: int) -> None:
+    async def answer():
+        raise error
+        yield
+
+    with pytest.raises(RequestError) as refusal:
+        streamed(Response(answer))
+    assert (refusal.value.status, type(refusal.value)) == (status, RequestError)
+
+
+def test_a_streams_time_is_limited() -> None:
+    async def answer():
+        yield 0
+        await asyncio.sleep(3600)
+        yield 1
+
+    response = Response(answer)
+    with pytest.raises(RequestError) as refusal:
+        streamed(response, timeout_s=0.05)
+    assert refusal.value.status == 504
+    assert response.cancelled
+
+
+@pytest.mark.parametrize("answers", [[], [RuntimeError("dead")]])
+def test_without_a_replica_that_answers_the_service_is_not_ready(answers: list) -> None:
+    async def answer() -> list:
+        return answers
+
+    with pytest.raises(RequestError) as refusal:
+        asyncio.run(Deployments(Handle(Response(answer)), None, 60).check_ready())
+    assert refusal.value.status == 503
+
+
 def test_scores_without_an_evaluator_are_404() -> None:
     with pytest.raises(RequestError) as refusal:
-        asyncio.run(Deployments(Handle(raising(ZeroDivisionError())), None, 60).score("a ball", b""))
+        asyncio.run(Deployments(Handle(raising(ZeroDivisionError())), None, 60).score("a ball", [b""], ["dsg"]))
     assert refusal.value.status == 404

@@ -3,9 +3,12 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from selma_ray.errors import ServingError
 from selma_ray.models.config import ModelConfig
@@ -73,7 +76,7 @@ def test_all_of_a_call_is_accepted_or_none(engine: Engine, denoiser: GatedDenois
 
 
 def test_a_cancelled_request_makes_room(engine: Engine, denoiser: GatedDenoiser) -> None:
-    endless = engine.submit([request(seed, steps=1000) for seed in range(4)])
+    endless = engine.submit([request(seed, steps=900) for seed in range(4)])
     assert denoiser.reached.wait(WAIT_S)
     for future in endless:
         assert future.cancel()
@@ -94,6 +97,53 @@ def test_an_error_reaches_its_callers_and_the_engine_goes_on(engine: Engine, den
     engine.check_health(stall_s=WAIT_S)
 
 
+def test_previews_come_before_the_image_and_are_evenly_spread(engine: Engine, denoiser: GatedDenoiser) -> None:
+    shown = []
+    previewed = replace(request(steps=8), num_previews=3)
+    (plain, future) = engine.submit([request(), previewed], on_preview=lambda *preview: shown.append(preview))
+    denoiser.gate.set()
+    assert plain.result(WAIT_S).size == future.result(WAIT_S).size == (64, 64)
+    assert [(index, preview) for index, preview, _ in shown] == [(1, 0), (1, 1), (1, 2)]
+    assert {image.size for _, _, image in shown} == {(64, 64)}
+    assert len({image.tobytes() for _, _, image in shown}) == 3
+
+
+def test_a_caller_that_fails_on_a_preview_stops_nobody(engine: Engine, denoiser: GatedDenoiser) -> None:
+    def fail(*preview) -> None:
+        raise RuntimeError("gone")
+
+    (future,) = engine.submit([replace(request(), num_previews=1)], on_preview=fail)
+    denoiser.gate.set()
+    assert future.result(WAIT_S).size == (64, 64)
+
+
+def test_new_weights_are_for_requests_that_come_later(engine: Engine, denoiser: GatedDenoiser, pipeline) -> None:
+    (before,) = engine.submit([request()])
+    assert denoiser.reached.wait(WAIT_S)
+    other = pipeline.from_pipe(pipeline, unet=deepcopy(pipeline.unet))
+    with torch.no_grad():
+        other.unet.conv_out.weight.zero_()
+    engine.replace_merged(StableDiffusionDenoiser(other))
+    (after,) = engine.submit([request()])
+    denoiser.gate.set()
+    old, new = before.result(WAIT_S), after.result(WAIT_S)
+    alone = StepBatch(StableDiffusionDenoiser(pipeline), 2, (64, 64))
+    alone.submit(request())
+    (outcome,) = [outcome for _ in range(2) for outcome in alone.step()]
+    assert old.tobytes() == outcome.image.tobytes() != new.tobytes()
+
+
+def test_occupancy_is_counted(engine: Engine, denoiser: GatedDenoiser) -> None:
+    accepted = engine.submit([request(steps=3), request(steps=1), request(steps=2)])
+    denoiser.gate.set()
+    for future in accepted:
+        future.result(WAIT_S)
+    stats = engine.stats()
+    assert stats.occupancy == {2: 3}
+    assert (stats.steps, stats.image_steps, stats.waiting) == (3, 6, 0)
+    assert stats.busy_s > 0
+
+
 def test_a_stuck_engine_is_not_healthy(engine: Engine, denoiser: GatedDenoiser) -> None:
     engine.check_health(stall_s=0)
     engine.submit([request()])
@@ -104,7 +154,7 @@ def test_a_stuck_engine_is_not_healthy(engine: Engine, denoiser: GatedDenoiser) 
 
 def test_closing_cancels_what_is_in_flight(pipeline) -> None:
     engine = Engine(StepBatch(StableDiffusionDenoiser(pipeline), 2, (64, 64)), max_in_flight=4)
-    (endless,) = engine.submit([request(steps=1000)])
+    (endless,) = engine.submit([request(steps=900)])
     engine.close()
     with pytest.raises(CancelledError):
         endless.result(WAIT_S)

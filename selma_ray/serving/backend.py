@@ -1,0 +1,44 @@
+"""What the HTTP API stands before: whatever draws images and scores them."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from selma_ray.serving.encoding import OutputFormat
+from selma_ray.serving.requests import ImageRequest
+
+__all__ = ["Backend", "Drawn"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An encoded image on its way to a client: a preview by its number, or the finished image."""
+
+    index: int
+    """Which of the call's requests it is of."""
+    image: bytes
+    preview: int | None = None
+
+
+class Backend(Protocol):
+    """Draws and scores; its methods raise RequestError."""
+
+    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
+        """Return one encoded image a request."""
+        ...
+
+    def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+        """Yield previews and finished images as they come."""
+        ...
+
+    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
+        """Return what bodies.Scores holds about encoded images, without the prompt."""
+        ...
+
+    async def check_ready(self) -> None:
+        """Raise RequestError (503) unless images can be drawn."""
+        ...
+
+    async def generator_stats(self) -> list[dict[str, Any]]:
+        """Return the counts of each generator replica: the fields of EngineStats, start_s and swap_s."""
+        ...

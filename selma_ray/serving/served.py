@@ -1,0 +1,94 @@
+"""What a service can be asked to draw with: the merged model, the base, experts, and mixes of experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from selma_ray.errors import ConfigError
+from selma_ray.models.config import ModelConfig
+from selma_ray.serving.errors import RequestError, invalid_request
+from selma_ray.serving.requests import MERGED, Mix
+
+__all__ = ["BASE", "ModelNames", "ServedModels"]
+
+BASE = "base"
+
+_MAX_WEIGHT = 2.0
+_SHOWN_CHARS = 80
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """The names that a request's `model` may have."""
+
+    merged: str
+    base: bool = False
+    experts: tuple[str, ...] = ()
+
+    def all(self) -> tuple[str, ...]:
+        """Return every name, the default first."""
+        return (self.merged, *([BASE] if self.base else []), *self.experts)
+
+    def kind(self, name: str) -> Literal["merged", "base", "expert"]:
+        """Return what a name stands for."""
+        if name == self.merged:
+            return "merged"
+        return "expert" if name in self.experts else "base"
+
+    def mix_of(self, model: str | Mapping[str, float] | None) -> Mix | None:
+        """Return the mix that `model` asks for; raises RequestError: 404 for an unknown name, 400 for a weight."""
+        if model is None or model == self.merged:
+            return MERGED
+        if isinstance(model, str):
+            if model == BASE and self.base:
+                return ()
+            if model in self.experts:
+                return ((model, 1.0),)
+            raise self._unknown(model, self.all())
+        for name, weight in model.items():
+            if name not in self.experts:
+                raise self._unknown(name, self.experts)
+            if not -_MAX_WEIGHT <= weight <= _MAX_WEIGHT:
+                raise invalid_request(
+                    f"model: the weight of {name} must be from {-_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}, got {weight:g}",
+                    "model",
+                )
+        # Sorted, so that equal mixes are equal.
+        return tuple(sorted((name, float(weight)) for name, weight in model.items() if weight))
+
+    def _unknown(self, name: str, known: tuple[str, ...]) -> RequestError:
+        names = ", ".join(known) or "none: no experts are served here"
+        return invalid_request(
+            f"model {name[:_SHOWN_CHARS]!r} is not served; names: {names}", "model", "model_not_found", status=404
+        )
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """The models of a service and where they are.
+
+    Raises ConfigError where an expert's name is taken by the merged model or the base.
+    """
+
+    name: str
+    """The merged model's name, which a request that names none gets."""
+    merged: ModelConfig
+    """A pipeline with baked weights."""
+    base: ModelConfig | None = None
+    """The model that the experts were fitted to; none serves the merged model alone."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """Adapter folders by the experts' names."""
+
+    def __post_init__(self) -> None:
+        taken = {self.name, BASE} & set(self.experts)
+        if taken:
+            raise ConfigError(
+                f"an expert must not be named {sorted(taken)[0]!r}, as another model is; rename the skill"
+            )
+        if self.experts and self.base is None:
+            raise ConfigError("experts can be served beside the base model they were fitted to; name base")
+
+    @property
+    def names(self) -> ModelNames:
+        """Return the names that can be asked for."""
+        return ModelNames(self.name, self.base is not None, tuple(self.experts))

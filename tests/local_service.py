@@ -1,0 +1,75 @@
+"""The service in one process, without Ray: the real generator and scorer behind the real API, on a port of this machine."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from selma_ray.errors import CaptionError
+from selma_ray.serving.backend import Drawn
+from selma_ray.serving.encoding import OutputFormat, decode_upload
+from selma_ray.serving.errors import invalid_request
+from selma_ray.serving.evaluator import Scorer
+from selma_ray.serving.generator import Generator
+from selma_ray.serving.requests import ImageRequest
+
+__all__ = ["LocalBackend", "served"]
+
+
+class LocalBackend:
+    """A generator and a scorer called directly, where the service calls them through Ray Serve."""
+
+    def __init__(self, generator: Generator, scorer: Scorer) -> None:
+        self._generator = generator
+        self._scorer = scorer
+
+    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
+        return await self._generator.generate(requests, output_format)
+
+    def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+        return self._generator.stream(requests, output_format)
+
+    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
+        if unknown := set(metrics) - set(self._scorer.metrics):
+            raise invalid_request(f"metrics must be known, got {unknown.pop()!r}", "metrics")
+        try:
+            questions = self._scorer.questions(prompt)
+        except CaptionError as error:
+            raise invalid_request(str(error), "prompt", "unsupported_caption", status=422) from None
+        pictures = [decode_upload(image, 10**6) for image in images]
+        judged = await asyncio.to_thread(self._scorer.score, pictures, [questions] * len(pictures))
+        data = [
+            {
+                "scores": {metric: each.scores[metric] for metric in metrics},
+                "questions": list(map(asdict, each.questions)),
+            }
+            for each in judged
+        ]
+        return {"judge": self._scorer.judge, "data": data}
+
+    async def check_ready(self) -> None:
+        self._generator.check_health()
+
+    async def generator_stats(self) -> list[dict[str, Any]]:
+        return [self._generator.stats()]
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Serve an application on a free port until the block ends; yields its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listener.close()

@@ -1,0 +1,34 @@
+"""Small random LoRA experts for a pipeline, in PEFT's folder format."""
+
+from pathlib import Path
+
+import torch
+
+from selma_ray.merging.adapters import LoraFactors, write_adapter
+
+RANKS = {"counting": 4, "style": 2, "common": 3}
+
+
+def save_experts(pipeline, folder: Path) -> dict[str, str]:
+    """Write an adapter for each name, on other modules each but for some; returns their folders."""
+    linear = {
+        name: module.weight.shape
+        for name, module in pipeline.unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and ("attn" in name or ".ff." in name)
+    }
+    generator = torch.Generator().manual_seed(0)
+    for index, (name, rank) in enumerate(RANKS.items()):
+        shapes = {
+            module: tuple(shape) for position, (module, shape) in enumerate(linear.items()) if position % 3 != index
+        }
+        factors = [
+            LoraFactors(
+                module,
+                torch.randn(rank, columns, generator=generator) / columns**0.5,
+                torch.randn(rows, rank, generator=generator) * 2.0,
+                1.0,
+            )
+            for module, (rows, columns) in shapes.items()
+        ]
+        write_adapter(folder / name, factors, shapes, rank, "tiny")
+    return {name: str(folder / name) for name in RANKS}

@@ -1,0 +1,60 @@
+"""A backend for the API that answers at once."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from selma_ray.serving.backend import Drawn
+from selma_ray.serving.encoding import decode_upload, encode
+from selma_ray.serving.requests import ImageRequest
+
+
+class Recorder:
+    """Answers at once and keeps what it was asked; scores an image by the colour that its seed gave it."""
+
+    def __init__(self) -> None:
+        self.requests: list[ImageRequest] = []
+        self.scored: list[tuple[list[bytes], list[str]]] = []
+        self.error: Exception | None = None
+        self.score_error: Exception | None = None
+        self.stats: list[dict[str, Any]] = []
+
+    async def generate(self, requests: Sequence[ImageRequest], output_format: Any) -> list[bytes]:
+        self._note(requests)
+        return [encode(picture(request.seed), output_format) for request in requests]
+
+    async def stream(self, requests: Sequence[ImageRequest], output_format: Any) -> AsyncIterator[Drawn]:
+        self._note(requests)
+        for index, request in enumerate(requests):
+            for preview in range(request.num_previews):
+                yield Drawn(index, encode(picture(preview), output_format), preview)
+            yield Drawn(index, encode(picture(request.seed), output_format))
+            if self.score_error:
+                raise self.score_error
+
+    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
+        if self.score_error:
+            raise self.score_error
+        self.scored.append((list(images), list(metrics)))
+        reds = [decode_upload(image, 10**6).getpixel((0, 0))[0] for image in images]
+        scores = [dict.fromkeys(metrics, red / 255 if red else None) for red in reds]
+        return {"judge": "red", "data": [{"scores": each, "questions": []} for each in scores]}
+
+    async def check_ready(self) -> None:
+        if self.error:
+            raise self.error
+
+    async def generator_stats(self) -> list[dict[str, Any]]:
+        if self.error:
+            raise self.error
+        return self.stats
+
+    def _note(self, requests: Sequence[ImageRequest]) -> None:
+        if self.error:
+            raise self.error
+        self.requests += requests
+
+
+def picture(red: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), (red, 0, 0))
