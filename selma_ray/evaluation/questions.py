@@ -14,7 +14,7 @@ from selma_ray.miniature.heldout import heldout_by_skill
 from selma_ray.miniature.questions import questions_for
 from selma_ray.records import content_id
 
-__all__ = ["PromptWithQuestions", "Question", "load_suite", "questions_for_prompt"]
+__all__ = ["PromptWithQuestions", "Question", "load_suite", "questions_for_prompt", "spread_over_skills"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQues
     duplicated ids, empty prompts, prompts without questions, missing parents and cycles.
     """
     suite = _miniature_suite() if name == "miniature" else _read_suite(Path(name))
-    return suite if max_prompts is None else _spread(suite, max_prompts)
+    return suite if max_prompts is None else spread_over_skills(suite, max_prompts)
 
 
 def questions_for_prompt(prompt: str) -> tuple[Question, ...]:
@@ -65,7 +65,7 @@ def _miniature_suite() -> list[PromptWithQuestions]:
     ]
 
 
-def _spread(suite: Sequence[PromptWithQuestions], count: int) -> list[PromptWithQuestions]:
+def spread_over_skills(suite: Sequence[PromptWithQuestions], count: int) -> list[PromptWithQuestions]:
     """Return `count` prompts, drawn from the skills in turn, in the suite's order."""
     by_skill: dict[str, list[PromptWithQuestions]] = {}
     for prompt in suite:
@@ -114,6 +114,8 @@ def _prompt_of(row: Mapping[str, Any]) -> PromptWithQuestions:
             str(each["category"]),
             str(each["question"]),
             tuple(int(parent) for parent in each.get("parents", ())),
+            tuple(map(str, each.get("choices", ()))),
+            str(each.get("answer", "yes")),
         )
         for each in row["questions"]
     )

@@ -1,0 +1,55 @@
+"""How questions about prompts are written."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from selma_ray.config import StrictModel
+
+__all__ = ["QuestionLLMConfig", "QuestionsConfig"]
+
+
+class QuestionLLMConfig(StrictModel):
+    """The language model that writes questions, run by vLLM."""
+
+    name: str = "miniature"
+    """`miniature` (SmolLM2-135M-Instruct, too small for good questions), a local folder, or a hub name."""
+    revision: str | None = None
+    """Hub revision; none takes the newest."""
+    dtype: str = "auto"
+    """Precision, in vLLM's words."""
+    replicas: int = Field(default=1, ge=1)
+    """Largest number of vLLM engines; the pool grows from 1."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs of an engine where there is no GPU."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of an engine; 0 runs it on the CPU."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs one model is split over."""
+    max_model_len: int = Field(default=8192, ge=512)
+    """Longest request and answer together, in tokens."""
+    kv_cache_gb: int = Field(default=1, ge=1)
+    """Memory of the key-value cache of a CPU engine, in GiB."""
+    max_tokens: int = Field(default=1024, ge=16)
+    """Longest answer, in tokens."""
+
+
+class QuestionsConfig(StrictModel):
+    """Which kind of questions, and how they are asked for."""
+
+    style: Literal["dsg", "tifa"] = "dsg"
+    """`dsg`: yes/no questions that depend on one another, in three calls; `tifa`: multiple choice, in one."""
+    format: Literal["json", "text"] = "json"
+    """`json` holds the model to a schema; `text` is the reference's own format, read tolerantly."""
+    examples: str | None = None
+    """In-context examples: a JSON Lines file of them, or for DSG its tifa160-dev-anns.csv; none takes a few of our own."""
+    max_examples: int = Field(default=23, ge=1)
+    """Examples shown, the first of the file."""
+    attempts: int = Field(default=2, ge=1, le=5)
+    """Calls for one answer; an answer that cannot be used is asked for again, with another seed."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the repeated calls; the first call is greedy."""
+    batch_size: int = Field(default=32, ge=1)
+    """Requests in one batch of an engine."""
+    llm: QuestionLLMConfig = QuestionLLMConfig()
+    """The language model."""
