@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", help="recipe file, such as jobs/recipes/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+        if name == "evaluate":
+            _add_rating_options(command)
     _add_data_commands(commands)
     return parser
 
@@ -96,6 +98,16 @@ def _add_data_commands(commands: Any) -> None:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def _add_rating_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--export-pairs", action="store_true", help="then write a blinded side-by-side page for raters"
+    )
+    command.add_argument("--pairs", type=int, default=50, metavar="COUNT", help="pairs on that page (default 50)")
+    command.add_argument(
+        "--ratings", action="append", metavar="FILE", help="then count a rater's choices; may be repeated"
+    )
+
+
 def _execute(options: argparse.Namespace) -> None:
     if options.command in _DATA_COMMANDS:
         from selma_ray import data
@@ -116,6 +128,12 @@ def _execute(options: argparse.Namespace) -> None:
         console.serve(run)
     else:
         console.run_one(run, options.command)
+    if options.command == "evaluate":
+        if options.export_pairs:
+            console.export_pairs(run, options.pairs)
+        if options.ratings:
+            console.show_ratings(run, options.ratings)
+        console.show_evaluation(run)
 
 
 def _selma_error(error: BaseException | None) -> SelmaError | None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from selma_ray.errors import ConfigError
-from selma_ray.loop import STAGES, Progress, Report, Run, run_stage
+from selma_ray.loop import STAGES, Progress, Report, Run, finished, run_stage
 
-__all__ = ["run_all", "run_one", "serve", "write_report"]
+__all__ = ["export_pairs", "run_all", "run_one", "run_study", "serve", "show_evaluation", "show_ratings", "write_report"]
 
 _LINE_EVERY_S = 10.0
 _DETAIL_CHARS = 60
@@ -35,9 +35,10 @@ def run_all(run: Run) -> None:
     started_s = time.monotonic()
     for name in STAGES:
         run_one(run, name)
-    console.print(_score_table(run.folder.done("evaluate") or {}), soft_wrap=False)
-    write_report(run)
+    show_evaluation(run)
     _fetch_one_image(run)
+    if run.recipe.study is not None:
+        run_study(run)
     console.print(
         f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}"
     )
@@ -45,7 +46,7 @@ def run_all(run: Run) -> None:
 
 def run_one(run: Run, name: str) -> None:
     """Run one stage with a progress display; a finished stage says so."""
-    if run.folder.done(name) is not None:
+    if finished(run, name) is not None:
         console.print(f"[dim]✓ {_TITLES[name]}: finished before, in {run.folder.uri}[/dim]")
         return
     console.print(f"[bold]{_TITLES[name]}[/bold]")
@@ -57,6 +58,20 @@ def run_one(run: Run, name: str) -> None:
     )
 
 
+def run_study(run: Run) -> None:
+    """Make the experiments of a recipe's study, then show where its tables are."""
+    from selma_ray.study.run import study_steps
+
+    steps = study_steps(run)
+    for number, step in enumerate(steps, start=1):
+        started_s = time.monotonic()
+        console.print(f"[bold]Study {number}/{len(steps)}: {step.title}[/bold]")
+        with _progress_display() as report:
+            step.do(report)
+        console.print(f"[green]✓[/green] {step.title} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
+    console.print(f"Tables: [bold]{run.folder.path('study', 'tables.md')}[/bold]")
+
+
 def write_report(run: Run) -> None:
     """Write report.html and report.json from what the run folder holds."""
     from selma_ray.evaluation.report import write_report as write
@@ -64,6 +79,38 @@ def write_report(run: Run) -> None:
     if run.folder.done("evaluate") is None:
         raise ConfigError(f"report needs the finished stage evaluate in {run.folder.uri}; run `selma evaluate` first")
     console.print(f"Report: [bold]{write(run.folder, run.skill_names)}[/bold]")
+
+
+def show_evaluation(run: Run) -> None:
+    """Show the table of a finished evaluation and what it leaves out, and write the report."""
+    summary = run.folder.done("evaluate") or {}
+    console.print(_score_table(summary), soft_wrap=False)
+    for name, scores in summary["models"].items():
+        for reason, count in scores["unscored"]["reasons"].items():
+            console.print(f"[yellow]{name}: {count} of {scores['images']} images have no score: {reason}[/yellow]")
+    write_report(run)
+
+
+def export_pairs(run: Run, count: int) -> None:
+    """Write the page on which raters choose between base and merged."""
+    from selma_ray.evaluation.pairs import export_pairs as export
+
+    if count < 1:
+        raise ConfigError(f"--pairs must be at least 1, got {count}")
+    page = export(run.folder, run.folder.done("evaluate") or {}, count, run.recipe.seed)
+    console.print(f"Pairs for raters: [bold]{page}[/bold]; keep key.json beside it to yourself")
+
+
+def show_ratings(run: Run, files: Sequence[str]) -> None:
+    """Print how often raters preferred merged."""
+    from selma_ray.evaluation.pairs import read_ratings
+
+    result = read_ratings(run.folder, files)
+    line = f"merged preferred in {result['wins']} of {result['pairs']} pairs, base in {result['losses']}, neither in {result['ties']}"
+    if result["share"]:
+        low, high = (100 * bound for bound in result["share"]["interval"])
+        line += f": {100 * result['share']['mean']:.1f}% of the decided ones, 95% interval {low:.1f} to {high:.1f}"
+    console.print(line)
 
 
 def serve(run: Run) -> None:
@@ -133,15 +180,20 @@ def _score_table(summary: dict[str, Any]) -> Table:
     for heading in ("all", "interval", *skills):
         table.add_column(heading, justify="right")
     for name, scores in summary["models"].items():
-        low, high = scores["interval"]
-        figures = [scores["dsg"], *(scores["skills"][skill] for skill in skills)]
-        overall, *by_skill = [f"{100 * figure:.1f}" for figure in figures]
-        interval = f"{100 * low:.1f}-{100 * high:.1f}"
+        low, high = map(_percent, scores["interval"])
+        overall, *by_skill = map(_percent, [scores["dsg"], *(scores["skills"][skill] for skill in skills)])
+        interval = f"{low}-{high}"
         table.add_row(name, overall, interval, *by_skill, style="bold" if name in ("base", "merged") else None)
     return table
 
 
-def _difference_line(difference: dict[str, Any]) -> str:
+def _percent(figure: float | None) -> str:
+    return "–" if figure is None else f"{100 * figure:.1f}"
+
+
+def _difference_line(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return "base and merged have no scored image in common"
     low, high = difference["interval"]
     return f"merged - base: {100 * difference['mean']:+.1f} points, 95% interval [{100 * low:+.1f}, {100 * high:+.1f}] (paired)"
 

@@ -15,7 +15,19 @@ from selma_ray.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
 from selma_ray.storage import RunFolder
 
-__all__ = ["STAGES", "Progress", "Report", "Run", "evaluate", "generate", "merge", "open_run", "run_stage", "train"]
+__all__ = [
+    "STAGES",
+    "Progress",
+    "Report",
+    "Run",
+    "evaluate",
+    "finished",
+    "generate",
+    "merge",
+    "open_run",
+    "run_stage",
+    "train",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +37,7 @@ _PLACEMENT_KEYS = {
     "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
     "cpus_per_worker", "encoders", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
     "max_requests", "license", "latency_s",
+    "judges", "compare_with", "allow_other_judge",
 }  # fmt: skip
 
 
@@ -87,13 +100,13 @@ def open_run(recipe: Recipe) -> Run:
 
 def generate(run: Run, report: Report) -> dict[str, Any]:
     """Stream prompts from the LLM into the renderers; returns counts of both."""
-    from selma_ray.evaluation.questions import load_suite
+    from selma_ray.evaluation.suites import open_suite
     from selma_ray.images.card import write_card
     from selma_ray.images.stream import check_failures, follow, image_summary, render_stream
     from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
 
     recipe = run.recipe
-    suite = load_suite(recipe.evaluation.suite)
+    suite = open_suite(recipe.evaluation.suite)
     prompts = prompt_stream(
         run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=[test.prompt for test in suite]
     )
@@ -136,11 +149,11 @@ def merge(run: Run, report: Report) -> dict[str, Any]:
 
 def evaluate(run: Run, report: Report) -> dict[str, Any]:
     """Score base, experts and merged model on the same prompts and seeds, then write the report."""
-    from selma_ray.evaluation.questions import load_suite
     from selma_ray.evaluation.run import evaluate_models
+    from selma_ray.evaluation.suites import open_suite
 
     recipe = run.recipe
-    suite = load_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts)
+    suite = open_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts)
     summary = evaluate_models(
         run.folder, _models_under_test(run), suite, recipe.evaluation, recipe.seed, recipe.cluster,
         on_progress=lambda event: report(Progress("evaluate", event.done, event.total, event.detail)),
@@ -156,12 +169,22 @@ STAGES: Mapping[str, Callable[[Run, Report], dict[str, Any]]] = {
 }
 
 
+def finished(run: Run, name: str) -> dict[str, Any] | None:
+    """Return the summary of a finished stage, or None; an evaluation is unfinished where it is to be compared with other results."""
+    done = run.folder.done(name)
+    if done is not None and name == "evaluate":
+        wanted = {key: other.model_dump() for key, other in run.recipe.evaluation.compare_with.items()}
+        if done.get("compare_with", {}) != wanted:
+            return None
+    return done
+
+
 def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
     """Run one stage unless it is finished; returns its summary either way. Raises ConfigError where an earlier one is missing."""
-    finished = run.folder.done(name)
-    if finished is not None:
+    done = finished(run, name)
+    if done is not None:
         logger.info("%s is finished in %s", name, run.folder.uri)
-        return finished
+        return done
     names = list(STAGES)
     for earlier in names[: names.index(name)]:
         if run.folder.done(earlier) is None:

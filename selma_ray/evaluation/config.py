@@ -7,7 +7,7 @@ from pydantic import Field
 from selma_ray.config import StrictModel
 from selma_ray.models.config import SamplingConfig
 
-__all__ = ["EvaluationConfig", "JudgeConfig"]
+__all__ = ["EvaluationConfig", "JudgeConfig", "OtherResult"]
 
 
 class JudgeConfig(StrictModel):
@@ -37,6 +37,15 @@ class JudgeConfig(StrictModel):
     """Memory of the key-value cache of a judge in vLLM on the CPU, in GiB."""
 
 
+class OtherResult(StrictModel):
+    """A model that another run has evaluated, to be set beside this run's."""
+
+    run_dir: str
+    """The other run's folder."""
+    model: str = "merged"
+    """The model's name in that run."""
+
+
 class EvaluationConfig(StrictModel):
     """Which prompts are rendered by which models, and how their images are scored."""
 
@@ -58,8 +67,18 @@ class EvaluationConfig(StrictModel):
     """CPUs of a renderer."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of a renderer."""
+    judges: int = Field(default=0, ge=0)
+    """Judges in actors of their own, fed by the renderers; 0 keeps a judge beside each renderer, in its process."""
+    max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Share of a model's images without any score above which the stage stops."""
+    compare_with: dict[str, OtherResult] = Field(default_factory=dict)
+    """Models of other runs that the tables show too, by the names they get there."""
+    allow_other_judge: bool = False
+    """Compare with results of another judge all the same; their figures then differ for the judge's sake as well."""
     dsg_scorer: Literal["official", "dpg", "selma"] = "official"
     """Which of DSG's scorers the table shows."""
+    calibration_scenes: int = Field(default=200, ge=0)
+    """Drawn scenes with known truth that the judge is asked about, on the miniature's own suite; 0 asks about none."""
     bootstrap_resamples: int = Field(default=2000, ge=100)
     """Resamples behind each confidence interval."""
     judge: JudgeConfig = JudgeConfig()
