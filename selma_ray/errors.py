@@ -7,6 +7,7 @@
     │   └── RunMismatchError    the run folder belongs to another recipe
     ├── StorageError            the run folder cannot be read or written
     ├── PromptYieldError        a skill cannot reach its number of prompts
+    ├── LLMError                the language model keeps dying, refuses or cannot be reached
     ├── RenderError             too many images failed
     ├── TrainingError           an expert could not be fitted
     ├── AdapterError            a LoRA adapter cannot be read or does not fit
@@ -22,6 +23,7 @@ __all__ = [
     "CaptionError",
     "ConfigError",
     "JudgeError",
+    "LLMError",
     "ModelNotFoundError",
     "PromptYieldError",
     "RenderError",
@@ -64,6 +66,10 @@ class StorageError(SelmaError):
 
 class PromptYieldError(SelmaError):
     """A skill did not reach its number of kept prompts within its bound on requests."""
+
+
+class LLMError(SelmaError):
+    """The language model keeps dying, refuses requests or cannot be reached."""
 
 
 class RenderError(SelmaError):

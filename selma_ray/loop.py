@@ -36,7 +36,7 @@ _PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving")
 _PLACEMENT_KEYS = {
     "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
     "cpus_per_worker", "encoders", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
-    "max_requests", "license", "latency_s",
+    "max_requests", "max_restarts", "max_retries", "api_key_env", "license", "latency_s",
     "judges", "compare_with", "allow_other_judge",
 }  # fmt: skip
 
@@ -103,6 +103,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     from selma_ray.evaluation.suites import open_suite
     from selma_ray.images.card import write_card
     from selma_ray.images.stream import check_failures, follow, image_summary, render_stream
+    from selma_ray.prompts.llm import llm_errors
     from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
 
     recipe = run.recipe
@@ -114,8 +115,9 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         prompts, recipe.images, recipe.model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
     )
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
-    for row, progress in follow(images, run.folder, recipe.images, total):
-        report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}"))
+    with llm_errors(recipe.prompts.llm):
+        for row, progress in follow(images, run.folder, recipe.images, total):
+            report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}"))
     summary = {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),

@@ -1,12 +1,12 @@
 """How prompts are written (SELMA, section 3.1)."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selma_ray.config import StrictModel
 
-__all__ = ["FreeConfig", "LLMConfig", "PromptsConfig"]
+__all__ = ["FreeConfig", "LLMConfig", "PromptsConfig", "RemoteConfig"]
 
 
 class FreeConfig(StrictModel):
@@ -16,39 +16,70 @@ class FreeConfig(StrictModel):
     """Seconds that one replica waits for each request, one request after another."""
 
 
+class RemoteConfig(StrictModel):
+    """A server that speaks OpenAI's API, such as vLLM's own."""
+
+    url: str = Field(default="http://127.0.0.1:8000/v1", pattern=r"^https?://\S+$")
+    """Address of the API, with its version: requests go to URL/chat/completions, or URL/completions where `chat` is false."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the API key; none sends no key."""
+    grammars: bool = True
+    """Send the grammars of skills, as `structured_outputs`; vLLM's server understands them."""
+    timeout_s: float = Field(default=600, gt=0)
+    """Seconds after which a request without an answer is tried again."""
+    max_retries: int = Field(default=6, ge=0)
+    """Times a request is tried again when the server is busy or cannot be reached, each after twice the time: 1, 2, 4 s …"""
+
+
 class LLMConfig(StrictModel):
     """The language model that writes prompts."""
 
-    engine: Literal["vllm", "free"] = "vllm"
-    """`vllm` runs the model in the cluster; `free` is a stand-in without a model, for measuring."""
+    engine: Literal["vllm", "remote", "free"] = "vllm"
+    """`vllm` runs the model in the cluster, `remote` asks a server, `free` is a stand-in without a model, for measuring."""
     name: str = "miniature"
-    """`miniature` (SmolLM2-135M-Instruct), a local folder, or a hub name."""
+    """`miniature` (SmolLM2-135M-Instruct), a local folder, or a hub name; with `remote`, the server's name of the model."""
     revision: str | None = None
     """Hub revision; none takes the newest."""
+    chat: bool | None = None
+    """Ask in the model's chat form; none asks so where its tokenizer has a chat template, or the engine is `remote`."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template, in place of the tokenizer's."""
     dtype: str = "auto"
     """Precision, in vLLM's words."""
     min_replicas: int = Field(default=1, ge=1)
     """Smallest number of vLLM engines."""
     max_replicas: int = Field(default=1, ge=1)
     """Largest number of vLLM engines; the pool autoscales between the two."""
+    max_restarts: int = Field(default=5, ge=0)
+    """Times each engine may die and be started anew before the run stops; lost nodes that were taken back do not count."""
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs of an engine."""
+    """CPUs of each of the workers of an engine, of which there are `tensor_parallel_size`."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of an engine; 0 runs it on the CPU."""
+    """GPUs of each of the workers of an engine; 0 runs it on the CPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs one model is split over."""
+    """Workers that one model is split over."""
     max_model_len: int = Field(default=2048, ge=128)
     """Longest request and answer together, in tokens."""
     kv_cache_gb: int = Field(default=1, ge=1)
     """Memory of the key-value cache of a CPU engine, in GiB."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine by name, such as quantization or gpu_memory_utilization."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """Sampling temperature."""
+    """Sampling temperature; a skill file may set its own, as all of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus of the sampled tokens."""
     max_tokens: int = Field(default=1024, ge=16)
     """Longest answer, in tokens."""
+    remote: RemoteConfig = RemoteConfig()
+    """Settings of the engine `remote`."""
     free: FreeConfig = FreeConfig()
     """Settings of the engine `free`."""
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> "LLMConfig":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas must be at least min_replicas={self.min_replicas}, got {self.max_replicas}")
+        return self
 
 
 class PromptsConfig(StrictModel):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from selma_ray.skills import Skill
 
-__all__ = ["PromptRequest", "compose_grammar", "request_text"]
+__all__ = ["PromptRequest", "chat_message", "compose_grammar", "request_text"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,21 @@ def request_text(skill: Skill, examples: Sequence[str], num_prompts: int) -> str
     return "\n".join(lines) + f"\n{len(examples) + 1}."
 
 
-def compose_grammar(caption_grammar: str, first_number: int, num_prompts: int) -> str:
-    """Return an EBNF whose root is the answer to a request: `num_prompts` captions, numbered from the second on."""
+def chat_message(text: str, first_number: int, num_prompts: int) -> str:
+    """Return a request's text as a message to a chat model, which answers on lines of its own and needs to be told so."""
+    last_number = first_number + num_prompts - 1
+    return (
+        f"{text.removesuffix(f'{first_number}.').rstrip()}\n\nGo on with this list from {first_number} to {last_number}, "
+        "one description per line. Answer with the list alone."
+    )
+
+
+def compose_grammar(caption_grammar: str, first_number: int, num_prompts: int, chat: bool = False) -> str:
+    """Return an EBNF whose root is the answer to a request: `num_prompts` numbered captions.
+
+    The first one's number stands in the request already, unless it is a chat's message.
+    """
     numbers = range(first_number + 1, first_number + num_prompts)
+    first = f'"{first_number}. "' if chat else '" "'
     items = "".join(f' "\\n{number}. " caption' for number in numbers)
-    return f'root ::= " " caption{items} "\\n"\n{caption_grammar}'
+    return f'root ::= {first} caption{items} "\\n"\n{caption_grammar}'

@@ -9,9 +9,30 @@ from pydantic import Field, ValidationInfo, field_validator
 from selma_ray.config import StrictModel, read_yaml, validate
 from selma_ray.errors import ConfigError, SkillError
 
-__all__ = ["Skill", "load_skill", "load_skills", "packaged_skills"]
+__all__ = ["Skill", "SkillSampling", "load_skill", "load_skills", "packaged_skills"]
 
 _RESERVED_NAMES = ("base", "merged")
+
+
+class SkillSampling(StrictModel):
+    """How the LLM samples the prompts of one skill; what is not set is as in the recipe's `prompts.llm`, or not used."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """Sampling temperature."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus of the sampled tokens."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Number of likeliest tokens sampled from."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Least probability of a sampled token, as a share of the likeliest one's."""
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    """Above 1, tokens of the request and the answer so far become less likely."""
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Above 0, tokens that the answer holds become less likely."""
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Above 0, tokens become less likely with each time that the answer holds them."""
+    max_tokens: int | None = Field(default=None, ge=16)
+    """Longest answer, in tokens."""
 
 
 class Skill(StrictModel):
@@ -27,6 +48,8 @@ class Skill(StrictModel):
     """Rules the LLM is told."""
     grammar: str | None = None
     """EBNF (xgrammar) that defines a rule `caption`; answers are then decoded inside it."""
+    sampling: SkillSampling = SkillSampling()
+    """Sampling settings of this skill alone."""
     seeds: tuple[str, ...] = Field(min_length=1)
     """Prompts written by people, shown as examples; the first of all kept prompts."""
 

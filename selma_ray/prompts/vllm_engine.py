@@ -1,0 +1,172 @@
+"""vLLM as the language model of the stream, run by Ray Data."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import Dataset, TaskPoolStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from selma_ray.cluster import ClusterConfig, role_options, thread_env
+from selma_ray.errors import ConfigError
+from selma_ray.models.locate import locate_llm
+from selma_ray.prompts.config import LLMConfig, PromptsConfig
+from selma_ray.prompts.requests import chat_message
+from selma_ray.prompts.sampling import RequestSampling
+from selma_ray.skills import Skill
+
+__all__ = ["build_quietly", "chat_template_of", "speaks_chat", "vllm_stage"]
+
+
+def vllm_stage(
+    skills: Sequence[Skill], config: PromptsConfig, cluster: ClusterConfig, batch_size: int
+) -> Callable[[Dataset], Dataset]:
+    """Return a stage that answers requests with vLLM, `batch_size` a task and as many tasks as the windows allow."""
+    from ray.data.llm import vLLMEngineProcessorConfig
+
+    llm = config.llm
+    path = locate_llm(llm.name, llm.revision).path
+    chat = speaks_chat(llm, path)
+    tasks_in_flight = max(1, -(-config.requests_in_flight * len(skills) // batch_size))
+    processor_config = vLLMEngineProcessorConfig(
+        model_source=path,
+        engine_kwargs=_engine_options(llm),
+        batch_size=batch_size,
+        max_concurrent_batches=tasks_in_flight,
+        max_tasks_in_flight_per_actor=tasks_in_flight,
+        concurrency=(llm.min_replicas, llm.max_replicas),
+        placement_group_config={"bundle_per_worker": _bundle(llm)},
+        runtime_env={"env_vars": _environment(llm)},
+        chat_template_stage=_template_stage(llm) if chat else False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        log_engine_metrics=False,
+    )
+    processor = build_quietly(
+        processor_config,
+        preprocess=_Preprocess(skills, config, chat),
+        postprocess=_Postprocess(skills, config, chat),
+        # With these options they run inside the stages beside them: the source and the stage that decides.
+        preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
+        postprocess_map_kwargs={"num_cpus": 0},
+    )
+    engine = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
+    # Ray Data starts dead actors anew for ever.
+    engine["max_restarts"] = llm.max_restarts
+    if llm.tensor_parallel_size > 1:
+        bundles = [_bundle(llm)] * llm.tensor_parallel_size
+        engine["ray_remote_args_fn"] = partial(_place_workers, bundles, role_options("llm", cluster))
+    else:
+        engine.update(role_options("llm", cluster))
+    return processor
+
+
+def _place_workers(bundles: list[dict[str, float]], role: dict[str, Any]) -> dict[str, Any]:
+    """Return the Ray options of an engine whose workers stand in a placement group, on nodes of the role alone."""
+    selector = role.get("label_selector")
+    group = ray.util.placement_group(
+        bundles, strategy="PACK", bundle_label_selector=[selector] * len(bundles) if selector else None
+    )
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)}
+
+
+def speaks_chat(llm: LLMConfig, path: str) -> bool:
+    """Tell whether requests are made in the chat form; raises ConfigError where the model at `path` knows none."""
+    if llm.chat is False or llm.chat_template:
+        return llm.chat is not False
+    from transformers import AutoTokenizer
+
+    has_template = AutoTokenizer.from_pretrained(path, revision=llm.revision).chat_template is not None
+    if llm.chat and not has_template:
+        raise ConfigError(
+            f"prompts.llm.chat is true, but the tokenizer of {llm.name} has no chat template; "
+            "set prompts.llm.chat_template to a file, or chat=false"
+        )
+    return has_template
+
+
+def chat_template_of(llm: LLMConfig) -> str | None:
+    """Return the recipe's own chat template; raises ConfigError where its file cannot be read."""
+    if llm.chat_template is None:
+        return None
+    try:
+        return Path(llm.chat_template).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"prompts.llm.chat_template {llm.chat_template} cannot be read ({error}); name a text file"
+        ) from None
+
+
+def _template_stage(llm: LLMConfig) -> dict[str, Any]:
+    return {"num_cpus": 0, "concurrency": (1, 1), "chat_template": chat_template_of(llm)}
+
+
+def build_quietly(config: Any, **options: Any) -> Any:
+    """Build a processor without its remarks, and undo that it sets Ray's log level."""
+    from ray.data.llm import build_processor
+
+    level = logging.getLogger("ray").level
+    logging.disable(logging.INFO)
+    try:
+        return build_processor(config, **options)
+    finally:
+        logging.disable(logging.NOTSET)
+        logging.getLogger("ray").setLevel(level)
+
+
+class _Preprocess:
+    def __init__(self, skills: Sequence[Skill], config: PromptsConfig, chat: bool) -> None:
+        self._sampling = RequestSampling(skills, config, chat)
+        self._num_prompts = config.per_request
+        self._chat = chat
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        asked: dict[str, Any] = {"prompt": row["text"]}
+        if self._chat:
+            message = chat_message(row["text"], row["first_number"], self._num_prompts)
+            asked = {"messages": [{"role": "user", "content": message}]}
+        return {**asked, "sampling_params": self._sampling.of(row)}
+
+
+class _Postprocess:
+    def __init__(self, skills: Sequence[Skill], config: PromptsConfig, chat: bool) -> None:
+        self._sampling = RequestSampling(skills, config, chat)
+        self._chat = chat
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "skill": row["skill"],
+            "request": row["request"],
+            # A chat's answer begins on a line of its own.
+            "answer": "\n" + row["generated_text"] if self._chat else row["generated_text"],
+            "truncated": row["num_generated_tokens"] >= self._sampling.max_tokens(row["skill"]),
+        }
+
+
+def _engine_options(llm: LLMConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "dtype": llm.dtype,
+        "max_model_len": llm.max_model_len,
+        "tensor_parallel_size": llm.tensor_parallel_size,
+        "disable_log_stats": True,
+    }
+    if llm.revision:
+        options["revision"] = llm.revision
+    if not llm.num_gpus:
+        options["enforce_eager"] = True  # Compiling costs more time than it saves on the CPU.
+        # vLLM steps a seeded request's generator back after a partial prefill, which a CPU generator cannot do: the engine dies.
+        options["enable_chunked_prefill"] = False
+    return options | llm.engine_options
+
+
+def _bundle(llm: LLMConfig) -> dict[str, float]:
+    return {"CPU": llm.num_cpus} | ({"GPU": llm.num_gpus} if llm.num_gpus else {})
+
+
+def _environment(llm: LLMConfig) -> dict[str, str]:
+    if llm.num_gpus:
+        return {}
+    return {"VLLM_CPU_KVCACHE_SPACE": str(llm.kv_cache_gb), **thread_env(max(1, int(llm.num_cpus)))}

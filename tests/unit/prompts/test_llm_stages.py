@@ -1,0 +1,174 @@
+"""What goes to an engine and what comes back; no engine is started."""
+
+import pickle
+
+import pytest
+
+from selma_ray.errors import ConfigError, LLMError
+from selma_ray.prompts import remote, vllm_engine
+from selma_ray.prompts.config import LLMConfig, PromptsConfig, RemoteConfig
+from selma_ray.prompts.llm import check_llm, llm_errors
+from selma_ray.prompts.requests import request_text
+from selma_ray.prompts.sampling import RequestSampling
+from selma_ray.skills import Skill, SkillSampling
+
+PLAIN = Skill(name="plain", description="things", max_words=9, seeds=("a cat",))
+STRICT = Skill(
+    name="strict", description="things", max_words=9, seeds=("a cat",), grammar='caption ::= "a cat" | "a dog"',
+    sampling=SkillSampling(temperature=0.5, top_k=40, max_tokens=64),
+)  # fmt: skip
+CONFIG = PromptsConfig(per_request=3, llm=LLMConfig(name="writer", temperature=0.9))
+
+
+def request(skill: Skill) -> dict:
+    text = request_text(skill, ["a cat", "two dogs"], 3)
+    return {"skill": skill.name, "request": 5, "seed": 7, "text": text, "first_number": 3}
+
+
+def test_a_skills_sampling_goes_before_the_recipes():
+    sampling = RequestSampling([PLAIN, STRICT], CONFIG, chat=False)
+    plain, strict = sampling.of(request(PLAIN)), sampling.of(request(STRICT))
+    assert (plain["temperature"], strict["temperature"]) == (0.9, 0.5)
+    assert (sampling.max_tokens("plain"), sampling.max_tokens("strict")) == (1024, 64)
+    assert plain["seed"] == 7
+    assert plain["stop"] == ["\n6."]
+    assert strict["structured_outputs"]["grammar"].startswith(r'root ::= " " caption "\n4. " caption "\n5. " caption')
+    # Rows of one block share their keys: what one skill alone sets is neutral for the other.
+    assert (plain["top_k"], strict["top_k"]) == (0, 40)
+    assert "min_p" not in plain
+
+
+def test_a_chat_model_is_sent_a_message_and_numbers_its_answer_from_the_first():
+    asked = vllm_engine._Preprocess([PLAIN, STRICT], CONFIG, chat=True)(request(STRICT))
+    (message,) = asked["messages"]
+    assert message["role"] == "user"
+    assert "\n2. two dogs\n\nGo on with this list from 3 to 5" in message["content"]
+    assert asked["sampling_params"]["structured_outputs"]["grammar"].startswith('root ::= "3. " caption')
+    row = {"skill": "strict", "request": 5, "generated_text": "3. a cat", "num_generated_tokens": 64}
+    answer = vllm_engine._Postprocess([STRICT], CONFIG, chat=True)(row)
+    assert answer == {"skill": "strict", "request": 5, "answer": "\n3. a cat", "truncated": True}
+
+
+def test_a_base_model_completes_the_list():
+    asked = vllm_engine._Preprocess([PLAIN], CONFIG, chat=False)(request(PLAIN))
+    assert asked["prompt"].endswith("\n2. two dogs\n3.")
+    row = {"skill": "plain", "request": 5, "generated_text": " a cat", "num_generated_tokens": 64}
+    answer = vllm_engine._Postprocess([PLAIN], CONFIG, chat=False)(row)
+    assert answer == {"skill": "plain", "request": 5, "answer": " a cat", "truncated": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "has_template", "expected"),
+    [({}, True, True), ({}, False, False), ({"chat": False}, True, False), ({"chat_template": "x"}, False, True)],
+)
+def test_the_tokenizer_says_whether_a_model_chats(monkeypatch, options, has_template, expected):
+    import transformers
+
+    class Tokenizer:
+        chat_template = "{{ messages }}" if has_template else None
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Tokenizer())
+    assert vllm_engine.speaks_chat(LLMConfig(**options), "model") is expected
+    if not has_template:
+        with pytest.raises(ConfigError, match=r"no chat template; set prompts.llm.chat_template"):
+            vllm_engine.speaks_chat(LLMConfig(chat=True), "model")
+
+
+def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"chat_template .*nowhere.jinja cannot be read"):
+        check_llm(LLMConfig(name=str(tmp_path), chat_template="nowhere.jinja"))
+
+
+def test_the_workers_of_a_split_model_stand_on_the_nodes_of_their_role(monkeypatch):
+    import ray
+
+    made = []
+
+    class Group:
+        pass
+
+    monkeypatch.setattr(
+        ray.util, "placement_group", lambda bundles, **options: made.append((bundles, options)) or Group()
+    )
+    bundles = [{"CPU": 1, "GPU": 1}] * 2
+    options = vllm_engine._place_workers(bundles, {"label_selector": {"role": "llm"}})
+    assert made == [(bundles, {"strategy": "PACK", "bundle_label_selector": [{"role": "llm"}] * 2})]
+    assert options["scheduling_strategy"].placement_group_capture_child_tasks
+    vllm_engine._place_workers(bundles, {})
+    assert made[1][1]["bundle_label_selector"] is None
+
+
+def test_a_remote_request_is_what_openais_api_takes():
+    chat = remote._Preprocess([PLAIN, STRICT], CONFIG, chat=True)(request(PLAIN))["payload"]
+    assert chat["model"] == "writer"
+    assert chat["messages"][0]["content"].endswith("Answer with the list alone.")
+    text = remote._Preprocess([PLAIN, STRICT], CONFIG, chat=False)(request(STRICT))["payload"]
+    assert text["prompt"].endswith("\n3.")
+    assert "structured_outputs" in text
+    without = CONFIG.model_copy(update={"llm": LLMConfig(remote=RemoteConfig(grammars=False))})
+    payload = remote._Preprocess([STRICT], without, chat=False)(request(STRICT))["payload"]
+    assert "structured_outputs" not in payload
+
+
+@pytest.mark.parametrize(
+    ("chat", "choice", "answer", "truncated"),
+    [
+        (True, {"message": {"content": "3. a cat"}, "finish_reason": "stop"}, "\n3. a cat", False),
+        (True, {"message": {"content": None}, "finish_reason": "length"}, "\n", True),
+        (False, {"text": " a cat", "finish_reason": "length"}, " a cat", True),
+    ],
+)
+def test_a_remote_answer_is_read(chat, choice, answer, truncated):
+    row = {"skill": "plain", "request": 5, "http_response": {"choices": [choice]}}
+    result = remote._Postprocess("http://host/v1", chat)(row)
+    assert (result["answer"], result["truncated"]) == (answer, truncated)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        {"error": {"message": "no such\nmodel"}},
+        {"message": "no such model", "object": "error"},
+        {"error": "no such model"},
+    ],
+)
+def test_a_refusal_is_one_line(response):
+    row = {"skill": "plain", "request": 5, "http_response": response}
+    with pytest.raises(LLMError, match=r"http://host/v1 refused a request: .*no such.* model"[:50]):
+        remote._Postprocess("http://host/v1", True)(row)
+
+
+def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
+    llm = LLMConfig(engine="remote", remote=RemoteConfig(api_key_env="SELMA_TEST_KEY"))
+    monkeypatch.delenv("SELMA_TEST_KEY", raising=False)
+    with pytest.raises(ConfigError, match="SELMA_TEST_KEY, which is not set; export it"):
+        check_llm(llm)
+    monkeypatch.setenv("SELMA_TEST_KEY", "sk-secret")
+    check_llm(llm)
+    session = remote._OpenSession("SELMA_TEST_KEY", 5)
+    assert "sk-secret" not in repr(session)
+    assert pickle.loads(pickle.dumps(session))._key == "sk-secret"
+    assert "sk-secret" not in llm.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        ("The actor died unexpectedly.\n\tclass_name: MapWorker(MapBatches(vLLMEngineStageUDF))", "max_restarts=5"),
+        ("RuntimeError: Reached maximum retries of 6 for input row", "did not answer a request that was tried 7 times"),
+    ],
+)
+def test_failures_of_the_language_model_are_explained(message, match):
+    with pytest.raises(LLMError, match=match), llm_errors(LLMConfig()):
+        raise RuntimeError(message)
+
+
+def test_other_failures_pass():
+    with pytest.raises(RuntimeError, match="renderer"), llm_errors(LLMConfig()):
+        raise RuntimeError("The actor died: class_name: MapWorker(RenderPrompts), a renderer")
+
+
+def test_replicas_are_in_order():
+    with pytest.raises(ValueError, match="max_replicas must be at least min_replicas=3, got 2"):
+        LLMConfig(min_replicas=3, max_replicas=2)
