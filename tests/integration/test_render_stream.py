@@ -79,7 +79,7 @@ def test_a_prompt_that_ends_the_renderer_is_recorded_and_the_others_are_rendered
     assert list(summary["reasons"]) == [
         "RuntimeError: the renderer's process ended 3 times while it rendered this row alone"
     ]
-    assert 0 < progress.again <= 2 * IMAGES.batch_size  # the ghost's batch, and one that waited beside it
+    assert progress.again >= IMAGES.batch_size  # the ghost's batch, and those that were in flight beside it
     assert folder.files("in_flight") == [path for path in folder.files("in_flight") if "row-" in path]
 
 

@@ -43,6 +43,10 @@ def test_a_worker_group_of_the_launcher_bears_every_role(cluster: dict[str, Any]
     )
 
 
+def test_the_launchers_autoscaler_heeds_labels(cluster: dict[str, Any]) -> None:
+    assert cluster["head_start_ray_commands"][-1].startswith("RAY_enable_autoscaler_v2=1 ray start --head")
+
+
 def test_the_launchers_head_takes_no_tasks(cluster: dict[str, Any]) -> None:
     assert cluster["available_node_types"][cluster["head_node_type"]]["resources"] == {"CPU": 0}
 
