@@ -1,0 +1,93 @@
+"""The steps of a study: for each seed its experiments, then the scores of all their models at every guidance scale."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from selma_ray.cluster import connect
+from selma_ray.loop import Progress, Report, Run, models_under_test, open_run, run_stage
+from selma_ray.storage import RunFolder
+from selma_ray.study.arms import arm_recipe, check_study, reuse, study_folder
+from selma_ray.study.config import ArmConfig, StudyConfig
+from selma_ray.study.tables import StudyScores, write_tables
+
+__all__ = ["StudyStep", "study_steps"]
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class StudyStep:
+    """A part of a study that is shown on its own; done again, it goes on where it stopped."""
+
+    title: str
+    do: Callable[[Report], None]
+
+
+def study_steps(run: Run) -> list[StudyStep]:
+    """Return the steps of the study of a run's recipe; raises ConfigError for an experiment that cannot be made."""
+    study = check_study(run.recipe)
+    arms = {(seed, name): open_run(arm_recipe(run.recipe, name, seed)) for seed in study.seeds for name in study.arms}
+    steps = []
+    for seed in study.seeds:
+        of_seed = {name: arms[seed, name] for name in study.arms}
+        earlier = [run]
+        for name, arm in of_seed.items():
+            title = f"Seed {seed}, {study.arms[name].title}"
+            steps.append(StudyStep(title, partial(_make, arm, tuple(earlier), study.arms[name])))
+            earlier.append(arm)
+        for guidance_scale in study.guidance_scales:
+            title = f"Seed {seed}, scores at guidance {guidance_scale:g}"
+            steps.append(StudyStep(title, partial(_score, run, of_seed, seed, guidance_scale)))
+    return steps
+
+
+def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report) -> None:
+    """Make an experiment's models, from what earlier experiments of the seed have made where that is the same."""
+    reuse(arm, earlier)
+    for stage in ("generate", "train", *(["merge"] if "merged" in config.models else [])):
+        run_stage(arm, stage, report)
+
+
+def _score(run: Run, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
+    """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
+    from selma_ray.evaluation.questions import load_suite
+    from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
+
+    study, evaluation = _study(run), run.recipe.evaluation
+    config = evaluation.model_copy(
+        update={
+            "sampling": evaluation.sampling.model_copy(update={"guidance_scale": guidance_scale}),
+            "max_prompts": study.max_prompts or evaluation.max_prompts,
+            "calibration_scenes": 0,
+            "compare_with": {},
+        }
+    )
+    suite = load_suite(config.suite, config.max_prompts)
+    models = {BASE: ModelUnderTest(run.recipe.model)}
+    for name, arm in arms.items():
+        models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.arms[name]).items()}
+    folder = RunFolder(study_folder(run, "scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    connect(run.recipe.cluster)
+    evaluate_models(
+        folder, models, suite, config, seed, run.recipe.cluster,
+        on_progress=lambda event: report(Progress("score", event.done, event.total, event.detail)),
+    )  # fmt: skip
+    folder.mark_done("scores", {"models": list(models)})
+    write_tables(run, StudyScores.read(run, suite, config))
+
+
+def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
+    """Return an experiment's models that are to be scored."""
+    models = {name: tested for name, tested in models_under_test(arm).items() if name != BASE}
+    return {
+        name: tested
+        for name, tested in models.items()
+        if ("merged" if name == "merged" else "experts") in config.models
+    }
+
+
+def _study(run: Run) -> StudyConfig:
+    assert run.recipe.study is not None
+    return run.recipe.study

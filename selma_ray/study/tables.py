@@ -1,0 +1,214 @@
+"""A study's tables: every model at every guidance scale, against base at the same scale and each at its best, over all seeds.
+
+A prompt's images of all seeds are averaged first; intervals are over prompts, deviations over seeds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.questions import PromptWithQuestions
+from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores, summarise
+from selma_ray.loop import Run
+from selma_ray.storage import RunFolder
+from selma_ray.study.arms import STUDY, study_folder
+from selma_ray.study.config import StudyConfig
+
+__all__ = ["StudyScores", "write_tables"]
+
+
+@dataclass(frozen=True)
+class StudyScores:
+    """The scores of every model at every guidance scale that all finished seeds have, pooled over those seeds."""
+
+    suite: Sequence[PromptWithQuestions]
+    config: EvaluationConfig
+    seeds: tuple[int, ...]
+    pooled: Mapping[float, Mapping[str, ModelScores]]
+
+    @classmethod
+    def read(cls, run: Run, suite: Sequence[PromptWithQuestions], config: EvaluationConfig) -> "StudyScores":
+        """Read what has been scored so far."""
+        study = run.recipe.study
+        assert study is not None
+        pooled: dict[float, dict[str, ModelScores]] = {}
+        seeds: set[int] = set()
+        for guidance_scale in study.guidance_scales:
+            for seed in study.seeds:
+                folder = RunFolder(study_folder(run, "scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+                done = folder.done("scores")
+                if done is None:
+                    continue
+                seeds.add(seed)
+                of_scale = pooled.setdefault(guidance_scale, {})
+                for model in done["models"]:
+                    answers = folder.read_table(folder.files("evaluation", model, "answers", suffix=".parquet"))
+                    scores = model_scores(answers.to_pylist(), config.dsg_scorer)
+                    of_scale[model] = _joined(of_scale[model], scores) if model in of_scale else scores
+        return cls(suite, config, tuple(sorted(seeds)), pooled)
+
+    def summary(self, scores: Mapping[str, ModelScores], reference: str | ModelScores = BASE) -> dict[str, Any]:
+        """Return the figures of models and their differences to a reference, which takes the place of base."""
+        base = scores[reference] if isinstance(reference, str) else reference
+        others = {name: each for name, each in scores.items() if name != BASE}
+        return summarise({BASE: base, **others}, self.suite, self.config, 0, {}).as_dict()
+
+    def best(self) -> dict[str, float]:
+        """Return the guidance scale that each model scores highest at."""
+        means = {scale: self.summary(models)["models"] for scale, models in self.pooled.items()}
+        names = {name for models in means.values() for name in models}
+        return {
+            name: max((s for s in means if name in means[s]), key=lambda s: means[s][name]["dsg"] or 0.0)
+            for name in names
+        }
+
+
+def write_tables(run: Run, scores: StudyScores) -> str:
+    """Write study.json and tables.md, and return the place of the latter."""
+    study = run.recipe.study
+    assert study is not None
+    reference = f"{study.reference}.merged"
+    by_scale = {scale: scores.summary(models) for scale, models in scores.pooled.items()}
+    best_scale = scores.best()
+    at_best = {name: scores.pooled[scale][name] for name, scale in best_scale.items()}
+    against = {
+        scale: scores.summary(models, reference) for scale, models in scores.pooled.items() if reference in models
+    }
+    best = scores.summary(at_best)
+    titles = _titles(study, _names(by_scale))
+    values = {
+        "seeds": list(scores.seeds),
+        "prompts": len(scores.suite),
+        "guidance_scales": {f"{scale:g}": summary for scale, summary in by_scale.items()},
+        "best": {"scales": best_scale, **best},
+        "against_reference": {f"{scale:g}": summary["differences"] for scale, summary in against.items()},
+        "titles": titles,
+    }
+    run.folder.write_json(values, STUDY, "study.json")
+    text = "\n".join(
+        [
+            f"Base and every model on the same {len(scores.suite)} prompts, seeds {', '.join(map(str, scores.seeds))}. DSG in percent; "
+            "95% intervals over prompts in brackets, ± is the deviation between seeds.",
+            "",
+            *_score_rows(by_scale, titles),
+            "",
+            "Difference to base at the same guidance, and of each at its own best guidance to base at its best:",
+            "",
+            *_difference_rows(by_scale, best, best_scale, titles),
+            "",
+            f"Gain of “{titles[reference]}” over base by kind of question:",
+            "",
+            *_category_rows(by_scale, reference),
+            "",
+            f"Every model minus “{titles[reference]}” at the same guidance:",
+            "",
+            *_against_rows(against, reference, titles),
+            "",
+        ]
+    )
+    run.folder.write_bytes(text.encode(), STUDY, "tables.md")
+    return run.folder.path(STUDY, "tables.md")
+
+
+def _joined(one: ModelScores, other: ModelScores) -> ModelScores:
+    """Return the scores of two seeds' images as those of one model."""
+    return ModelScores(
+        one.scorer,
+        one.images | other.images,
+        one.unreadable_answers + other.unreadable_answers,
+        one.unscored | other.unscored,
+    )
+
+
+def _titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return what the tables call each model: an experiment's merged model by the experiment's title alone."""
+    titles = {}
+    for name in names:
+        arm, _, model = name.partition(".")
+        if model:
+            title = study.arms[arm].title
+            titles[name] = title if model == MERGED else f"{title}: {model}"
+    return {BASE: BASE, **titles}
+
+
+def _score_rows(by_scale: Mapping[float, Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    head = ["model", *(f"guidance {scale:g}" for scale in by_scale)]
+    return _table(
+        head,
+        [
+            [titles[name], *(_figure(summary["models"].get(name)) for summary in by_scale.values())]
+            for name in _names(by_scale)
+        ],
+    )
+
+
+def _difference_rows(
+    by_scale: Mapping[float, Mapping[str, Any]],
+    best: Mapping[str, Any],
+    best_scale: Mapping[str, float],
+    titles: Mapping[str, str],
+) -> list[str]:
+    head = ["model", *(f"guidance {scale:g}" for scale in by_scale), "each at its best"]
+    rows = [
+        [
+            titles[name],
+            *(_difference(summary["differences"].get(name)) for summary in by_scale.values()),
+            f"{_difference(best['differences'].get(name))} (at {best_scale[name]:g}, base at {best_scale[BASE]:g})",
+        ]
+        for name in _names(by_scale)
+        if name != BASE
+    ]
+    return _table(head, rows)
+
+
+def _category_rows(by_scale: Mapping[float, Mapping[str, Any]], reference: str) -> list[str]:
+    found = {
+        scale: summary["differences"][reference]["categories"]
+        for scale, summary in by_scale.items()
+        if reference in summary["differences"]
+    }
+    categories = sorted({name for table in found.values() for name in table})
+    head = ["questions", *(f"guidance {scale:g}" for scale in found)]
+    return _table(head, [[name, *(_difference(table.get(name)) for table in found.values())] for name in categories])
+
+
+def _against_rows(against: Mapping[float, Mapping[str, Any]], reference: str, titles: Mapping[str, str]) -> list[str]:
+    names = [name for name in _names(against) if name not in (BASE, reference)]
+    head = ["model", *(f"guidance {scale:g}" for scale in against)]
+    rows = [
+        [titles[name], *(_difference(summary["differences"].get(name)) for summary in against.values())]
+        for name in names
+    ]
+    return _table(head, rows)
+
+
+def _names(by_scale: Mapping[float, Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for summary in by_scale.values() for name in summary["models"]))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _figure(scores: Mapping[str, Any] | None) -> str:
+    if scores is None or scores["dsg"] is None:
+        return "–"
+    low, high = (100 * bound for bound in scores["interval"])
+    deviation = _deviation(scores["seeds"]["deviation"])
+    return f"{100 * scores['dsg']:.1f} [{low:.1f}, {high:.1f}]{deviation}"
+
+
+def _deviation(value: float | None) -> str:
+    return "" if value is None else f" ± {100 * value:.1f}"
+
+
+def _difference(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return "–"
+    low, high = (100 * bound for bound in difference["interval"])
+    return f"{100 * difference['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -1,0 +1,78 @@
+import pyarrow as pa
+import pytest
+
+from selma_ray.config import validate
+from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.questions import load_suite
+from selma_ray.loop import Run
+from selma_ray.recipe import Recipe
+from selma_ray.records import ANSWER_SCHEMA
+from selma_ray.storage import RunFolder
+from selma_ray.study.tables import StudyScores, write_tables
+
+CONFIG = EvaluationConfig(bootstrap_resamples=200)
+SUITE = load_suite("miniature", 10)
+MODELS = ("base", "selma.merged", "selma.common")
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """Return a run with a study of two seeds at two guidance scales, nothing scored yet."""
+    study = {
+        "seeds": [0, 1], "guidance_scales": [1.0, 2.0],
+        "arms": {"selma": {"title": "SELMA", "models": ["experts", "merged"]}},
+    }  # fmt: skip
+    whole = {"run_dir": str(tmp_path), "skills": ["miniature/common"], "study": study}
+    return Run(validate(Recipe, whole, "test"), RunFolder(str(tmp_path)), ())
+
+
+def score(run: Run, seed: int, guidance_scale: float, right: dict[str, int]) -> None:
+    """Write answers: the first `right[model]` prompts of each model have every answer yes, the others none."""
+    folder = RunFolder(run.folder.path("study", "scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    for model in MODELS:
+        rows = [
+            {
+                "model": model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": 100 * seed + row,
+                "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
+                "answer": "yes" if row < right[model] else "no", "p_yes": 0.5, "reason": None, "judge": "judge", "gold": None,
+            }
+            for row, prompt in enumerate(SUITE) for each in prompt.questions
+        ]  # fmt: skip
+        folder.write_table(pa.Table.from_pylist(rows, ANSWER_SCHEMA), "evaluation", model, "answers", "0.parquet")
+    folder.mark_done("scores", {"models": list(MODELS)})
+
+
+def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_best_guidance(run):
+    for seed, gained in ((0, 7), (1, 9)):
+        score(run, seed, 1.0, {"base": 5, "selma.merged": gained, "selma.common": 5})
+        score(run, seed, 2.0, {"base": 6, "selma.merged": 6, "selma.common": 4})
+    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
+    found = run.folder.read_json("study", "study.json")
+    at_one, at_two = found["guidance_scales"]["1"], found["guidance_scales"]["2"]
+    assert found["seeds"] == [0, 1]
+    assert at_one["models"]["base"]["dsg"] == pytest.approx(0.5)
+    assert at_one["models"]["selma.merged"]["dsg"] == pytest.approx(0.8)
+    assert at_one["models"]["selma.merged"]["seeds"]["means"] == pytest.approx([0.7, 0.9])
+    assert at_one["differences"]["selma.merged"]["mean"] == pytest.approx(0.3)
+    assert at_two["differences"]["selma.merged"]["mean"] == pytest.approx(0.0)
+    assert found["best"]["scales"] == {"base": 2.0, "selma.merged": 1.0, "selma.common": 1.0}
+    assert found["best"]["differences"]["selma.merged"]["mean"] == pytest.approx(0.2)
+    assert found["against_reference"]["1"]["selma.common"]["mean"] == pytest.approx(-0.3)
+
+
+def test_tables_name_every_model_with_its_interval(run):
+    score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    text = RunFolder(run.folder.uri)
+    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
+    lines = text.read_bytes("study", "tables.md").decode().splitlines()
+    assert any(line.startswith("| SELMA | 70.0 [") for line in lines)
+    assert any(line.startswith("| SELMA: common | 50.0 [") for line in lines)
+    assert any(line.startswith("| SELMA | +20.0 [") and line.endswith("(at 1, base at 1) |") for line in lines)
+
+
+def test_unfinished_scores_are_left_out(run):
+    score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    run.folder.delete("study", "scores", "seed=0", "guidance=1", "done")
+    scores = StudyScores.read(run, SUITE, CONFIG)
+    assert scores.pooled == {}
+    assert scores.seeds == ()
