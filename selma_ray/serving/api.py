@@ -128,10 +128,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
-        refusal = RequestError(
-            f"{request.method} {request.url.path[:200]}: {error.detail}", error.status_code, "unknown_url"
-        )
-        return error_response(refusal, error.headers)
+        code = "unknown_url" if error.status_code in (404, 405) else "invalid_body"
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return error_response(RequestError(message, error.status_code, code), error.headers)
 
 
 def _explained(error: RequestValidationError) -> RequestError:

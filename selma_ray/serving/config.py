@@ -27,6 +27,9 @@ class ServingConfig(StrictModel):
     """Serve the base model, every expert and mixes of experts too; a second denoiser in each generator's memory."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults of a request that names none."""
+    cache_interval: int = Field(default=1, ge=1)
+    """Denoising steps from one pass through the whole UNet to the next, with its deep features kept between (DeepCache); 1
+    keeps none. It saves time and changes images: measure what it costs with `python -m benchmarks.sampling`."""
     max_steps: int = Field(default=100, ge=1, le=1000)
     """Most denoising steps a request may ask for."""
     max_guidance_scale: float = Field(default=30, ge=1)

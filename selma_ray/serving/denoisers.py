@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from selma_ray.errors import ConfigError
+from selma_ray.serving.caching import DeepFeatures, RowMemory
 from selma_ray.serving.experts import Expert, ExpertLayers
 from selma_ray.serving.requests import ImageRequest, Mix
 from selma_ray.serving.schedulers import Course
@@ -39,6 +40,8 @@ class Condition:
     """SDXL's pooled text and sizes by their names in diffusers, each 1 x ..."""
     mix: Mix = ()
     """Experts that take part in this row."""
+    memory: RowMemory = field(default_factory=RowMemory)
+    """What step caching keeps of this row."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Denoiser(Protocol):
         ...
 
 
-def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None) -> Denoiser:
-    """Return the denoiser of a loaded pipeline, with experts that its requests may mix.
+def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1) -> Denoiser:
+    """Return the denoiser of a loaded pipeline, with experts that its requests may mix, and step caching above interval 1.
 
     Raises ConfigError for a family that cannot be served yet, AdapterError for an expert that does not fit.
     """
@@ -80,14 +83,15 @@ def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None) -> 
     if family is None or pipeline.unet.config.time_cond_proj_dim is not None:
         known = ", ".join(known.__name__ for known in _FAMILIES)
         raise ConfigError(f"the model to serve must be one of {known}, not distilled, got {type(pipeline).__name__}")
-    return family(pipeline, experts or {})
+    return family(pipeline, experts or {}, cache_interval)
 
 
 class StableDiffusionDenoiser:
     """Stable Diffusion 1.x and 2.x, for epsilon and v prediction."""
 
-    def __init__(self, pipeline: Any, experts: Mapping[str, Expert] | None = None) -> None:
+    def __init__(self, pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1) -> None:
         self._pipeline = pipeline
+        self._deep_features = DeepFeatures(pipeline.unet, cache_interval) if cache_interval > 1 else None
         self._experts = ExpertLayers(pipeline.unet, experts or {})
         self._device = pipeline._execution_device
         self._dtype = pipeline.unet.dtype
@@ -100,8 +104,8 @@ class StableDiffusionDenoiser:
         embedded = self._embedded(texts)
         return [
             Conditions(
-                replace(embedded[request.prompt], mix=request.mix or ()),
-                replace(embedded[request.negative_prompt], mix=request.mix or ()) if _guided(request) else None,
+                _for_request(embedded[request.prompt], request),
+                _for_request(embedded[request.negative_prompt], request) if _guided(request) else None,
             )
             for request in requests
         ]
@@ -116,6 +120,16 @@ class StableDiffusionDenoiser:
         self, inputs_NCHW: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
     ) -> torch.Tensor:
         """Return the UNet's prediction for each row, all in one call, whatever experts each row mixes."""
+        if self._deep_features is None:
+            return self._predict(inputs_NCHW, timesteps_N, conditions)
+        return self._deep_features.predict(
+            lambda rows: self._predict(inputs_NCHW[rows], timesteps_N[rows], [conditions[row] for row in rows]),
+            [condition.memory for condition in conditions],
+        )
+
+    def _predict(
+        self, inputs_NCHW: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
+    ) -> torch.Tensor:
         self._experts.weigh([condition.mix for condition in conditions])
         return self._pipeline.unet(
             inputs_NCHW,
@@ -204,7 +218,7 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         return torch.tensor([sizes], dtype=self._dtype, device=self._device)
 
 
-_FAMILIES: Mapping[type, Callable[[Any, Mapping[str, Expert]], Denoiser]] = {
+_FAMILIES: Mapping[type, Callable[[Any, Mapping[str, Expert], int], Denoiser]] = {
     StableDiffusionPipeline: StableDiffusionDenoiser,
     StableDiffusionXLPipeline: StableDiffusionXLDenoiser,
 }
@@ -212,6 +226,11 @@ _FAMILIES: Mapping[type, Callable[[Any, Mapping[str, Expert]], Denoiser]] = {
 
 def _guided(request: ImageRequest) -> bool:
     return request.guidance_scale > 1
+
+
+def _for_request(condition: Condition, request: ImageRequest) -> Condition:
+    """Return a remembered condition with what is the request's own."""
+    return replace(condition, mix=request.mix or (), memory=RowMemory())
 
 
 def _with(condition: Condition, time_ids: torch.Tensor) -> Condition:

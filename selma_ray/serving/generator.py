@@ -47,6 +47,7 @@ class Generator:
         use_threads(config.num_threads)
         self._models, self._config = models, config
         self._name = secrets.token_hex(4)
+        self._weights = MergedWeights()
         self._pipeline = load_pipeline(models.merged)
         use_scheduler(self._pipeline, config.sampling.scheduler)
         base = None if models.base is None else _with_denoiser_of(self._pipeline, models.base)
@@ -96,8 +97,11 @@ class Generator:
         Raises ConfigError or AdapterError, and goes on with the old weights, where the new ones cannot be used.
         """
         weights = validate(MergedWeights, user_config, source="user_config of the generator")
+        if weights == self._weights:
+            return
         started_s = time.monotonic()
         self._engine.replace_merged(await asyncio.to_thread(self._merged_denoiser, weights))
+        self._weights = weights
         self.swap_s = time.monotonic() - started_s
         logger.info("merged weights were changed in %.1f s", self.swap_s)
 
@@ -126,7 +130,8 @@ class Generator:
             model = self._models.base or model
         elif weights.pipeline is not None:
             model = model.model_copy(update={"name": weights.pipeline, "revision": None, "variant": None})
-        return denoiser_for(_with_denoiser_of(self._pipeline, model, weights.adapter))
+        pipeline = _with_denoiser_of(self._pipeline, model, weights.adapter)
+        return denoiser_for(pipeline, cache_interval=self._config.cache_interval)
 
 
 def engine_for(
@@ -140,8 +145,9 @@ def engine_for(
     from selma_ray.serving.denoisers import denoiser_for
 
     full_size_px = (config.sampling.height_px, config.sampling.width_px)
-    mixing = None if base is None else denoiser_for(base, experts)
-    batch = StepBatch(denoiser_for(pipeline), config.max_batch_size, full_size_px, mixing)
+    mixing = None if base is None else denoiser_for(base, experts, config.cache_interval)
+    merged = denoiser_for(pipeline, cache_interval=config.cache_interval)
+    batch = StepBatch(merged, config.max_batch_size, full_size_px, mixing)
     return Engine(batch, config.max_batch_size + config.max_queued_requests)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import socket
 import urllib.error
 import urllib.request
@@ -77,6 +78,8 @@ def start_service(
     Raises ConfigError where Ray Serve runs on this cluster already, ServingError where a replica cannot start.
     """
     connect(cluster)
+    # Importing Ray Serve sets its own level; what fails is raised here and shown once.
+    logging.getLogger("ray.serve").setLevel("DEBUG" if cluster.log_level == "DEBUG" else "CRITICAL")
     if serve.status().proxies:
         raise ConfigError(
             "Ray Serve runs on this cluster already; deploy with `serve deploy`, or stop it with `serve shutdown`"

@@ -138,7 +138,9 @@ def test_values_that_json_readers_let_through_are_refused(client: TestClient, co
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"1", b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"1", b"\xff", b"[" * 900, b'{"prompt": "a", "seed": ' + b"9" * 900 + b"}"]
+)
 def test_a_body_that_is_no_object_is_refused(client: TestClient, content: bytes) -> None:
     answer = client.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
