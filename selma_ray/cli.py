@@ -16,6 +16,7 @@ from selma_ray.errors import SelmaError
 __all__ = ["main"]
 
 _COMMANDS = {
+    "plan": "print what a recipe takes: weights, memory, GPU-hours and storage; nothing runs",
     "run": "the whole loop, from prompts to one image fetched from the served, merged model",
     "generate": "write prompts and render images",
     "train": "fit one LoRA expert per skill",
@@ -73,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", help="recipe file, such as jobs/recipes/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+        if name == "plan":
+            command.add_argument(
+                "--tflops", type=float, default=28.0, help="sustained TFLOP/s of a GPU (default: 28, an L40)"
+            )
         if name == "evaluate":
             _add_rating_options(command)
     _add_data_commands(commands)
@@ -117,7 +122,13 @@ def _execute(options: argparse.Namespace) -> None:
     from selma_ray.loop import open_run
     from selma_ray.recipe import load_recipe
 
-    run = open_run(load_recipe(options.recipe, options.overrides))
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.command == "plan":
+        from selma_ray.plan import show_plan
+
+        show_plan(recipe, options.tflops)
+        return
+    run = open_run(recipe)
     from selma_ray import console
 
     if options.command == "run":

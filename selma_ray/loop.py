@@ -85,7 +85,8 @@ def open_run(recipe: Recipe) -> Run:
         raise ConfigError(
             f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; mend the name"
         )
-    locate_text_to_image(recipe.model.name, recipe.model.revision)
+    for model in filter(None, (recipe.model, recipe.data.model)):
+        locate_text_to_image(model.name, model.revision)
     locate_judge(recipe.evaluation.judge.name)
     if recipe.images.selection:
         locate_judge(recipe.images.selection.judge)
@@ -108,11 +109,22 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
 
     recipe = run.recipe
     suite = open_suite(recipe.evaluation.suite)
-    prompts = prompt_stream(
-        run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=[test.prompt for test in suite]
-    )
+    excluded = [test.prompt for test in suite]
+    if recipe.data.prompts == "ground_truth":
+        from selma_ray.ground_truth import write_captions
+
+        write_captions(run.folder, run.skill_names, recipe.prompts, recipe.seed, excluded)
+    prompts = prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded)
+    if recipe.data.images == "ground_truth":
+        return _draw(run, prompts, report)
     images = render_stream(
-        prompts, recipe.images, recipe.model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
+        prompts,
+        recipe.images,
+        recipe.data.model or recipe.model,
+        recipe.seed,
+        run.folder,
+        recipe.cluster,
+        open_scorer=_scorer_of(recipe),
     )
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
     with llm_errors(recipe.prompts.llm):
@@ -127,16 +139,43 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     return summary
 
 
+def _draw(run: Run, prompts: Any, report: Report) -> dict[str, Any]:
+    from selma_ray.ground_truth import draw_images
+    from selma_ray.images.stream import image_summary
+    from selma_ray.prompts.stream import prompt_summary, train_count
+
+    total = train_count(run.recipe.prompts) * len(run.skills)
+    drawn = draw_images(run.folder, prompts.iter_rows(), run.recipe.images, run.recipe.seed)
+    for done, row in enumerate(drawn, start=1):
+        report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
+    return {
+        "prompts": prompt_summary(run.folder, run.skill_names),
+        "images": image_summary(run.folder, run.skill_names),
+    }
+
+
 def train(run: Run, report: Report) -> dict[str, Any]:
-    """Fit one expert per skill, all at once within the cluster's means; returns their final losses."""
-    from selma_ray.experts.launch import train_experts
+    """Fit one expert per skill and the baselines, all at once within the cluster's means; returns their final losses."""
+    from selma_ray.experts.launch import plan_experts, train_experts
 
     recipe = run.recipe
     results = train_experts(
-        run.folder, run.skill_names, recipe.model, recipe.experts, recipe.seed, recipe.cluster,
+        run.folder, plan_experts(run.skill_names, recipe.experts), recipe.model, recipe.seed, recipe.cluster,
         on_progress=lambda event: report(Progress("train", event.done_steps, event.total_steps, event.detail)),
+        score=_dev_scorer(run),
     )  # fmt: skip
     return {name: result.as_dict() for name, result in results.items()}
+
+
+def _dev_scorer(run: Run) -> Any:
+    """Return what scores adapters for the choice of checkpoints, or None where the recipe chooses none."""
+    selection = run.recipe.experts.selection
+    if selection is None:
+        return None
+    from selma_ray.dev_scores import DevScorer, dev_prompts
+
+    prompts = dev_prompts(run.folder, run.skill_names, selection)
+    return DevScorer(run.recipe.model, run.recipe.evaluation, prompts, selection.max_prompts, run.recipe.seed)
 
 
 def merge(run: Run, report: Report) -> dict[str, Any]:
@@ -222,12 +261,13 @@ def _open_scorer(judge: str) -> Callable[[Sequence[Any], Sequence[str]], list[fl
 
 def _models_under_test(run: Run) -> dict[str, Any]:
     from selma_ray.evaluation.run import ModelUnderTest
+    from selma_ray.experts.plan import plan_experts
 
     recipe = run.recipe
     models = {"base": ModelUnderTest(recipe.model)}
     if recipe.evaluation.experts:
-        for name in run.skill_names:
-            models[name] = ModelUnderTest(recipe.model, adapter_dir=run.folder.path("experts", name))
+        for expert in plan_experts(run.skill_names, recipe.experts):
+            models[expert.name] = ModelUnderTest(recipe.model, adapter_dir=run.folder.path("experts", expert.name))
     return models | {"merged": ModelUnderTest(run.merged_model)}
 
 

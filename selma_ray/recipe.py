@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from selma_ray.cluster import ClusterConfig
 from selma_ray.config import StrictModel, apply_overrides, read_yaml, validate
@@ -16,7 +17,18 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.serving.config import ServingConfig
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["DataConfig", "Recipe", "load_recipe"]
+
+
+class DataConfig(StrictModel):
+    """Where the training data come from; SELMA's ablations change it (sections 5.3 and 5.4)."""
+
+    prompts: Literal["llm", "ground_truth"] = "llm"
+    """`ground_truth` takes captions of the miniature's own scenes instead of asking the LLM."""
+    images: Literal["model", "ground_truth"] = "model"
+    """`ground_truth` draws the miniature's scenes instead of rendering them."""
+    model: ModelConfig | None = None
+    """The model that renders training images, such as a weaker one; none takes the one that is improved."""
 
 
 class Recipe(StrictModel):
@@ -30,6 +42,8 @@ class Recipe(StrictModel):
     """Names of packaged skills, or paths of skill files."""
     model: ModelConfig = ModelConfig()
     """The text-to-image model to improve."""
+    data: DataConfig = DataConfig()
+    """Where the training data come from."""
     prompts: PromptsConfig = PromptsConfig()
     """Stage 1: the LLM writes prompts."""
     images: ImagesConfig = ImagesConfig()
@@ -51,6 +65,13 @@ class Recipe(StrictModel):
         if len(set(skills)) != len(skills):
             raise ValueError("must name each skill once")
         return skills
+
+    @model_validator(mode="after")
+    def _selection_has_prompts(self) -> "Recipe":
+        selection = self.experts.selection
+        if selection and selection.suite is None and self.prompts.dev_fraction == 0:
+            raise ValueError("experts.selection needs prompts.dev_fraction above 0, or a suite of its own")
+        return self
 
     def as_yaml(self) -> str:
         """Return the resolved recipe as YAML, every default written out."""

@@ -14,8 +14,12 @@ from selma_ray.storage import RunFolder
 __all__ = ["add_adapter", "export_adapter", "trainable_parameters"]
 
 
-def add_adapter(denoiser: torch.nn.Module, settings: LoraSettings, model_name: str, seed: int) -> PeftModel:
+def add_adapter(
+    denoiser: torch.nn.Module, settings: LoraSettings, model_name: str, seed: int, revision: str | None = None
+) -> PeftModel:
     """Wrap `denoiser` with a LoRA adapter, A Gaussian and B zero, everything else frozen.
+
+    The adapter carries its base's name and revision, which PEFT cannot read off a denoiser and merging compares.
 
     The seed is the run's, so that all experts start from the same A: averaging factors (SELMA, section 3.4) presumes it.
     Raises ConfigError where no module has one of the target names.
@@ -35,7 +39,8 @@ def add_adapter(denoiser: torch.nn.Module, settings: LoraSettings, model_name: s
         raise ConfigError(
             f"experts.lora.targets must name linear or convolution modules of {model_name}, got {list(settings.targets)}"
         ) from None
-    model.peft_config["default"].base_model_name_or_path = model_name
+    described = model.peft_config["default"]
+    described.base_model_name_or_path, described.revision = model_name, revision
     return model  # type: ignore[return-value]
 
 

@@ -25,10 +25,11 @@ from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
+__all__ = ["EMPTY_CAPTION", "EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
 
 logger = logging.getLogger(__name__)
 
+EMPTY_CAPTION = "empty-caption.safetensors"  # conditioning of an example without a caption, beside the shards
 _LAYOUT = 1  # raise it whenever what a shard holds changes, so that older caches are not read
 
 
@@ -82,6 +83,9 @@ def encode_caches(
         for source in cache.sources
         if not folder.exists(cache.shard(source))
     ]
+    if config.caption_dropout:
+        empty = [f"{cache.directory}/{EMPTY_CAPTION}" for cache in caches]
+        items += [{"source": "", "shard": shard} for shard in empty if not folder.exists(shard)]
     if items:
         _encode(items, folder, model, config, cluster)
     for cache in unfinished:
@@ -102,7 +106,10 @@ class EncodeExamples:
         self._encoders = open_family(model).load_encoders()
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Encode the files `source` into the safetensors `shard`; returns the shards and their numbers of examples."""
+        """Encode the files `source` into the safetensors `shard`; returns the shards and their numbers of examples.
+
+        The source "" stands for an example without a caption.
+        """
         counts = [
             self._encode_file(str(source), str(shard))
             for source, shard in zip(batch["source"], batch["shard"], strict=True)
@@ -113,6 +120,9 @@ class EncodeExamples:
         import torch
         from safetensors.torch import save
 
+        if not source:
+            self._folder.write_bytes(save(self._encoders.encode_no_caption()), shard)
+            return 0
         rows = _training_rows(self._folder.read_table([source])).to_pylist()
         examples = [self._encode_row(row) for row in rows]
         tensors = {name: torch.cat([example[name] for example in examples]).contiguous() for name in examples[0]}

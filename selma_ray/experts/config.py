@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from selma_ray.config import StrictModel
 
-__all__ = ["ExpertsConfig", "LoraSettings"]
+__all__ = ["ExpertsConfig", "LoraSettings", "MixedConfig", "SelectionConfig"]
 
 
 class LoraSettings(StrictModel):
@@ -18,6 +18,39 @@ class LoraSettings(StrictModel):
     """Numerator of the adapter's scale alpha/r."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the modules that get an adapter."""
+
+
+class SelectionConfig(StrictModel):
+    """Choice of checkpoint: adapters are rendered and judged on the dev prompts of their skills beside training, the best is kept."""
+
+    every_steps: int = Field(ge=1)
+    """Steps between scored adapters; the last step's is always scored."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Dev prompts rendered for a score; none takes all. Sampling and judge are the evaluation's."""
+    suite: str | None = None
+    """JSON Lines file of dev prompts with questions, as evaluation.suite is; none asks the miniature's questions."""
+    max_concurrent: int = Field(default=1, ge=1)
+    """Adapters scored at once, over all experts."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs of a scoring task, which waits until training leaves them free."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of a scoring task."""
+
+
+class MixedConfig(StrictModel):
+    """The paper's baseline: one LoRA on the data of all skills together (SELMA, section 5.2)."""
+
+    ranks: tuple[int, ...] = Field(min_length=1)
+    """Rank of each such LoRA; alpha/r is that of experts.lora."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps of each; none takes experts.steps."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_differ(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if min(ranks) < 1 or len(set(ranks)) != len(ranks):
+            raise ValueError("must be different ranks of at least 1")
+        return ranks
 
 
 class ExpertsConfig(StrictModel):
@@ -45,6 +78,12 @@ class ExpertsConfig(StrictModel):
     """Training precision; auto takes bf16 where the hardware computes faster in it, else fp32. fp16 needs a GPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time, the same result."""
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Min-SNR loss weighting (2303.09556), 5 there; none weighs all timesteps the same, as SELMA does."""
+    caption_dropout: float = Field(default=0, ge=0, lt=1)
+    """Share of examples whose caption is replaced by the empty one; SELMA drops none."""
     workers_per_expert: int = Field(default=1, ge=1)
     """Ray Train workers of each expert."""
     cpus_per_worker: float = Field(default=1, gt=0)
@@ -59,6 +98,10 @@ class ExpertsConfig(StrictModel):
     """Steps between checkpoints."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts of an expert from its last checkpoint."""
+    selection: SelectionConfig | None = None
+    """Choice of checkpoint by dev score; none keeps the last step's."""
+    mixed: MixedConfig | None = None
+    """LoRAs on all skills' data together beside the experts, named mixed-r<rank>; none trains none."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "ExpertsConfig":

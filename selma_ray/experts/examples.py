@@ -1,7 +1,9 @@
 """Encoded examples as a trainer sees them: one fixed order of rows, and batches that depend on the seed and the step alone."""
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from selma_ray.errors import TrainingError
+from selma_ray.experts.cache import EMPTY_CAPTION
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
 
-__all__ = ["EncodedExamples", "batch_positions", "example_generators"]
+__all__ = ["EncodedExamples", "batch_positions", "dropped_captions", "example_generators"]
 
 
 class EncodedExamples:
@@ -20,6 +23,7 @@ class EncodedExamples:
 
     def __init__(self, folder: RunFolder, cache_directories: Sequence[str]) -> None:
         self._shards: list[dict[str, torch.Tensor]] = []
+        self._empty_path = folder.local_path(cache_directories[0], EMPTY_CAPTION)
         places: dict[str, tuple[int, int]] = {}
         for directory in cache_directories:
             for path in folder.read_json(directory, "index.json")["shards"]:
@@ -35,6 +39,19 @@ class EncodedExamples:
         """Return the examples at `positions`, stacked by name; all must have one size."""
         rows = [(self._shards[shard], row) for shard, row in (self._places[position] for position in positions)]
         return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
+
+    def without(self, batch: Mapping[str, torch.Tensor], dropped: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return `batch` with the captions of the rows `dropped` replaced by the empty one."""
+        if not dropped:
+            return dict(batch)
+        replaced = {name: batch[name].clone() for name in self._empty_caption}
+        for name, tensor in replaced.items():
+            tensor[list(dropped)] = self._empty_caption[name].to(tensor.dtype)
+        return {**batch, **replaced}
+
+    @cached_property
+    def _empty_caption(self) -> dict[str, torch.Tensor]:
+        return load_file(self._empty_path)
 
     def _open(self, path: str) -> list[str]:
         try:
@@ -63,6 +80,15 @@ def batch_positions(num_examples: int, batch_size: int, step: int, seed: int) ->
 def example_generators(step: int, positions_in_batch: Sequence[int], seed: int) -> list[torch.Generator]:
     """Return one generator for each place in the global batch of `step`, however the batch is split over workers."""
     return [torch.Generator().manual_seed(seed_of(seed, step=step, place=place)) for place in positions_in_batch]
+
+
+def dropped_captions(step: int, positions_in_batch: Sequence[int], seed: int, share: float) -> list[int]:
+    """Return the rows of a part of the global batch of `step` whose caption is dropped, each with probability `share`."""
+    return [
+        row
+        for row, place in enumerate(positions_in_batch)
+        if share and random.Random(seed_of(seed, step=step, place=place, dropout=True)).random() < share
+    ]
 
 
 def _epoch_order(num_examples: int, epoch: int, seed: int) -> np.ndarray:

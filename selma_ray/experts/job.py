@@ -11,9 +11,13 @@ from selma_ray.storage import RunFolder
 
 __all__ = ["ExpertJob", "ExpertResult", "finished_result"]
 
-# Settings that say where and how safely an expert is fitted, not what comes out of it.
-_PLACEMENT_SETTINGS = {
-    "cpus_per_worker", "gpus_per_worker", "encoders", "max_concurrent", "max_failures", "checkpoint_every_steps"
+# Settings that say where and how safely an expert is fitted, or what is fitted beside it, not what comes out of it.
+_PLACEMENT_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("cpus_per_worker", "gpus_per_worker", "encoders", "max_concurrent", "max_failures", "checkpoint_every_steps"), True
+    ),
+    "selection": {"max_concurrent", "num_cpus", "num_gpus"},
+    "mixed": True,
 }  # fmt: skip
 
 
@@ -28,6 +32,7 @@ class ExpertJob:
     model: ModelConfig
     config: ExpertsConfig
     seed: int
+    skills: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -45,10 +50,25 @@ class ExpertJob:
         """Return the name of the folder of checkpoints inside the expert's."""
         return f"checkpoints-{self.key[:12]}"
 
+    @property
+    def candidates(self) -> str:
+        """Return the folder of adapters to choose from, relative to the run's."""
+        return f"{self.directory}/candidates-{self.key[:12]}"
+
+    @property
+    def candidate_steps(self) -> tuple[int, ...]:
+        """Return the steps whose adapters are scored; none where the last one is kept without a choice."""
+        steps, selection = self.config.steps, self.config.selection
+        return (*range(selection.every_steps, steps, selection.every_steps), steps) if selection else ()
+
+    def candidate(self, step: int) -> str:
+        """Return the folder of the adapter of `step`, relative to the run's; its score stands beside it."""
+        return f"{self.candidates}/step-{step:06d}"
+
 
 @dataclass(frozen=True)
 class ExpertResult:
-    """A fitted expert: `loss` is the mean over the last tenth of its steps."""
+    """A fitted expert: `loss` is the mean over the last tenth of its steps; `step` and `dev_dsg` are the chosen adapter's."""
 
     name: str
     key: str
@@ -57,6 +77,8 @@ class ExpertResult:
     examples: int
     precision: str
     seconds: float
+    step: int | None = None
+    dev_dsg: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain values."""

@@ -12,13 +12,15 @@ from typing import Any
 
 from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.errors import ConfigError, TrainingError
-from selma_ray.experts.cache import encode_caches, skill_cache
+from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.experts.plan import PlannedExpert, plan_experts
+from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter, is_fitted
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 
-__all__ = ["ExpertProgress", "ExpertResult", "train_experts"]
+__all__ = ["ExpertProgress", "ExpertResult", "plan_experts", "train_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,45 +41,38 @@ OnProgress = Callable[[ExpertProgress], None]
 
 def train_experts(
     folder: RunFolder,
-    skills: Sequence[str] | Mapping[str, Sequence[str]],
+    planned: Sequence[PlannedExpert],
     model: ModelConfig,
-    config: ExpertsConfig,
     seed: int,
     cluster: ClusterConfig,
     on_progress: OnProgress | None = None,
+    score: AdapterScorer | None = None,
 ) -> dict[str, ExpertResult]:
-    """Fit one LoRA expert per skill (SELMA, section 3.3) and return their results by name; finished ones are kept.
+    """Fit the planned LoRAs (SELMA, section 3.3) and return their results by name; finished ones are kept.
 
-    A mapping gives experts names and several skills each: {"mixed": ["coco", "whoops"]} is one LoRA on mixed data.
-    One expert's failure does not stop the others; raises TrainingError that names those that failed.
+    `score` chooses among the adapters of a LoRA whose settings have a `selection`. One LoRA's failure does not stop the others;
+    raises TrainingError that names those that failed.
     """
-    datasets = skills if isinstance(skills, Mapping) else {skill: [skill] for skill in skills}
-    caches = {skill: skill_cache(folder, skill, model) for names in datasets.values() for skill in names}
-    jobs = [
-        ExpertJob(
-            name=name,
-            folder=folder,
-            caches=tuple(caches[skill].directory for skill in names),
-            cache_keys=tuple(caches[skill].key for skill in names),
-            model=model,
-            config=config,
-            seed=seed,
-        )
-        for name, names in datasets.items()
-    ]
+    caches = {skill: skill_cache(folder, skill, model) for expert in planned for skill in expert.skills}
+    jobs = [_job(expert, [caches[skill] for skill in expert.skills], folder, model, seed) for expert in planned]
     unfinished = [job for job in jobs if finished_result(job) is None]
     if unfinished:
-        needed = [cache for cache in caches.values() if any(cache.key in job.cache_keys for job in unfinished)]
         folder.local_path("experts")  # refuses object stores before any work is done
-        slots = _slots(config, cluster)
-        if _is_local(
-            cluster
-        ):  # nobody takes a laptop away with notice; the watcher would be one more process per expert
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        config = planned[0].config  # placement and caches are alike for all
+        slots = min(_slots(config, cluster), len(unfinished))
+        needed = [cache for cache in caches.values() if any(cache.key in job.cache_keys for job in unfinished)]
         encode_caches(folder, needed, model, config, cluster)
-        failures = _fit_all(unfinished, min(slots, len(unfinished)), cluster, _Reporter(jobs, on_progress))
+        scores = CandidateScores(unfinished, config.selection, score, cluster)
+        failures = _fit_all(unfinished, slots, cluster, _Reporter(jobs, on_progress, scores), scores)
         _raise_for(failures)
     return {job.name: _result_of(job) for job in jobs}
+
+
+def _job(
+    expert: PlannedExpert, caches: Sequence[SkillCache], folder: RunFolder, model: ModelConfig, seed: int
+) -> ExpertJob:
+    directories, keys = tuple(cache.directory for cache in caches), tuple(cache.key for cache in caches)
+    return ExpertJob(expert.name, folder, directories, keys, model, expert.config, seed, expert.skills)
 
 
 def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
@@ -111,13 +106,16 @@ def _worker_resources(config: ExpertsConfig) -> dict[str, float]:
 
 
 def _fit_all(
-    jobs: Sequence[ExpertJob], slots: int, cluster: ClusterConfig, reporter: "_Reporter"
+    jobs: Sequence[ExpertJob], slots: int, cluster: ClusterConfig, reporter: "_Reporter", scores: CandidateScores
 ) -> dict[str, Exception]:
-    """Fit `jobs`, `slots` at a time; returns the failures by name."""
+    """Fit `jobs`, `slots` at a time, and choose their adapters; returns the failures by name."""
     waiting: queue.SimpleQueue[ExpertJob] = queue.SimpleQueue()
     for job in jobs:
-        waiting.put(job)
+        if not is_fitted(job):
+            waiting.put(job)
     failures: dict[str, Exception] = {}
+    if _is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per expert
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
     def work() -> None:
         while True:
@@ -135,11 +133,24 @@ def _fit_all(
     threads = [threading.Thread(target=work, name=f"fit-experts-{slot}", daemon=True) for slot in range(slots)]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
+    while any(thread.is_alive() for thread in threads) or not scores.is_idle:
+        scores.poll()
         reporter.report()
         time.sleep(_POLL_S)
+    failures |= scores.failures
+    for job in jobs:
+        if job.name not in failures:
+            _finish(job)
     reporter.report()
+    for job in jobs:
+        job.folder.delete(job.directory, "progress.json")
     return failures
+
+
+def _finish(job: ExpertJob) -> None:
+    if job.candidate_steps:
+        choose_adapter(job)
+    job.folder.delete(job.directory, job.checkpoints)
 
 
 def _fit(job: ExpertJob, cluster: ClusterConfig) -> None:
@@ -166,8 +177,6 @@ def _fit(job: ExpertJob, cluster: ClusterConfig) -> None:
         ),
     )
     trainer.fit()
-    job.folder.delete(job.directory, job.checkpoints)
-    job.folder.delete(job.directory, "progress.json")
 
 
 def _run_worker(settings: dict[str, Any]) -> None:
@@ -206,26 +215,25 @@ def _last_line(error: Exception) -> str:
 class _Reporter:
     """Reads what the workers wrote about their progress, and tells it when it changed."""
 
-    def __init__(self, jobs: Sequence[ExpertJob], on_progress: OnProgress | None) -> None:
+    def __init__(self, jobs: Sequence[ExpertJob], on_progress: OnProgress | None, scores: CandidateScores) -> None:
         self._jobs = jobs
         self._on_progress = on_progress
+        self._scores = scores
         self._last: ExpertProgress | None = None
 
     def report(self) -> None:
         if self._on_progress is None:
             return
         states = [(job, *_progress_of(job)) for job in self._jobs]
+        done, total = sum(step for _, step, _ in states), sum(job.config.steps for job in self._jobs)
         running = [
             f"{job.name} {step}/{job.config.steps} loss {loss:.3f}"
             for job, step, loss in states
             if 0 < step < job.config.steps
         ]
-        progress = ExpertProgress(
-            done_steps=sum(step for _, step, _ in states),
-            total_steps=sum(job.config.steps for job in self._jobs),
-            detail=" · ".join(running)
-            or ("starting" if any(step < job.config.steps for job, step, _ in states) else "finished"),
-        )
+        words = [*running, self._scores.detail()] if self._scores.detail() else running
+        detail = " · ".join(words) or ("finished" if done == total else "starting")
+        progress = ExpertProgress(done, total, detail)
         if progress != self._last:
             self._last = progress
             self._on_progress(progress)

@@ -7,6 +7,7 @@ import time
 import ray.train
 import torch
 
+from selma_ray.experts.curves import CurveLog
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.trainer import ExpertTrainer
 
@@ -22,14 +23,23 @@ def fit_expert(job: ExpertJob) -> None:
     started_s = time.monotonic()
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     context = ray.train.get_context()
-    trainer = ExpertTrainer(job, context.get_world_rank(), context.get_world_size())
+    rank = context.get_world_rank()
+    trainer = ExpertTrainer(job, rank, context.get_world_size())
     _restore(trainer)
-    progress = _ProgressFile(job, speaks=context.get_world_rank() == 0)
+    progress = _ProgressFile(job) if rank == 0 else None
+    curves = CurveLog(job, trainer.steps_done) if rank == 0 else None
     while trainer.steps_done < job.config.steps:
         loss = trainer.step()
-        progress.update(trainer.steps_done, loss)
-        if trainer.steps_done % job.config.checkpoint_every_steps == 0 and trainer.steps_done < job.config.steps:
+        step = trainer.steps_done
+        if progress and curves:
+            progress.update(step, loss)
+            curves.add(step, loss, trainer.curve.learning_rate[-1])
+        if step in job.candidate_steps:
+            trainer.export_candidate()
+        if step % job.config.checkpoint_every_steps == 0 and step < job.config.steps:
             _checkpoint(trainer)
+    if curves:
+        curves.close()
     trainer.export(time.monotonic() - started_s)
 
 
@@ -51,13 +61,12 @@ def _checkpoint(trainer: ExpertTrainer) -> None:
 class _ProgressFile:
     """Tells the driver, about once a second, how far the expert has come, through the folder that all nodes share."""
 
-    def __init__(self, job: ExpertJob, speaks: bool) -> None:
+    def __init__(self, job: ExpertJob) -> None:
         self._job = job
-        self._speaks = speaks
         self._written_s = float("-inf")
 
     def update(self, step: int, loss: float) -> None:
         due = time.monotonic() - self._written_s >= _PROGRESS_EVERY_S or step == self._job.config.steps
-        if self._speaks and due:
+        if due:
             self._written_s = time.monotonic()
             self._job.folder.write_json({"step": step, "loss": loss}, self._job.directory, "progress.json")

@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 
 from selma_ray.errors import TrainingError
 from selma_ray.experts.adapter import add_adapter, export_adapter, trainable_parameters
-from selma_ray.experts.examples import EncodedExamples, batch_positions, example_generators
+from selma_ray.experts.examples import EncodedExamples, batch_positions, dropped_captions, example_generators
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.models.family import open_family
@@ -81,12 +81,22 @@ class ExpertTrainer:
         _, state = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
         self.curve = Curve(loss=state["loss"], learning_rate=state["learning_rate"])
 
+    def export_candidate(self) -> None:
+        """Leave the adapter as it is now to be chosen from, unless it is there; every worker calls it, the first one writes."""
+        weights = self._full_weights()
+        directory = self.job.candidate(self.steps_done)
+        if self._rank == 0 and not self.job.folder.exists(directory, "adapter_config.json"):
+            export_adapter(self._engine.module, weights, self.job.folder, directory)
+
     def export(self, seconds: float) -> None:
-        """Write the adapter, its curve and its result to the expert's folder; every worker calls it, the first one writes."""
+        """Write the adapter, its curve and its result to the expert's folder; every worker calls it, the first one writes.
+
+        Where a checkpoint is to be chosen, the candidates are the adapters, and none is written here.
+        """
+        job, curve = self.job, self.curve
         weights = self._full_weights()
         if self._rank:
             return
-        job, curve = self.job, self.curve
         loss = mean_of_tail(curve.loss)
         result = ExpertResult(
             job.name, job.key, loss, len(curve.loss), len(self._examples), self._precision, round(seconds, 2)
@@ -94,11 +104,16 @@ class ExpertTrainer:
         job.folder.delete(job.directory, "adapter_config.json")  # whose return means that all files belong together
         job.folder.write_json(curve.rows(), job.directory, "curve.json")
         job.folder.write_json(result.as_dict(), job.directory, "result.json")
-        export_adapter(self._engine.module, weights, job.folder, job.directory)
+        if not job.candidate_steps:
+            export_adapter(self._engine.module, weights, job.folder, job.directory)
 
     def _open_engine(self) -> Any:
         config = self.job.config
-        model = add_adapter(self._family.load_denoiser(), config.lora, self.job.model.name, self.job.seed)
+        denoiser = self._family.load_denoiser()
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        revision = self._family.located.revision
+        model = add_adapter(denoiser, config.lora, self.job.model.name, self.job.seed, revision)
         model.train()
         parameters = list(trainable_parameters(model).values())
         optimizer = torch.optim.AdamW(
@@ -127,8 +142,12 @@ class ExpertTrainer:
         step = self.steps_done
         positions = batch_positions(len(self._examples), self.job.config.batch_size, step, self._seed)
         batch = self._examples.batch([positions[place] for place in places])
-        batch = {name: tensor.to(self._engine.device) for name, tensor in batch.items()}
-        loss = self._family.loss(self._engine, batch, example_generators(step, places, self._seed))
+        dropped = dropped_captions(step, places, self._seed, self.job.config.caption_dropout)
+        batch = {
+            name: tensor.to(self._engine.device) for name, tensor in self._examples.without(batch, dropped).items()
+        }
+        generators = example_generators(step, places, self._seed)
+        loss = self._family.loss(self._engine, batch, generators, self.job.config.min_snr_gamma)
         self._engine.backward(loss)
         self._engine.step()
         return loss.detach()

@@ -4,9 +4,9 @@ Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels, T text
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ class Encoders(Protocol):
     def encode_prompts(self, prompts: Sequence[str], height_px: int, width_px: int) -> dict[str, torch.Tensor]:
         """Return the conditioning of each prompt, N first; sizes are those of its image."""
 
+    def encode_no_caption(self) -> dict[str, torch.Tensor]:
+        """Return what replaces the conditioning of an example whose caption is dropped, N = 1."""
+
 
 class Family(Protocol):
     """A text-to-image model whose encoders and denoiser load apart, so that a trainer never holds the encoders."""
@@ -42,16 +45,35 @@ class Family(Protocol):
     def load_denoiser(self) -> torch.nn.Module:
         """Load the denoiser alone, in fp32."""
 
-    def loss(self, denoiser: torch.nn.Module, batch: Batch, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def empty_denoiser(self) -> Any:
+        """Return the denoiser as its configuration says, on the default device, without its weights."""
+
+    def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of an encoded example, without N."""
+
+    def loss(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        min_snr_gamma: float | None = None,
+    ) -> torch.Tensor:
         """Return the mean training loss (scalar, fp32); all randomness of an example comes from its own generator."""
 
 
 def open_family(model: ModelConfig) -> Family:
     """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
+    from selma_ray.models.flux import Flux
+    from selma_ray.models.sd3 import StableDiffusion3
     from selma_ray.models.sdxl import StableDiffusionXL
     from selma_ray.models.stable_diffusion import StableDiffusion
 
-    families = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
+    families: dict[str, Callable[[ModelConfig, LocatedModel], Family]] = {
+        "StableDiffusionPipeline": StableDiffusion,
+        "StableDiffusionXLPipeline": StableDiffusionXL,
+        "StableDiffusion3Pipeline": StableDiffusion3,
+        "FluxPipeline": Flux,
+    }
     located = locate_text_to_image(model.name, model.revision)
     pipeline_class = _pipeline_class(model, located)
     if pipeline_class not in families:

@@ -18,7 +18,7 @@ def test_every_recipe_and_its_skills_are_valid(path):
 
 
 def test_the_recipes_of_the_design_are_there():
-    assert {path.stem for path in RECIPES} >= {"demo", "miniature", "sd14", "sd2", "sdxl"}
+    assert {path.stem for path in RECIPES} >= {"demo", "miniature", "sd14", "sd2", "sdxl", "sd35", "flux"}
 
 
 def test_a_resolved_recipe_reads_back(tmp_path):

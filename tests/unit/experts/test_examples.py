@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.examples import EncodedExamples, batch_positions, example_generators
+from selma_ray.experts.cache import EMPTY_CAPTION
+from selma_ray.experts.examples import EncodedExamples, batch_positions, dropped_captions, example_generators
 from selma_ray.storage import RunFolder
 
 counts = st.integers(min_value=1, max_value=50)
@@ -74,3 +75,24 @@ def test_a_truncated_shard_is_named(tmp_path):
     folder.write_bytes(whole[:-2], "cache/k/one/0.safetensors")
     with pytest.raises(TrainingError, match=r"0.safetensors must be a whole shard .*; delete the folder cache"):
         EncodedExamples(folder, ["cache/k/one"])
+
+
+def test_captions_are_dropped_at_the_asked_share_however_a_batch_is_split():
+    assert dropped_captions(3, range(64), seed=5, share=0.0) == []
+    dropped = [dropped_captions(step, range(64), seed=5, share=0.25) for step in range(64)]
+    assert 0.2 < sum(map(len, dropped)) / 64**2 < 0.3
+    halves = [dropped_captions(3, range(32), 5, 0.25), dropped_captions(3, range(32, 64), 5, 0.25)]
+    assert dropped[3] == halves[0] + [32 + row for row in halves[1]]
+
+
+def test_a_dropped_caption_is_replaced_and_nothing_else(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    write_shard(folder, "cache/k/one/0.safetensors", {"a": 1.0})
+    folder.write_json({"shards": ["cache/k/one/0.safetensors"]}, "cache/k/one/index.json")
+    save_file({"text_NTD": torch.full((1, 2, 3), 7.0)}, folder.local_path("cache/k/one", EMPTY_CAPTION))
+    batch = {"latent_mean": torch.rand(4, 2), "text_NTD": torch.rand(4, 2, 3)}
+    replaced = EncodedExamples(folder, ["cache/k/one"]).without(batch, [1, 3])
+    assert torch.equal(replaced["latent_mean"], batch["latent_mean"])
+    assert torch.equal(replaced["text_NTD"][[0, 2]], batch["text_NTD"][[0, 2]])
+    assert replaced["text_NTD"][[1, 3]].eq(7).all()
+    assert not batch["text_NTD"].eq(7).any()

@@ -1,6 +1,6 @@
 import pytest
 
-from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.config import ExpertsConfig, LoraSettings, MixedConfig, SelectionConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result, mean_of_tail
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
@@ -19,17 +19,47 @@ def with_settings(job: ExpertJob, **changes) -> ExpertJob:
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 1e-5}, {"steps": 7}, {"lora": LoraSettings(rank=4)}, {"zero_stage": 1}]
+    "change",
+    [
+        {"learning_rate": 1e-5},
+        {"steps": 7},
+        {"lora": LoraSettings(rank=4)},
+        {"zero_stage": 1},
+        {"min_snr_gamma": 5.0},
+        {"caption_dropout": 0.1},
+        {"selection": SelectionConfig(every_steps=10)},
+    ],
 )
 def test_the_key_changes_with_what_decides_the_weights(job, change):
     assert with_settings(job, **change).key != job.key
 
 
 @pytest.mark.parametrize(
-    "change", [{"cpus_per_worker": 8}, {"max_concurrent": 1}, {"checkpoint_every_steps": 3}, {"max_failures": 9}]
+    "change",
+    [
+        {"cpus_per_worker": 8},
+        {"max_concurrent": 1},
+        {"checkpoint_every_steps": 3},
+        {"max_failures": 9},
+        {"mixed": MixedConfig(ranks=(4,))},
+    ],
 )
 def test_the_key_does_not_change_with_placement(job, change):
     assert with_settings(job, **change).key == job.key
+
+
+def test_where_adapters_are_scored_does_not_change_the_key(job):
+    chosen = with_settings(job, selection=SelectionConfig(every_steps=10))
+    elsewhere = with_settings(job, selection=SelectionConfig(every_steps=10, max_concurrent=4, num_cpus=2, num_gpus=1))
+    assert chosen.key == elsewhere.key
+
+
+def test_the_last_step_is_always_a_candidate(job):
+    assert job.candidate_steps == ()
+    selection = SelectionConfig(every_steps=4)
+    assert with_settings(job, steps=10, selection=selection).candidate_steps == (4, 8, 10)
+    assert with_settings(job, steps=8, selection=selection).candidate_steps == (4, 8)
+    assert with_settings(job, steps=3, selection=selection).candidate_steps == (3,)
 
 
 def test_an_expert_is_finished_when_its_adapter_and_its_own_result_are_there(job):

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.cache import EncodeExamples, skill_cache
-from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.cache import EMPTY_CAPTION, EncodeExamples, skill_cache
+from selma_ray.experts.config import ExpertsConfig, LoraSettings, SelectionConfig
 from selma_ray.experts.job import ExpertJob, finished_result
+from selma_ray.experts.selection import is_fitted
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images
@@ -44,7 +45,8 @@ def make_job(tiny_pipeline_dir, tmp_path_factory):
     write_images(folder, "counting", 7)
     cache = skill_cache(folder, "counting", model)
     shards = [cache.shard(source) for source in cache.sources]
-    EncodeExamples(folder, model)({"source": np.array(cache.sources), "shard": np.array(shards)})
+    sources, empty = [*cache.sources, ""], f"{cache.directory}/{EMPTY_CAPTION}"
+    EncodeExamples(folder, model)({"source": np.array(sources), "shard": np.array([*shards, empty])})
     folder.write_json({"shards": shards}, cache.directory, "index.json")
 
     def make(name: str, **changes) -> ExpertJob:
@@ -134,12 +136,50 @@ def test_experts_learn_different_things_from_different_names(make_job, uninterru
     assert not torch.equal(adapter(other)[name], uninterrupted[1][name])
 
 
-@pytest.mark.parametrize("change", [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 3}, {"micro_batch_size": 2}])
-def test_zero_stages_and_accumulation_do_not_change_the_result(make_job, uninterrupted, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 1},
+        {"zero_stage": 3},
+        {"micro_batch_size": 2},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_zero_stages_accumulation_and_recomputation_do_not_change_the_result(make_job, uninterrupted, change):
     job = make_job("counting", **change)
     fit(job)
     for name, tensor in adapter(job).items():
         torch.testing.assert_close(tensor, uninterrupted[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"min_snr_gamma": 1.0}, {"caption_dropout": 0.5}])
+def test_weighting_and_dropout_change_the_result(make_job, uninterrupted, change):
+    job = make_job("counting", **change)
+    fit(job)
+    assert any(
+        not torch.allclose(tensor, uninterrupted[1][name], rtol=1e-3, atol=1e-5)
+        for name, tensor in adapter(job).items()
+    )
+
+
+def test_candidates_are_left_to_choose_from_and_no_expert_yet(make_job):
+    from selma_ray.experts.trainer import ExpertTrainer
+
+    job = make_job("chosen", steps=4, selection=SelectionConfig(every_steps=2))
+    trainer = ExpertTrainer(job)
+    while trainer.steps_done < job.config.steps:
+        trainer.step()
+        if trainer.steps_done in job.candidate_steps:
+            trainer.export_candidate()
+    trainer.export(seconds=1.0)
+    assert is_fitted(job)
+    assert finished_result(job) is None
+    early, late = (
+        load_file(job.folder.local_path(job.candidate(step), "adapter_model.safetensors")) for step in (2, 4)
+    )
+    assert early.keys() == late.keys()
+    assert any(not torch.equal(early[name], late[name]) for name in early)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -57,3 +57,14 @@ def test_an_overflowing_autoencoder_is_kept_in_fp32(sdxl_dir):
     encoders = open_family(ModelConfig(name=str(sdxl_dir), dtype="fp16")).load_encoders()
     assert encoders._pipeline.vae.dtype == torch.float32
     assert encoders._pipeline.text_encoder.dtype == torch.float16
+
+
+def test_a_dropped_caption_is_what_guidance_starts_from(sdxl_dir):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_dir)
+    _, text, _, pooled = pipeline.encode_prompt(["a cat"], device="cpu", do_classifier_free_guidance=True)
+    empty = open_family(ModelConfig(name=str(sdxl_dir))).load_encoders().encode_no_caption()
+    assert empty.keys() == {"text_NTD", "pooled_NP"}
+    assert torch.equal(empty["text_NTD"], text)
+    assert torch.equal(empty["pooled_NP"], pooled)

@@ -66,6 +66,25 @@ def test_loss_equals_the_formula(tiny_dir):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir):
+    """Hang et al., 2303.09556: both predictions weighted give the clean latents' error times min(SNR, gamma)."""
+    folder, prediction_type = tiny_dir
+    family = open_family(ModelConfig(name=str(folder)))
+    unet, batch, gamma = family.load_denoiser().eval(), random_batch(1), 5.0
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2, 0)
+    for seed in (11, 12, 13, 14):
+        with torch.no_grad():
+            plain = family.loss(unet, batch, generators(seed))
+            weighted = family.loss(unet, batch, generators(seed), min_snr_gamma=gamma)
+        draw = generators(seed)[0]
+        for _ in range(2):
+            torch.randn((1, 4, 16, 16), generator=draw)
+        share = kept[torch.randint(NUM_TIMESTEPS, (1,), generator=draw)]
+        snr = (share / (1 - share)).item()
+        of_clean = 1 / snr if prediction_type == "epsilon" else 1 / (snr + 1)
+        assert weighted.item() == pytest.approx(plain.item() * min(snr, gamma) * of_clean, rel=1e-3)
+
+
 def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(epsilon_family):
     unet, batch = epsilon_family.load_denoiser().eval(), random_batch(4)
     with torch.no_grad():

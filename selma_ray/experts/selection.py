@@ -1,0 +1,140 @@
+"""Choice of each expert's checkpoint: its adapters are scored on the dev prompts of its skills beside training, the best is kept.
+
+Layout, until the choice: experts/<name>/candidates-<key>/step-000100/ holds an adapter, step-000100.json beside it its score.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.experts.config import SelectionConfig
+from selma_ray.experts.job import ExpertJob, ExpertResult
+
+__all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")  # the second means that the first is whole
+_SCORES_FILE = "dev_scores.json"
+
+
+class AdapterScorer(Protocol):
+    """Renders and judges: handed in by whoever puts the stages together, so that this stage needs no judge. Must pickle."""
+
+    def __call__(self, adapter_dir: str, skills: Sequence[str]) -> Mapping[str, float]:
+        """Return `dsg` in [0, 1], and whatever else is worth keeping, of an adapter on the dev prompts of `skills`."""
+
+
+class CandidateScores:
+    """Scores the adapters that experts leave while they train, a few at a time, and keeps what it finds.
+
+    A task waits until training leaves it its CPUs, so it is never in training's way.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[ExpertJob],
+        selection: SelectionConfig | None,
+        score: AdapterScorer | None,
+        cluster: ClusterConfig,
+    ) -> None:
+        if selection and score is None:
+            raise ValueError("experts.selection needs a scorer")
+        self.failures: dict[str, Exception] = {}
+        self._selection = selection
+        self._score = score
+        self._cluster = cluster
+        self._unscored = [
+            (job, step)
+            for job in jobs
+            for step in job.candidate_steps
+            if not job.folder.exists(f"{job.candidate(step)}.json")
+        ]
+        self._running: dict[Any, tuple[ExpertJob, int]] = {}
+
+    def poll(self) -> None:
+        """Keep the scores that are finished and start those that training has left adapters for; never waits."""
+        if self._selection is None:
+            return
+        self._collect()
+        for job, step in self._ready()[: self._selection.max_concurrent - len(self._running)]:
+            self._unscored.remove((job, step))
+            self._running[self._start(job, step)] = (job, step)
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether nothing is being scored and no adapter waits for it."""
+        return not self._running and not self._ready()
+
+    def detail(self) -> str:
+        """Return in words what is being scored."""
+        return " · ".join(f"scoring {job.name} {step}" for job, step in self._running.values())
+
+    def _ready(self) -> list[tuple[ExpertJob, int]]:
+        return [
+            (job, step)
+            for job, step in self._unscored
+            if job.name not in self.failures and job.folder.exists(job.candidate(step), "adapter_config.json")
+        ]
+
+    def _start(self, job: ExpertJob, step: int) -> Any:
+        import ray
+
+        assert self._selection is not None
+        task = ray.remote(_score_candidate).options(
+            num_cpus=self._selection.num_cpus,
+            num_gpus=self._selection.num_gpus,
+            **role_options("render", self._cluster),
+        )
+        return task.remote(self._score, job, step)
+
+    def _collect(self) -> None:
+        import ray
+
+        finished, _ = (
+            ray.wait(list(self._running), num_returns=len(self._running), timeout=0) if self._running else ([], [])
+        )
+        for reference in finished:
+            job, step = self._running.pop(reference)
+            try:
+                scores = ray.get(reference)
+            except Exception as error:
+                logger.warning("adapter of %s at step %d could not be scored", job.name, step, exc_info=error)
+                self.failures.setdefault(job.name, error)
+            else:
+                job.folder.write_json({"step": step, **scores}, f"{job.candidate(step)}.json")
+
+
+def is_fitted(job: ExpertJob) -> bool:
+    """Tell whether training is over and left every adapter to choose from."""
+    folder = job.folder
+    return (
+        bool(job.candidate_steps)
+        and all(folder.exists(job.candidate(step), "adapter_config.json") for step in job.candidate_steps)
+        and folder.exists(job.directory, "result.json")
+        and folder.read_json(job.directory, "result.json")["key"] == job.key
+    )
+
+
+def choose_adapter(job: ExpertJob) -> None:
+    """Make the adapter with the best dev score the expert's, the earliest of equal ones; every candidate must be scored."""
+    folder = job.folder
+    scores = [folder.read_json(f"{job.candidate(step)}.json") for step in job.candidate_steps]
+    best = max(scores, key=lambda score: (score["dsg"], -score["step"]))
+    result = ExpertResult(**folder.read_json(job.directory, "result.json"))
+    folder.write_json(scores, job.directory, _SCORES_FILE)
+    folder.write_json(replace(result, step=best["step"], dev_dsg=best["dsg"]).as_dict(), job.directory, "result.json")
+    for name in _ADAPTER_FILES:
+        folder.write_bytes(folder.read_bytes(job.candidate(best["step"]), name), job.directory, name)
+    folder.delete(job.candidates)
+
+
+def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int) -> dict[str, float]:
+    """Score one adapter, and show the score in TensorBoard beside the loss; runs as a Ray task."""
+    from selma_ray.experts.curves import log_scalars
+
+    scores = dict(score(job.folder.path(job.candidate(step)), job.skills))
+    log_scalars(job.folder.local_path(job.directory, "tensorboard"), {"dev/dsg": scores["dsg"]}, step)
+    return scores

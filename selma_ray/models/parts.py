@@ -1,0 +1,120 @@
+"""What families share: the pipeline without its denoiser, images to latents row by row, and noise that batches do not change.
+
+Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from selma_ray.errors import ModelNotFoundError
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.family import Batch
+from selma_ray.models.locate import LocatedModel
+
+__all__ = [
+    "ImageEncoder",
+    "encoding_pipeline",
+    "latent_shape",
+    "load_config",
+    "load_denoiser",
+    "load_errors",
+    "noise_like",
+    "sample_latents",
+]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_denoiser(model: ModelConfig, located: LocatedModel, denoiser_class: Any, subfolder: str) -> torch.nn.Module:
+    """Load the denoiser alone, in fp32."""
+    with load_errors(model, f"the {subfolder.replace('unet', 'UNet')}"):
+        return denoiser_class.from_pretrained(
+            located.path,
+            subfolder=subfolder,
+            revision=model.revision,
+            variant=model.variant,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+        )
+
+
+def load_config(model: ModelConfig, located: LocatedModel, part_class: Any, subfolder: str) -> Any:
+    """Return the configuration of one part; of a hub model nothing else is downloaded."""
+    with load_errors(model, f"the configuration of {subfolder}"):
+        return part_class.load_config(located.path, subfolder=subfolder, revision=model.revision)
+
+
+def latent_shape(autoencoder: Mapping[str, Any], height_px: int, width_px: int) -> tuple[int, int, int]:
+    """Return C, h and w of the latents that an autoencoder of this configuration makes of an image."""
+    factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    return autoencoder["latent_channels"], height_px // factor, width_px // factor
+
+
+def encoding_pipeline(model: ModelConfig, located: LocatedModel, pipeline_class: Any, **left_out: None) -> Any:
+    """Return the model's pipeline without the parts `left_out`, in the model's precision, on the best device."""
+    with load_errors(model, "the encoders"):
+        pipeline = pipeline_class.from_pretrained(
+            located.path,
+            scheduler=None,
+            **left_out,
+            revision=model.revision,
+            variant=model.variant,
+            torch_dtype=_DTYPES[model.dtype],
+            use_safetensors=True,
+        )
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class ImageEncoder:
+    """A pipeline's autoencoder, which encodes one image at a time.
+
+    Row by row, so that what is cached for a row depends on that row alone, to the bit, whatever shard it came in.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.to(torch.float32)  # its activations overflow in fp16
+
+    @torch.inference_mode()
+    def encode_images(self, images_NHW3: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return `latent_mean` and `latent_std` (NChw, fp32, on the CPU, unscaled) of uint8 images."""
+        posteriors = [self._pipeline.vae.encode(self._pixels(image_HW3)).latent_dist for image_HW3 in images_NHW3]
+        return {
+            "latent_mean": torch.cat([posterior.mean for posterior in posteriors]).float().cpu(),
+            "latent_std": torch.cat([posterior.std for posterior in posteriors]).float().cpu(),
+        }
+
+    def _pixels(self, image_HW3: np.ndarray) -> torch.Tensor:
+        pixels_3HW = torch.from_numpy(np.array(image_HW3)).permute(2, 0, 1)
+        return pixels_3HW[None].to(self._pipeline.device, self._pipeline.vae.dtype) / 127.5 - 1.0
+
+
+def sample_latents(
+    batch: Batch, generators: Sequence[torch.Generator], scale: float, shift: float = 0.0
+) -> torch.Tensor:
+    """Draw from each example's posterior and return the denoiser's latents (NChw, fp32), (z - shift) * scale."""
+    mean_NChw = batch["latent_mean"].float()
+    return (mean_NChw + batch["latent_std"].float() * noise_like(mean_NChw, generators) - shift) * scale
+
+
+def noise_like(tensor: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Return standard normal noise, drawn on the CPU example by example so that devices and batches do not matter."""
+    return randn_tensor(tuple(tensor.shape), generator=list(generators), device=tensor.device, dtype=torch.float32)
+
+
+@contextmanager
+def load_errors(model: ModelConfig, part: str) -> Iterator[None]:
+    """Turn what diffusers raises about a missing or broken `part` into one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelNotFoundError(
+            f"{part} of model.name {model.name} cannot be loaded ({reason}); give a diffusers folder"
+        ) from None

@@ -1,0 +1,71 @@
+import pytest
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.experts.config import ExpertsConfig, SelectionConfig
+from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.experts.selection import CandidateScores, choose_adapter, is_fitted
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+
+SELECTION = SelectionConfig(every_steps=2)
+
+
+@pytest.fixture
+def job(tmp_path):
+    config = ExpertsConfig(steps=6, selection=SELECTION)
+    return ExpertJob("counting", RunFolder(str(tmp_path)), (), (), ModelConfig(), config, 0, ("counting",))
+
+
+def leave_candidates(job: ExpertJob, scores: dict[int, float]) -> None:
+    for step, score in scores.items():
+        job.folder.write_bytes(b"weights %d" % step, job.candidate(step), "adapter_model.safetensors")
+        job.folder.write_bytes(b"{}", job.candidate(step), "adapter_config.json")
+        job.folder.write_json({"step": step, "dsg": score, "images": 4}, f"{job.candidate(step)}.json")
+
+
+def leave_result(job: ExpertJob) -> None:
+    result = ExpertResult("counting", job.key, 0.5, 6, 40, "fp32", 1.0)
+    job.folder.write_json(result.as_dict(), job.directory, "result.json")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [({2: 0.5, 4: 0.75, 6: 0.6}, 4), ({2: 0.5, 4: 0.7, 6: 0.7}, 4), ({2: 0.1, 4: 0.2, 6: 0.3}, 6)]
+)
+def test_the_best_score_is_kept_and_of_equal_ones_the_earliest(job, scores, best):
+    leave_candidates(job, scores)
+    leave_result(job)
+    choose_adapter(job)
+    result = finished_result(job)
+    assert result is not None
+    assert (result.step, result.dev_dsg) == (best, scores[best])
+    assert job.folder.read_bytes(job.directory, "adapter_model.safetensors") == b"weights %d" % best
+    kept = job.folder.read_json(job.directory, "dev_scores.json")
+    assert {row["step"]: row["dsg"] for row in kept} == scores
+    assert not job.folder.exists(job.candidates)
+
+
+def test_training_is_over_when_every_adapter_and_the_result_are_there(job):
+    leave_candidates(job, {2: 0.5, 4: 0.6})
+    leave_result(job)
+    assert not is_fitted(job)
+    leave_candidates(job, {6: 0.7})
+    assert is_fitted(job)
+    assert finished_result(job) is None
+
+
+def test_nothing_waits_where_no_adapter_was_left_or_all_are_scored(job):
+    def score(adapter_dir, skills):
+        pytest.fail("must not be called")
+
+    assert CandidateScores([job], SELECTION, score, ClusterConfig()).is_idle
+    leave_candidates(job, {2: 0.5, 4: 0.6, 6: 0.7})
+    scores = CandidateScores([job], SELECTION, score, ClusterConfig())
+    scores.poll()
+    assert scores.is_idle
+    job.folder.delete(f"{job.candidate(4)}.json")
+    assert not CandidateScores([job], SELECTION, score, ClusterConfig()).is_idle
+
+
+def test_a_choice_without_a_scorer_is_our_own_fault(job):
+    with pytest.raises(ValueError, match="needs a scorer"):
+        CandidateScores([job], SELECTION, None, ClusterConfig())

@@ -1,0 +1,134 @@
+"""SD3 and FLUX, by the same tests."""
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from selma_ray.errors import ConfigError
+from selma_ray.experts.adapter import add_adapter, export_adapter, trainable_parameters
+from selma_ray.experts.config import LoraSettings
+from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.models.family import open_family
+from selma_ray.models.rendering import Renderer, load_pipeline
+from selma_ray.storage import RunFolder
+from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
+
+SAVERS = {"sd3": save_tiny_sd3, "flux": save_tiny_flux}
+SHIFT, SCALE = 0.0609, 1.5305
+SAMPLING = SamplingConfig(steps=3, guidance_scale=3.0, width_px=64, height_px=64)
+
+
+@pytest.fixture(scope="module", params=list(SAVERS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name, tiny_pipeline_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(name) / "model"
+    SAVERS[name](folder, tiny_pipeline_dir)
+    return ModelConfig(name=str(folder))
+
+
+@pytest.fixture(scope="module")
+def family(model):
+    return open_family(model)
+
+
+@pytest.fixture(scope="module")
+def batch(family):
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
+    encoders = family.load_encoders()
+    return encoders.encode_images(images) | encoders.encode_prompts(["two apples", "a cat"], 64, 48)
+
+
+def test_conditioning_is_what_the_pipeline_makes(name, model, batch):
+    pipeline = load_pipeline(model)
+    if name == "sd3":
+        text, _, pooled, _ = pipeline.encode_prompt(
+            ["two apples", "a cat"], None, None, device="cpu", do_classifier_free_guidance=False
+        )
+    else:
+        text, pooled, _ = pipeline.encode_prompt(["two apples", "a cat"], None, device="cpu")
+    torch.testing.assert_close(batch["text_NTD"], text, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(batch["pooled_NP"], pooled, rtol=1e-3, atol=1e-4)
+
+
+class Recorder(torch.nn.Module):
+    """Stands for a transformer: keeps what it was called with and answers with what it was given."""
+
+    def __init__(self, transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.called: dict = {}
+
+    def forward(self, **arguments):
+        self.called = arguments
+        return (arguments["hidden_states"],)
+
+
+def test_the_velocity_leads_from_latents_to_noise(name, family, batch):
+    row = {key: tensor[:1] for key, tensor in batch.items()}
+    draw = torch.Generator().manual_seed(5)
+    latents = (row["latent_mean"] + row["latent_std"] * torch.randn(1, 4, 16, 12, generator=draw) - SHIFT) * SCALE
+    noise = torch.randn(1, 4, 16, 12, generator=draw)
+    uniform = torch.randn(1, generator=draw).sigmoid()
+    sigma = 3 * uniform / (1 + 2 * uniform) if name == "sd3" else uniform
+    noisy = (1 - sigma) * latents + sigma * noise
+    recorder = Recorder(family.load_denoiser())
+    loss = family.loss(recorder, row, [torch.Generator().manual_seed(5)])
+    torch.testing.assert_close(loss, ((noisy - (noise - latents)) ** 2).mean(), rtol=1e-4, atol=1e-5)
+    told = recorder.called["timestep"] / (1000 if name == "sd3" else 1)
+    torch.testing.assert_close(told, sigma, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux"], indirect=True)
+def test_patches_go_in_and_out_as_the_pipeline_packs_them(family, batch):
+    from diffusers import FluxPipeline
+
+    recorder = Recorder(family.load_denoiser())
+    noisy = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(0))
+    velocity = family._velocity(recorder, noisy, torch.tensor([0.5, 0.6]), batch)
+    assert torch.equal(velocity, noisy)
+    unpacked = FluxPipeline._unpack_latents(recorder.called["hidden_states"], 64, 48, vae_scale_factor=4)
+    assert torch.equal(unpacked, noisy)
+
+
+def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family, model, batch, tmp_path):
+    adapted = add_adapter(family.load_denoiser(), LoraSettings(rank=8, alpha=8), model.name, seed=0)
+    assert trainable_parameters(adapted)
+    optimizer = torch.optim.AdamW(trainable_parameters(adapted).values(), lr=2e-2)
+    losses = []
+    for _ in range(40):
+        loss = family.loss(adapted, batch, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0]
+    export_adapter(adapted, trainable_parameters(adapted), RunFolder(str(tmp_path)), "fitted")
+    images = [
+        np.asarray(Renderer(load_pipeline(model, adapter), SAMPLING).render(["two apples"], [0])[0], dtype=float)
+        for adapter in (None, tmp_path / "fitted", tmp_path / "fitted")
+    ]
+    assert np.array_equal(images[1], images[2])
+    assert not np.array_equal(images[0], images[1])
+    from peft import PeftModel
+
+    reloaded = PeftModel.from_pretrained(family.load_denoiser(), str(tmp_path / "fitted"))
+    before, after = (get_peft_model_state_dict(each) for each in (adapted, reloaded))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_dropped_caption_is_the_empty_prompt(family):
+    encoders = family.load_encoders()
+    empty, written = encoders.encode_no_caption(), encoders.encode_prompts([""])
+    assert empty.keys() == {"text_NTD", "pooled_NP"}
+    assert all(torch.equal(empty[key], written[key]) for key in empty)
+
+
+def test_min_snr_weighting_is_refused(family, batch):
+    with pytest.raises(ConfigError, match=r"experts.min_snr_gamma must be left out for .* flow matching, got 5"):
+        family.loss(family.load_denoiser(), batch, [torch.Generator()] * 2, min_snr_gamma=5.0)

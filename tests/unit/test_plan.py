@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.models.cost import TrainingCost
+from selma_ray.plan import plan_recipe, show_plan, training_memory_bytes
+from selma_ray.recipe import load_recipe
+
+DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
+COST = TrainingCost(
+    parameters=1000, lora_parameters=100, cached_bytes=1, activation_bytes=400, checkpointed_bytes=200, forward_flops=1, step_flops=2
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"precision": "fp32"}, 4 * 1100 + 4 * 100 + 8 * 100 + 8 * 400),
+        ({"precision": "bf16"}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 200),
+        ({"precision": "bf16", "micro_batch_size": 2}, 2 * 1100 + 2 * 100 + 12 * 100 + 2 * 200),
+        ({"precision": "bf16", "gradient_checkpointing": True}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 100),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 0}, 2 * 1100 + 2 * 100 + 12 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1}, 2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2}, 2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3}, 1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
+    ],
+)
+def test_a_worker_s_memory_is_what_it_holds(settings, expected):
+    assert training_memory_bytes(COST, ExpertsConfig(batch_size=8, **settings)) == expected
+
+
+@pytest.fixture
+def recipe(tiny_pipeline_dir):
+    return load_recipe(DEMO, [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl"])
+
+
+def test_work_and_storage_grow_with_the_recipe(recipe, tiny_pipeline_dir):
+    stages = {stage.name: stage for stage in plan_recipe(recipe).stages}
+    larger = load_recipe(
+        DEMO,
+        [f"model.name={tiny_pipeline_dir}", "experts.steps=200", "images.per_prompt=3", "experts.mixed={ranks: [16]}"],
+    )
+    after = {stage.name: stage for stage in plan_recipe(larger).stages}
+    assert after["experts"].pflop == pytest.approx(2 * 6 / 5 * stages["experts"].pflop)
+    assert after["images"].pflop == pytest.approx(3 * stages["images"].pflop)
+    assert after["cache"].storage_bytes == pytest.approx(3 * stages["cache"].storage_bytes)
+    assert stages["images"].storage_bytes == 5 * 38 * 3 * 64 * 64
+    assert stages["evaluation"].pflop is None
+    assert after["evaluation"].pflop > 0
+
+
+def test_the_plan_is_shown(recipe, capsys):
+    show_plan(recipe, tflops=28)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("images", "experts", "merging", "serving", "suite nowhere.jsonl"))
