@@ -1,6 +1,6 @@
 """The command line.
 
-selma run|generate|train|merge|evaluate|report|serve RECIPE [key.path=value …]
+selma plan|run|generate|train|merge|evaluate|report|study|serve RECIPE [key.path=value …]
 selma data status|sheet RUN          what a run's folder holds
 selma export RUN --to LAYOUT         its images, as other trainers read them
 """
@@ -23,6 +23,7 @@ _COMMANDS = {
     "merge": "merge the experts",
     "evaluate": "score base, experts and merged model",
     "report": "write report.html and report.json again",
+    "study": "make the recipe's experiments over several seeds and write their tables",
     "serve": "serve the merged model over HTTP until interrupted",
 }
 
@@ -128,6 +129,10 @@ def _execute(options: argparse.Namespace) -> None:
 
         show_plan(recipe, options.tflops)
         return
+    if recipe.study is not None or options.command == "study":
+        from selma_ray.study.arms import check_study
+
+        check_study(recipe)
     run = open_run(recipe)
     from selma_ray import console
 
@@ -135,6 +140,8 @@ def _execute(options: argparse.Namespace) -> None:
         console.run_all(run)
     elif options.command == "report":
         console.write_report(run)
+    elif options.command == "study":
+        console.run_study(run)
     elif options.command == "serve":
         console.serve(run)
     else:

@@ -24,6 +24,7 @@ __all__ = [
     "finished",
     "generate",
     "merge",
+    "models_under_test",
     "open_run",
     "run_stage",
     "train",
@@ -32,7 +33,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Keys that say where and how fast a run works, not what comes out of it: they may change between two starts of a run.
-_PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving")
+_PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving", "study")
 _PLACEMENT_KEYS = {
     "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
     "cpus_per_worker", "encoders", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
@@ -196,7 +197,7 @@ def evaluate(run: Run, report: Report) -> dict[str, Any]:
     recipe = run.recipe
     suite = open_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts)
     summary = evaluate_models(
-        run.folder, _models_under_test(run), suite, recipe.evaluation, recipe.seed, recipe.cluster,
+        run.folder, models_under_test(run), suite, recipe.evaluation, recipe.seed, recipe.cluster,
         on_progress=lambda event: report(Progress("evaluate", event.done, event.total, event.detail)),
     )  # fmt: skip
     return summary.as_dict()
@@ -259,7 +260,8 @@ def _open_scorer(judge: str) -> Callable[[Sequence[Any], Sequence[str]], list[fl
     return score
 
 
-def _models_under_test(run: Run) -> dict[str, Any]:
+def models_under_test(run: Run) -> dict[str, Any]:
+    """Return the models of a run that are evaluated, by name: base, the experts and the merged one."""
     from selma_ray.evaluation.run import ModelUnderTest
     from selma_ray.experts.plan import plan_experts
 

@@ -16,6 +16,7 @@ from selma_ray.merging.config import MergingConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.serving.config import ServingConfig
+from selma_ray.study.config import StudyConfig
 
 __all__ = ["DataConfig", "Recipe", "load_recipe"]
 
@@ -58,6 +59,8 @@ class Recipe(StrictModel):
     """Stage 6: the merged model answers HTTP requests."""
     cluster: ClusterConfig = ClusterConfig()
     """How the run reaches Ray."""
+    study: StudyConfig | None = None
+    """Experiments around this recipe, for `selma study`; none makes none."""
 
     @field_validator("skills")
     @classmethod

@@ -52,8 +52,8 @@ def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report)
 
 def _score(run: Run, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
     """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
-    from selma_ray.evaluation.questions import load_suite
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
+    from selma_ray.evaluation.suites import open_suite
 
     study, evaluation = _study(run), run.recipe.evaluation
     config = evaluation.model_copy(
@@ -64,7 +64,7 @@ def _score(run: Run, arms: dict[str, Run], seed: int, guidance_scale: float, rep
             "compare_with": {},
         }
     )
-    suite = load_suite(config.suite, config.max_prompts)
+    suite = open_suite(config.suite, config.max_prompts)
     models = {BASE: ModelUnderTest(run.recipe.model)}
     for name, arm in arms.items():
         models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.arms[name]).items()}
