@@ -59,6 +59,11 @@ def _explained(llm: LLMConfig, message: str) -> str | None:
             "start the server or mend the address, then run the same command again"
         )
     if "actor died" in message and any(stage in message for stage in _ENGINE_STAGES):
+        if "creation task" in message:
+            reason = message.strip().splitlines()[-1].strip()[:300]
+            return (
+                f"an engine of the language model {llm.name} cannot start: {reason}; mend the settings of prompts.llm"
+            )
         return (
             f"an engine of the language model {llm.name} died again after prompts.llm.max_restarts={llm.max_restarts} restarts; "
             "give it more memory or a smaller max_model_len, or raise max_restarts, then run the same command again"

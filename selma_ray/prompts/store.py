@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -36,9 +36,7 @@ class Candidate:
 
 def write_decided(folder: RunFolder, skill: str, number: int, candidates: Sequence[Candidate]) -> None:
     """Record the decisions on one answer, atomically."""
-    content = [
-        {key: value for key, value in asdict(candidate).items() if value is not None} for candidate in candidates
-    ]
+    content = [{key: value for key, value in vars(candidate).items() if value is not None} for candidate in candidates]
     folder.write_json({"skill": skill, "request": number, "candidates": content}, *_path(skill, number))
 
 

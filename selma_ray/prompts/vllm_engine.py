@@ -11,7 +11,7 @@ from ray.data import Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selma_ray.cluster import ClusterConfig, role_options, thread_env
-from selma_ray.errors import ConfigError
+from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.requests import chat_message
@@ -79,7 +79,14 @@ def speaks_chat(llm: LLMConfig, path: str) -> bool:
         return llm.chat is not False
     from transformers import AutoTokenizer
 
-    has_template = AutoTokenizer.from_pretrained(path, revision=llm.revision).chat_template is not None
+    try:
+        has_template = AutoTokenizer.from_pretrained(path, revision=llm.revision).chat_template is not None
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelNotFoundError(
+            f"the tokenizer of prompts.llm.name {llm.name} cannot be loaded ({reason}); mend the name, log in to the hub, "
+            "or give a folder"
+        ) from None
     if llm.chat and not has_template:
         raise ConfigError(
             f"prompts.llm.chat is true, but the tokenizer of {llm.name} has no chat template; "

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from selma_ray.errors import ConfigError, LLMError
+from selma_ray.errors import ConfigError, LLMError, ModelNotFoundError
 from selma_ray.prompts import remote, vllm_engine
 from selma_ray.prompts.config import LLMConfig, PromptsConfig, RemoteConfig
 from selma_ray.prompts.llm import check_llm, llm_errors
@@ -72,6 +72,13 @@ def test_the_tokenizer_says_whether_a_model_chats(monkeypatch, options, has_temp
     if not has_template:
         with pytest.raises(ConfigError, match=r"no chat template; set prompts.llm.chat_template"):
             vllm_engine.speaks_chat(LLMConfig(chat=True), "model")
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(
+        ModelNotFoundError, match=r"the tokenizer of prompts.llm.name writer cannot be loaded \(.*\); mend"
+    ):
+        vllm_engine.speaks_chat(LLMConfig(name="writer"), str(tmp_path))
 
 
 def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path):
@@ -156,6 +163,11 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
     ("message", "match"),
     [
         ("The actor died unexpectedly.\n\tclass_name: MapWorker(MapBatches(vLLMEngineStageUDF))", "max_restarts=5"),
+        (
+            "The actor died because of an error raised in its creation task, ray::MapWorker(MapBatches(vLLMEngineStageUDF))"
+            "\n  File vllm.py\nValueError: no memory for the cache",
+            "cannot start: ValueError: no memory for the cache; mend",
+        ),
         ("RuntimeError: Reached maximum retries of 6 for input row", "did not answer a request that was tried 7 times"),
     ],
 )
