@@ -22,6 +22,7 @@ from selma_ray.merging.inputs import open_experts
 from selma_ray.merging.methods import DENSE_METHODS, METHODS, MergeOptions, default_weight
 from selma_ray.merging.replacing import replace_folder
 from selma_ray.merging.report import MergeReport
+from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights, weights_of
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
@@ -65,15 +66,17 @@ def merge_experts(
     model: ModelConfig,
     config: MergingConfig,
     seed: int = 0,
-    found: Weights | None = None,
+    found: SearchResult | None = None,
 ) -> MergeSummary:
     """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/, report.json and the exports asked for.
 
-    `found` are the weights of `method: search`. The folder appears whole or not at all, and one that was made from the same experts in
-    the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or does not fit the model.
+    `found` is the search of `method: search`, whose best weights are merged. The folder appears whole or not at all, and one that was
+    made from the same experts in the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or
+    does not fit the model.
     """
     adapters = open_experts(folder, skills, model)
-    weights = found if found is not None else {ALL: _weights(skills, model, config)}
+    assert (found is not None) == (config.method == "search")
+    weights = found.weights if found else {ALL: _weights(skills, model, config)}
     target = folder.local_path("merged", config.name)
     key = _content_key(adapters, weights, model, config, seed)
     before = folder.read_json("merged", config.name, _REPORT_FILE) if (target / _REPORT_FILE).is_file() else None
@@ -87,8 +90,8 @@ def merge_experts(
             part.mkdir(parents=True)
             report = _build(part, adapters, weights, model, config, seed)
             report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
-            if found is not None:
-                report["weights_by_block"] = weights
+            if found:
+                report["search"] = {"weights": found.weights, **found.as_dict()}
             (part / _REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
             replace_folder(part, target)
         finally:

@@ -14,6 +14,7 @@ from selma_ray.merging.adapters import open_adapter
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.methods import METHODS, MergeOptions, default_weight
 from selma_ray.merging.run import merge_experts
+from selma_ray.merging.search import Candidate, SearchResult
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.merging.adapters_on_disk import save_random_adapter
@@ -201,21 +202,27 @@ def test_methods_that_draw_follow_the_seed(run_dir, tiny_pipeline_dir):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_weights_by_block_reach_their_blocks(run_dir, tiny_pipeline_dir):
-    found = {
-        group: dict(zip(SKILLS, weights, strict=True))
-        for group, weights in {"down_blocks": [1, 0, 0], "mid_block": [0, 1, 0], "up_blocks": [0, 0, 2]}.items()
+def test_found_weights_reach_their_blocks(run_dir, tiny_pipeline_dir):
+    weights = {
+        group: dict(zip(SKILLS, of_group, strict=True))
+        for group, of_group in {"down_blocks": [1, 0, 0], "mid_block": [0, 1, 0], "up_blocks": [0, 0, 2]}.items()
     }
+    mean = {group: dict.fromkeys(SKILLS, 1 / 3) for group in weights}
+    found = SearchResult((Candidate(0, 0, mean, 0.5), Candidate(1, 1, weights, 0.7)), best=1)
     config = MergingConfig(method="search", name="found")
-    merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config, found=found)
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    merge_experts(RunFolder(str(run_dir)), SKILLS, model, config, found=found)
     base = base_unet(tiny_pipeline_dir)
     baked = DiffusionPipeline.from_pretrained(run_dir / "merged" / "found" / "pipeline").unet
     experts = {skill: open_adapter(run_dir / "experts" / skill) for skill in SKILLS}
     for module in experts["style"].modules:
-        by_skill = found[module.partition(".")[0]]
+        by_skill = weights[module.partition(".")[0]]
         expected = sum(by_skill[skill] * experts[skill].factors(module).delta() for skill in SKILLS)
         torch.testing.assert_close(weight_of(baked, module) - weight_of(base, module), expected, atol=1e-5, rtol=1e-5)
-    assert json.loads((run_dir / "merged" / "found" / "report.json").read_text())["weights_by_block"] == found
+    report = json.loads((run_dir / "merged" / "found" / "report.json").read_text())
+    assert report["weights"] == pytest.approx({"counting": 1 / 3, "style": 1 / 3, "unusual": 2 / 3})
+    assert report["search"]["weights"] == weights
+    assert [candidate["score"] for candidate in report["search"]["candidates"]] == [0.5, 0.7]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tiny_pipeline_dir, tmp_path):
