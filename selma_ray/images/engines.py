@@ -44,9 +44,13 @@ class FreeEngine:
 
 
 def open_engine(config: ImagesConfig, model: ModelConfig) -> ImageEngine:
-    """Load the engine that `config` names; raises ConfigError where the model or its scheduler cannot be."""
+    """Load the engine that `config` names, for use in the calling thread; raises ConfigError where it cannot be loaded."""
     if config.engine == "free":
         return FreeEngine(config.free, config.sampling)
+    # The driver ships this function to the renderers without loading torch.
+    import torch
+
     from selma_ray.models.rendering import Renderer, load_pipeline
 
+    torch.set_num_threads(max(1, int(config.num_cpus)))
     return Renderer(load_pipeline(model), config.sampling)

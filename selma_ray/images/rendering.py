@@ -51,12 +51,9 @@ class RenderPrompts:
         open_scorer: OpenScorer | None = None,
         open_engine: OpenEngine = open_engine,
     ) -> None:
-        # The driver ships this class to its actors without loading torch.
-        import torch
-
         self._config = config
         self._folder = folder
-        self._denoiser = ThreadPoolExecutor(1, "denoiser", torch.set_num_threads, (max(1, int(config.num_cpus)),))
+        self._denoiser = ThreadPoolExecutor(1, "denoiser")
         self._engine = self._denoiser.submit(open_engine, config, model).result()
         self._score: ScoreImages | None = open_scorer() if open_scorer else None
         self._provenance = {

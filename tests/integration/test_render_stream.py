@@ -70,6 +70,7 @@ def render(folder, tiny_pipeline_dir):
     return run
 
 
+@pytest.mark.heavy
 def test_a_prompt_that_ends_the_renderer_is_recorded_and_the_others_are_rendered(render, folder):
     texts = [f"cat {number}" for number in range(11)]
     progress = render([*texts[:6], "a ghost", *texts[6:]], open_engine=EndingEngine)
