@@ -9,7 +9,6 @@ from statistics import fmean
 from selma_ray.errors import CaptionError, ConfigError, RenderError
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import PromptWithQuestions, load_suite, questions_for_prompt
-from selma_ray.experts.config import SelectionConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.store import read_prompts
 from selma_ray.records import seed_of
@@ -19,23 +18,26 @@ __all__ = ["DevScorer", "dev_prompts"]
 
 
 def dev_prompts(
-    folder: RunFolder, skills: Sequence[str], selection: SelectionConfig
+    folder: RunFolder, skills: Sequence[str], suite_name: str | None, section: str
 ) -> dict[str, list[PromptWithQuestions]]:
-    """Return each skill's dev prompts with their questions; raises ConfigError for a skill that has none."""
-    if selection.suite:
-        suite = load_suite(selection.suite)
+    """Return each skill's dev prompts with their questions: those of a suite, or those the run kept.
+
+    Raises ConfigError for a skill that has none; `section` is the part of the recipe that asks for them.
+    """
+    if suite_name:
+        suite = load_suite(suite_name)
         prompts = {skill: [prompt for prompt in suite if prompt.skill == skill] for skill in skills}
-        remedy = f"add some to experts.selection.suite {selection.suite}"
+        remedy = f"add some to {section}.suite {suite_name}"
     else:
-        prompts = {skill: _kept_prompts(folder, skill) for skill in skills}
-        remedy = "raise prompts.dev_fraction, or leave experts.selection out"
+        prompts = {skill: _kept_prompts(folder, skill, section) for skill in skills}
+        remedy = f"raise prompts.dev_fraction, or leave {section} out"
     for skill, of_skill in prompts.items():
         if not of_skill:
-            raise ConfigError(f"experts.selection needs dev prompts of every skill, {skill} has none; {remedy}")
+            raise ConfigError(f"{section} needs dev prompts of every skill, {skill} has none; {remedy}")
     return prompts
 
 
-def _kept_prompts(folder: RunFolder, skill: str) -> list[PromptWithQuestions]:
+def _kept_prompts(folder: RunFolder, skill: str, section: str) -> list[PromptWithQuestions]:
     rows = read_prompts(folder, skill, "dev").to_pylist()
     try:
         return [
@@ -43,7 +45,7 @@ def _kept_prompts(folder: RunFolder, skill: str) -> list[PromptWithQuestions]:
         ]
     except CaptionError as error:
         raise ConfigError(
-            f"experts.selection: a dev prompt of {skill} has no questions ({error}); name experts.selection.suite"
+            f"{section}: a dev prompt of {skill} has no questions ({error}); name {section}.suite"
         ) from None
 
 

@@ -175,7 +175,7 @@ def _dev_scorer(run: Run) -> Any:
         return None
     from selma_ray.dev_scores import DevScorer, dev_prompts
 
-    prompts = dev_prompts(run.folder, run.skill_names, selection)
+    prompts = dev_prompts(run.folder, run.skill_names, selection.suite, "experts.selection")
     return DevScorer(run.recipe.model, run.recipe.evaluation, prompts, selection.max_prompts, run.recipe.seed)
 
 
@@ -183,10 +183,22 @@ def merge(run: Run, report: Report) -> dict[str, Any]:
     """Merge the experts into one pipeline; returns what merging lost."""
     from selma_ray.merging.run import merge_experts
 
+    recipe = run.recipe
+    found = _searched(run, report) if recipe.merging.method == "search" else None
     report(Progress("merge", 0, 1))
-    summary = merge_experts(run.folder, run.skill_names, run.recipe.model, run.recipe.merging)
+    summary = merge_experts(run.folder, run.skill_names, recipe.model, recipe.merging, recipe.seed, found)
     report(Progress("merge", 1, 1))
     return summary.as_dict()
+
+
+def _searched(run: Run, report: Report) -> Any:
+    from selma_ray.merge_search import search_merge
+
+    recipe = run.recipe
+    return search_merge(
+        run.folder, run.skill_names, recipe.model, recipe.merging, recipe.evaluation, recipe.seed, recipe.cluster,
+        on_score=lambda done, total, detail: report(Progress("merge", done, total, detail)),
+    )  # fmt: skip
 
 
 def evaluate(run: Run, report: Report) -> dict[str, Any]:

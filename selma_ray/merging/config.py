@@ -25,7 +25,9 @@ class SearchConfig(StrictModel):
     by_block: bool = False
     """Search one weight per skill for each group of blocks (down, mid, up) instead of one for all."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Dev prompts that a candidate renders, spread evenly over the skills; none takes all."""
+    """Dev prompts that a candidate renders, taken from the skills in turn; none takes all. Sampling and judge are the evaluation's."""
+    suite: str | None = None
+    """JSON Lines file of dev prompts with questions, as evaluation.suite is; none asks the miniature's questions."""
 
 
 class MergingConfig(StrictModel):
