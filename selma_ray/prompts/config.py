@@ -101,3 +101,13 @@ class PromptsConfig(StrictModel):
     """Share of kept prompts set aside for choosing checkpoints and merge weights."""
     llm: LLMConfig = LLMConfig()
     """The language model."""
+
+    @model_validator(mode="after")
+    def _bound_can_be_kept(self) -> "PromptsConfig":
+        most = self.max_requests * self.per_request
+        if most < self.per_skill:
+            raise ValueError(
+                f"max_requests={self.max_requests} requests of per_request={self.per_request} prompts cannot fill "
+                f"per_skill={self.per_skill}; raise max_requests to several times {-(-self.per_skill // self.per_request)}"
+            )
+        return self

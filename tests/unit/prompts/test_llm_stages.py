@@ -184,3 +184,8 @@ def test_other_failures_pass():
 def test_replicas_are_in_order():
     with pytest.raises(ValueError, match="max_replicas must be at least min_replicas=3, got 2"):
         LLMConfig(min_replicas=3, max_replicas=2)
+
+
+def test_a_bound_on_requests_that_cannot_fill_a_skill_is_refused():
+    with pytest.raises(ValueError, match=r"max_requests=4 .* cannot fill per_skill=100; .*several times 10"):
+        PromptsConfig(per_skill=100, per_request=10, max_requests=4)
