@@ -25,7 +25,8 @@ from selma_ray.serving.served import ModelNames
 __all__ = ["build_app"]
 
 _PROBES = ("/healthz", "/readyz")
-_REFUSED = (400, 401, 404, 413, 422, 429, 500, 503, 504)
+_BODY_TIMEOUT_S = 30
+_REFUSED = (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
 def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: Sequence[ApiKey]) -> FastAPI:
@@ -38,7 +39,7 @@ def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: 
     _add_error_handlers(app)
     _describe_errors(app)
     # The last added is the outermost.
-    app.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 1e6))
+    app.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 1e6), timeout_s=_BODY_TIMEOUT_S)
     app.add_middleware(RequireKey, keys=keys, open_paths=(*_PROBES, *PAGE_PATHS))
     app.add_middleware(AnswerFaults)
     app.add_middleware(MeasureRequests, metrics=metrics)

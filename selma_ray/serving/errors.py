@@ -13,6 +13,7 @@ __all__ = [
     "rate_limited",
     "timed_out",
     "too_large",
+    "too_slow",
     "unauthorized",
     "unavailable",
 ]
@@ -49,6 +50,11 @@ def invalid_request(
 def too_large(message: str, param: str | None = None) -> RequestError:
     """Return the refusal of a body or an image beyond its bound."""
     return RequestError(message, 413, "content_too_large", param)
+
+
+def too_slow(timeout_s: float) -> RequestError:
+    """Return the refusal of a body that did not arrive in time."""
+    return RequestError(f"the body must arrive within {timeout_s:g} s", 408, "body_too_slow")
 
 
 def unauthorized(message: str) -> RequestError:

@@ -29,6 +29,16 @@ Expert = Mapping[str, LowRank]
 """An expert's deltas by the names of the denoiser's modules."""
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """One module's factors of all experts in use, one above the other."""
+
+    A_RI: torch.Tensor
+    B_OR: torch.Tensor
+    experts: torch.Tensor
+    """To which of the experts in use each rank belongs."""
+
+
 class ExpertLayers:
     """Hooks that add experts to a denoiser; until `weigh` names mixes, and for rows without experts, it is the base.
 
@@ -39,7 +49,7 @@ class ExpertLayers:
         self._denoiser = denoiser
         self._experts = {name: _fitted(name, expert, denoiser) for name, expert in experts.items()}
         self._active: tuple[str, ...] = ()
-        self._stacked: dict[str, LowRank] = {}
+        self._stacks: dict[str, _Stack | None] = {}
         self._weights_NK: torch.Tensor | None = None
         for module_name in sorted({module for expert in self._experts.values() for module in expert}):
             denoiser.get_submodule(module_name).register_forward_hook(self._hook(module_name))
@@ -51,34 +61,39 @@ class ExpertLayers:
             self._weights_NK = None
             return
         if active != self._active:
-            self._active, self._stacked = active, {}
+            self._active, self._stacks = active, {}
         rows = [[dict(mix).get(name, 0.0) for name in active] for mix in mixes_N]
         self._weights_NK = torch.tensor(rows, device=self._denoiser.device, dtype=self._denoiser.dtype)
 
     def _hook(self, module_name: str):
         def add_deltas(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            if self._weights_NK is None:
+            stack = self._stack(module_name) if self._weights_NK is not None else None
+            if stack is None or self._weights_NK is None:
                 return output
-            users = [k for k, name in enumerate(self._active) if module_name in self._experts[name]]
-            if not users:
-                return output
-            stacked = self._stack(module_name)
-            ranks = torch.tensor([len(self._experts[self._active[k]][module_name].A_RI) for k in users])
-            weights_NR = self._weights_NK[:, users].repeat_interleave(ranks.to(self._weights_NK.device), dim=1)
             rows = inputs[0]
+            weights_NR = self._weights_NK[:, stack.experts]
             weights = weights_NR.view(len(rows), *(1,) * (rows.dim() - 2), -1)
-            return output + ((rows @ stacked.A_RI.T) * weights) @ stacked.B_OR.T
+            return output + ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
 
         return add_deltas
 
-    def _stack(self, module_name: str) -> LowRank:
-        """Return the factors of the experts in use, one above the other; kept until others are in use."""
-        if module_name not in self._stacked:
-            parts = [self._experts[name][module_name] for name in self._active if module_name in self._experts[name]]
-            self._stacked[module_name] = LowRank(
-                torch.cat([part.A_RI for part in parts]), torch.cat([part.B_OR for part in parts], dim=1)
-            )
-        return self._stacked[module_name]
+    def _stack(self, module_name: str) -> _Stack | None:
+        """Return the factors of the experts in use, none where none adapts the module; kept until others are in use."""
+        if module_name not in self._stacks:
+            parts = {
+                k: self._experts[name][module_name]
+                for k, name in enumerate(self._active)
+                if module_name in self._experts[name]
+            }
+            self._stacks[module_name] = _stacked(parts) if parts else None
+        return self._stacks[module_name]
+
+
+def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
+    owners = [k for k, part in parts.items() for _ in range(len(part.A_RI))]
+    A_RI = torch.cat([part.A_RI for part in parts.values()])
+    B_OR = torch.cat([part.B_OR for part in parts.values()], dim=1)
+    return _Stack(A_RI, B_OR, torch.tensor(owners, device=A_RI.device))
 
 
 def _fitted(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, LowRank]:

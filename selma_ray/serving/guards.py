@@ -1,5 +1,6 @@
 """What stands before every route: the caller's key and its limit, the size of the body, headers, an answer to any fault."""
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
@@ -16,6 +17,7 @@ from selma_ray.serving.errors import (
     invalid_request,
     rate_limited,
     too_large,
+    too_slow,
     unauthorized,
 )
 from selma_ray.serving.keys import ApiKey, Bucket, find_key
@@ -105,11 +107,12 @@ def _refusal_of_strangers(scope: Scope, headers: Headers) -> RequestError | None
 
 
 class LimitBody:
-    """Reads the whole body before the application does, and answers 413 as soon as it is longer than allowed."""
+    """Reads the whole body before the application does; answers 413 as soon as it is too long, 408 when it is too slow."""
 
-    def __init__(self, app: App, max_bytes: int) -> None:
+    def __init__(self, app: App, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its body at hand."""
@@ -117,7 +120,12 @@ class LimitBody:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
-        body = None if declared.isdigit() and int(declared) > self._max_bytes else await self._read(receive)
+        too_long = declared.isdigit() and int(declared) > self._max_bytes
+        try:
+            body = None if too_long else await asyncio.wait_for(self._read(receive), self._timeout_s)
+        except TimeoutError:
+            await error_response(too_slow(self._timeout_s))(scope, receive, send)
+            return
         if body is None:
             refusal = too_large(f"the body must have at most {self._max_bytes} bytes")
             await error_response(refusal)(scope, receive, send)

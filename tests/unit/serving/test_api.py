@@ -1,5 +1,6 @@
 """The HTTP API over a backend that answers at once: shapes, bounds, refusals."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -19,6 +20,7 @@ from selma_ray.serving.api import build_app
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import decode_upload, encode
 from selma_ray.serving.errors import RequestError, queue_full, unavailable
+from selma_ray.serving.guards import LimitBody
 from selma_ray.serving.keys import ApiKey, Bucket, first_key, read_keys
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
@@ -260,6 +262,21 @@ def test_a_body_beyond_the_bound_is_413_declared_or_not(client: TestClient) -> N
         yield long[900:]
 
     assert client.post("/v1/images/generations", content=chunks()).status_code == 413
+
+
+def test_a_body_that_does_not_arrive_is_408() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard = LimitBody(lambda *_: None, max_bytes=100, timeout_s=0.01)  # type: ignore[arg-type]
+    asyncio.run(guard({"type": "http", "headers": []}, receive, send))
+    assert sent[0]["status"] == 408
 
 
 def score(client: TestClient, **body: Any):
