@@ -27,14 +27,15 @@ class ImageEngine(Protocol):
 
 
 class FreeEngine:
-    """Draws a colour ramp whose offset is the seed, after a wait that may be zero."""
+    """Draws a colour ramp whose offset is the seed, with grain for a PNG of natural size, after a wait that may be zero."""
 
     scheduler = "free"
 
     def __init__(self, config: FreeEngineConfig, sampling: SamplingConfig) -> None:
         self._latency_s = config.latency_s
         ramp_HW = np.add.outer(np.arange(sampling.height_px), np.arange(sampling.width_px))
-        self._ramp_HW3 = np.stack([ramp_HW, 2 * ramp_HW, 255 - ramp_HW], axis=-1).astype(np.uint8)
+        ramp_HW3 = np.stack([ramp_HW, 2 * ramp_HW, 255 - ramp_HW], axis=-1)
+        self._ramp_HW3 = (ramp_HW3 + np.random.default_rng(0).integers(0, 16, ramp_HW3.shape)).astype(np.uint8)
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return a ramp per prompt."""
