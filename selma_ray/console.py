@@ -18,7 +18,7 @@ from selma_ray.loop import STAGES, Progress, Report, Run, finished, run_stage
 __all__ = ["export_pairs", "run_all", "run_one", "run_study", "serve", "show_evaluation", "show_ratings", "write_report"]
 
 _LINE_EVERY_S = 10.0
-_DETAIL_CHARS = 60
+_DETAIL_CHARS = 80
 
 _TITLES = {
     "generate": "Prompts and images: vLLM streams into the renderers",

@@ -14,7 +14,7 @@ from rich.table import Table
 from selma_ray.config import validate
 from selma_ray.console import console
 from selma_ray.errors import ConfigError
-from selma_ray.loop import Run
+from selma_ray.loop import Run, prompts_from
 from selma_ray.recipe import Recipe
 from selma_ray.skills import load_skills
 from selma_ray.storage import RunFolder
@@ -117,6 +117,7 @@ def _export(run: Run, layout: str, out: str | None) -> None:
 
     recipe = run.recipe
     target = RunFolder(out or run.folder.path("exports", layout))
-    card = card_text(run.folder, run.skill_names, recipe.images, recipe.model, recipe.prompts.llm.name)
+    model = recipe.data.model or recipe.model
+    card = card_text(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     count = export_images(run.folder, run.skill_names, layout, target, card)
     console.print(f"{count} images exported to [bold]{target.uri}[/bold]")

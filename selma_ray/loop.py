@@ -26,6 +26,7 @@ __all__ = [
     "merge",
     "models_under_test",
     "open_run",
+    "prompts_from",
     "run_stage",
     "train",
 ]
@@ -118,25 +119,20 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     prompts = prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded)
     if recipe.data.images == "ground_truth":
         return _draw(run, prompts, report)
+    model = recipe.data.model or recipe.model
     images = render_stream(
-        prompts,
-        recipe.images,
-        recipe.data.model or recipe.model,
-        recipe.seed,
-        run.folder,
-        recipe.cluster,
-        open_scorer=_scorer_of(recipe),
+        prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
     )
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
     with llm_errors(recipe.prompts.llm):
         for row, progress in follow(images, run.folder, recipe.images, total):
-            report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}"))
+            report(Progress("generate", progress.done, total, f"{progress.pace}; {row['skill']}: {row['prompt']}"))
     summary = {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),
     }
     check_failures(summary["images"], recipe.images)
-    write_card(run.folder, run.skill_names, recipe.images, recipe.model, recipe.prompts.llm.name)
+    write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     return summary
 
 
@@ -249,6 +245,14 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
     summary = STAGES[name](run, report)
     run.folder.mark_done(name, summary)
     return summary
+
+
+def prompts_from(recipe: Recipe) -> str:
+    """Return what wrote the prompts, in words."""
+    if recipe.data.prompts == "ground_truth":
+        return "the skill's own dataset"
+    llm = recipe.prompts.llm
+    return f"no language model ({llm.engine} stand-in)" if llm.engine == "free" else llm.name
 
 
 def _scorer_of(recipe: Recipe) -> Callable[[], Any] | None:

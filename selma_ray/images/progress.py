@@ -61,6 +61,12 @@ class RenderingProgress:
         return self.rendered / elapsed_s if elapsed_s > 0 else None
 
     @property
+    def pace(self) -> str:
+        """Return the rate and the failures in words."""
+        rate = "starting" if self.images_per_s is None else f"{self.images_per_s:.3g} images/s"
+        return f"{rate}, {self.failed} failed"
+
+    @property
     def seconds_left(self) -> float | None:
         """Return the time left at this rate, where there is one."""
         return None if not self.images_per_s else max(0, self.total - self.done - self.failed) / self.images_per_s
