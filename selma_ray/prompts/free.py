@@ -63,7 +63,6 @@ def free_stage(
             compute=ActorPoolStrategy(min_size=llm.min_replicas, max_size=llm.max_replicas),
             num_cpus=llm.num_cpus,
             num_gpus=llm.num_gpus or None,
-            max_restarts=llm.max_restarts,
             **role_options("llm", cluster),
         )
 
