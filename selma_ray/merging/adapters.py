@@ -79,6 +79,8 @@ class Adapter:
     rank: int
     scale: float
     modules: tuple[str, ...]
+    revision: str | None = None
+    """Revision of the base model that it was fitted to, where the adapter says so."""
 
     @cached_property
     def _tensors(self) -> Any:
@@ -108,7 +110,8 @@ def open_adapter(folder: str | Path) -> Adapter:
     modules = tuple(sorted({key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in shapes}))
     for module in modules:
         _check_shapes(folder / WEIGHTS_FILE, module, shapes, rank)
-    return Adapter(folder, config.get("base_model_name_or_path"), rank, _scale(config), modules)
+    base_model, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return Adapter(folder, base_model, rank, _scale(config), modules, revision)
 
 
 def shapes_of(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
@@ -143,6 +146,7 @@ def write_adapter(
     shapes: Mapping[str, tuple[int, int]],
     rank: int,
     base_model: str | None,
+    revision: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write factors as a PEFT adapter of one `rank` with alpha = rank: each scale is folded into B, zeros fill up lower ranks.
@@ -151,8 +155,9 @@ def write_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(shapes), base_model_name_or_path=base_model, inference_mode=True
-    )
+        r=rank, lora_alpha=rank, target_modules=sorted(shapes), inference_mode=True,
+        base_model_name_or_path=base_model, revision=revision,
+    )  # fmt: skip
     config.save_pretrained(folder)
     specs = []
     for module, (rows, columns) in shapes.items():

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from selma_ray.errors import AdapterError
-from selma_ray.merging.adapters import Adapter, open_adapter
+from selma_ray.merging.adapters import CONFIG_FILE, Adapter, open_adapter
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_text_to_image
 from selma_ray.storage import RunFolder
 
 __all__ = ["open_experts"]
@@ -23,10 +24,17 @@ def open_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -
 
 
 def _check_base(adapter: Adapter, model: ModelConfig) -> None:
+    path = adapter.folder / CONFIG_FILE
     if adapter.base_model not in (None, "", model.name):
         raise AdapterError(
-            f"{adapter.folder}: base_model_name_or_path must be {model.name!r} as model.name says, "
+            f"{path}: base_model_name_or_path must be {model.name!r} as model.name says, "
             f"got {adapter.base_model!r}; merge experts of this base, or mend model.name"
+        )
+    revision = locate_text_to_image(model.name, model.revision).revision
+    if adapter.base_model and adapter.revision not in (None, "", revision):
+        raise AdapterError(
+            f"{path}: revision must be {revision!r} as that of {model.name} is now, got {adapter.revision!r}: it was fitted to other "
+            "weights; train the expert again, or mend model.revision"
         )
 
 

@@ -105,7 +105,14 @@ def write_candidate(target: Path, adapters: Mapping[str, Adapter], weights: Weig
     shapes = shapes_of(experts)
     merged = _merger(adapters, weights, "sum_deltas", MergeOptions(scale))
     rank = sum(expert.rank for expert in experts)
-    write_adapter(target, (_low_rank(merged(module), rank) for module in shapes), shapes, rank, experts[0].base_model)
+    write_adapter(
+        target,
+        (_low_rank(merged(module), rank) for module in shapes),
+        shapes,
+        rank,
+        experts[0].base_model,
+        experts[0].revision,
+    )
 
 
 def _build(
@@ -130,7 +137,7 @@ def _build(
         report.add([expert.factors(module) for expert in experts], exact(module) if exact else result)
         return _low_rank(result, rank)
 
-    write_adapter(part / "adapter", map(measured, shapes), shapes, rank, experts[0].base_model)
+    write_adapter(part / "adapter", map(measured, shapes), shapes, rank, experts[0].base_model, experts[0].revision)
     adapter = open_adapter(part / "adapter")
     source = pipeline_folder(model)
     # What is low-rank stands in the adapter, exactly; what is dense is made again.

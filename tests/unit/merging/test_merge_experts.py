@@ -142,11 +142,19 @@ def test_missing_expert_is_one_line(run_dir, tiny_pipeline_dir):
     assert "\n" not in str(caught.value)
 
 
-def test_experts_of_another_base_by_name_are_refused(tiny_pipeline_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_model_name_or_path": "other/base"}, r"adapter_config.json: base_model_name_or_path must be"),
+        ({"revision": "0123"}, r"adapter_config.json: revision must be .* got '0123': it was fitted to other weights"),
+    ],
+)
+def test_experts_of_another_base_by_name_or_revision_are_refused(tiny_pipeline_dir, tmp_path, settings, message):
     folder = save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "odd", seed=0)
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "other/base"}))
-    with pytest.raises(AdapterError, match="base_model_name_or_path must be") as caught:
+    named = {"base_model_name_or_path": str(tiny_pipeline_dir), **settings}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    with pytest.raises(AdapterError, match=message) as caught:
         merge_experts(RunFolder(str(tmp_path)), ["odd"], ModelConfig(name=str(tiny_pipeline_dir)), MergingConfig())
     assert str(folder) in str(caught.value)
 
