@@ -1,4 +1,4 @@
-"""The unit of evaluation: a batch of prompts that one model renders and the judge then answers for, written once each."""
+"""The unit of evaluation: a batch of prompts that one model renders and a judge then answers for, each written once."""
 
 import io
 import logging
@@ -11,7 +11,6 @@ import pyarrow as pa
 from PIL import Image
 
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.judges.interface import Judge
 from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.questions import PromptWithQuestions
 from selma_ray.evaluation.scoring import score_images
@@ -20,7 +19,7 @@ from selma_ray.models.rendering import Renderer, load_pipeline
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id, seed_of
 from selma_ray.storage import RunFolder
 
-__all__ = ["Chunk", "EvaluateChunk", "ModelUnderTest", "plan_chunks"]
+__all__ = ["Chunk", "JudgeChunk", "ModelUnderTest", "RenderChunk", "plan_chunks"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,29 +78,20 @@ def plan_chunks(
     return chunks
 
 
-class EvaluateChunk:
-    """Renders chunks and judges them; holds one pipeline at a time, and the judge, in its memory."""
+class RenderChunk:
+    """Renders chunks; holds one pipeline at a time in its memory."""
 
-    def __init__(
-        self, folder: RunFolder, models: Mapping[str, ModelUnderTest], config: EvaluationConfig, judge_key: str
-    ) -> None:
+    def __init__(self, folder: RunFolder, models: Mapping[str, ModelUnderTest], config: EvaluationConfig) -> None:
         self._folder = folder
         self._models = models
         self._config = config
-        self._judge_key = judge_key
-        self._judge: Judge | None = None
         self._loaded: tuple[str, Renderer] | None = None
 
     def __call__(self, chunk: Chunk) -> None:
-        """Write the chunk's images and answers; images that are there already are judged as they are."""
-        if self._folder.exists(*chunk.images_path):
-            table = self._folder.read_table(["/".join(chunk.images_path)])
-            rows = table.to_pylist()
-        else:
-            rows = self._rendered(chunk)
-            self._folder.write_table(pa.Table.from_pylist(rows, IMAGE_SCHEMA), *chunk.images_path)
-        answers = self._answered(chunk, rows)
-        self._folder.write_table(pa.Table.from_pylist(answers, ANSWER_SCHEMA), *chunk.answers_path(self._judge_key))
+        """Write the chunk's images; those that are there already stay as they are."""
+        if not self._folder.exists(*chunk.images_path):
+            table = pa.Table.from_pylist(self._rendered(chunk), IMAGE_SCHEMA)
+            self._folder.write_table(table, *chunk.images_path)
 
     def _rendered(self, chunk: Chunk) -> list[dict[str, Any]]:
         renderer = self._renderer(chunk.model)
@@ -129,25 +119,6 @@ class EvaluateChunk:
         encoded = None if image is None else {"bytes": _png(image), "path": f"{image_id}.png"}
         return {"id": image_id, **identity, "split": "test", "image": encoded, "model": chunk.model, "error": error}
 
-    def _answered(self, chunk: Chunk, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        if self._judge is None:
-            self._judge = open_judge(self._config.judge)
-        images = [
-            Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") if row["image"] else None for row in rows
-        ]
-        scores = score_images(
-            self._judge, images, [prompt.questions for prompt in chunk.prompts], self._config.dsg_scorer
-        )
-        return [
-            {
-                "model": chunk.model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed,
-                "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
-                "answer": each.answer, "p_yes": each.p_yes, "reason": row["error"] or each.reason, "judge": score.judge,
-            }
-            for prompt, seed, score, row in zip(chunk.prompts, chunk.seeds, scores, rows, strict=True)
-            for each in score.questions
-        ]  # fmt: skip
-
     def _renderer(self, name: str) -> Renderer:
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # frees the previous pipeline before the next is loaded
@@ -155,6 +126,46 @@ class EvaluateChunk:
             adapter_dir = Path(tested.adapter_dir) if tested.adapter_dir else None
             self._loaded = (name, Renderer(load_pipeline(tested.model, adapter_dir), self._config.sampling))
         return self._loaded[1]
+
+
+class JudgeChunk:
+    """Asks a judge, which it holds in its memory, the questions about a chunk's images."""
+
+    def __init__(self, folder: RunFolder, config: EvaluationConfig, judge_key: str) -> None:
+        self._folder = folder
+        self._scorer = config.dsg_scorer
+        self._judge = open_judge(config.judge)
+        self._judge_key = judge_key
+
+    def __call__(self, chunk: Chunk) -> None:
+        """Write the answers about the chunk's images; an image that is not there or is corrupt is null, with its reason."""
+        rows = self._folder.read_table(["/".join(chunk.images_path)]).to_pylist()
+        answers = self._answered(chunk, rows)
+        self._folder.write_table(pa.Table.from_pylist(answers, ANSWER_SCHEMA), *chunk.answers_path(self._judge_key))
+
+    def _answered(self, chunk: Chunk, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        images, faults = zip(*map(_decoded, rows), strict=True)
+        scores = score_images(self._judge, images, [prompt.questions for prompt in chunk.prompts], self._scorer)
+        return [
+            {
+                "model": chunk.model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed,
+                "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
+                "answer": each.answer, "p_yes": each.p_yes, "reason": fault or each.reason, "judge": score.judge,
+                "gold": asked.answer if asked.choices else None,
+            }
+            for prompt, seed, score, fault in zip(chunk.prompts, chunk.seeds, scores, faults, strict=True)
+            for each, asked in zip(score.questions, prompt.questions, strict=True)
+        ]  # fmt: skip
+
+
+def _decoded(row: Mapping[str, Any]) -> tuple[Image.Image | None, str | None]:
+    """Return a row's image, or the reason why there is none."""
+    if not row["image"] or not row["image"]["bytes"]:
+        return None, row["error"] or "there is no image"
+    try:
+        return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"), None
+    except (OSError, SyntaxError, ValueError) as error:
+        return None, f"the image cannot be read: {error}"[:_ERROR_CHARS]
 
 
 def _render_one_by_one(

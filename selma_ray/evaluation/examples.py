@@ -12,19 +12,27 @@ from selma_ray.evaluation.scores import images_scored
 from selma_ray.evaluation.summary import BASE, MERGED
 from selma_ray.storage import RunFolder
 
-__all__ = ["Example", "Verdict", "choose_examples", "paired_examples", "read_images", "training_images"]
+__all__ = ["Answered", "Example", "Verdict", "choose_examples", "paired_examples", "read_images", "training_images"]
 
 ImageKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
+class Answered:
+    """What the judge answered, and whether it counts: a yes, with a yes to what the question depends on; None where unreadable."""
+
+    text: str | None
+    counted: bool | None
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """One question and whether it counts for base and for merged; None where the answer could not be read."""
+    """One question and the answers for base and for merged."""
 
     question: str
     category: str
-    base: bool | None
-    merged: bool | None
+    base: Answered
+    merged: Answered
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ def paired_examples(folder: RunFolder, files: Mapping[str, Mapping[str, Sequence
         if scores[0] is None or scores[1] is None:
             continue
         verdicts = tuple(
-            Verdict(row["question"], row["category"], _counts(before), _counts(after))
-            for (row, before), (_, after) in zip(base, merged, strict=True)
+            Verdict(row["question"], row["category"], _answered(row, before), _answered(other, after))
+            for (row, before), (other, after) in zip(base, merged, strict=True)
         )
         row = base[0][0]
         examples.append(Example(row["prompt"], row["skill"], row["seed"], scores[0], scores[1], verdicts))
@@ -117,5 +125,5 @@ def _decoded(row: Mapping[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(row["bytes"])).convert("RGB")
 
 
-def _counts(score: float | None) -> bool | None:
-    return None if score is None else score == 1.0
+def _answered(row: Mapping[str, Any], score: float | None) -> Answered:
+    return Answered(row["answer"], None if score is None else score == 1.0)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Axis", "Curve", "Interval", "axis_around", "curve", "intervals"]
+__all__ = ["Axis", "Bin", "Curve", "Interval", "axis_around", "curve", "dev_curve", "intervals", "reliability"]
 
 _POINTS = 120
 
@@ -48,6 +48,52 @@ class Curve:
     first: float
     last: float
     steps: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A bin of a reliability diagram in a square: P(yes) to the right, the share of true yes upwards, its area the count."""
+
+    x: float
+    y: float
+    y_low: float
+    y_high: float
+    radius: float
+    count: int
+    p_yes: float
+    share: float
+
+
+def reliability(bins: Sequence[Mapping[str, Any]], side: float) -> list[Bin]:
+    """Place the bins of a reliability diagram in a square of `side` units."""
+    most = max((row["count"] for row in bins), default=1)
+    return [
+        Bin(
+            x=round(row["p_yes"] * side, 2),
+            y=round((1 - row["share"]) * side, 2),
+            y_low=round((1 - row["interval"][0]) * side, 2),
+            y_high=round((1 - row["interval"][1]) * side, 2),
+            radius=round(2.5 + 6 * math.sqrt(row["count"] / most), 2),
+            count=row["count"],
+            p_yes=row["p_yes"],
+            share=row["share"],
+        )
+        for row in bins
+    ]
+
+
+def dev_curve(
+    points: Sequence[Mapping[str, float]], width: float, height: float, last_step: int, low: float, high: float
+) -> list[tuple[float, float]]:
+    """Return dev scores as points, on the steps of the loss curve and with `low` and `high` at the lower and upper edge."""
+    span = max(high - low, 1e-9)
+    return [
+        (
+            round(point["step"] / max(last_step, 1) * width, 1),
+            round(height - (point["dsg"] - low) / span * height, 1),
+        )
+        for point in sorted(points, key=lambda point: point["step"])
+    ]
 
 
 def axis_around(values: Sequence[float], width: float, include: Sequence[float] = ()) -> Axis:

@@ -1,16 +1,19 @@
 """The report of a run: report.html, which needs nothing else to be read, report.json for machines, comparison.png."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from selma_ray import __version__
 from selma_ray.evaluation.examples import Example, choose_examples, paired_examples, read_images, training_images
 from selma_ray.evaluation.grid import contact_sheet, data_uri, png_bytes, side_by_side
-from selma_ray.evaluation.plots import axis_around, curve, intervals
+from selma_ray.evaluation.plots import axis_around, curve, dev_curve, intervals, reliability
 from selma_ray.evaluation.summary import BASE, MERGED
 from selma_ray.storage import RunFolder
 
@@ -22,6 +25,8 @@ _COMPARED_PER_SKILL = 2
 _SHEET_IMAGES, _SHEET_COLUMNS = 12, 6
 _PLOT_WIDTH, _INTERVAL_WIDTH = 420.0, 160.0
 _CURVE_WIDTH, _CURVE_HEIGHT = 240.0, 90.0
+_RELIABILITY_SIDE = 240.0
+_VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 _TEMPLATE = "report.html.j2"
 
 
@@ -39,7 +44,7 @@ def write_report(folder: RunFolder, skills: Sequence[str]) -> str:
         "recipe_text": recipe_text,
         "chosen": {name: [_shown(example, images) for example in examples] for name, examples in chosen.items()},
         "sheets": {skill: _sheet(folder, skill) for skill in skills},
-        "plots": _plots(evaluation, facts["curves"]),
+        "plots": _plots(evaluation, facts["curves"], facts["dev_scores"]),
         "BASE": BASE,
         "MERGED": MERGED,
     }
@@ -62,11 +67,6 @@ def _facts(
     merged = folder.read_json(*merge_report) if folder.exists(*merge_report) else None
     if merged:
         merged = {key: value for key, value in merged.items() if key not in ("modules", "key")}
-    curves = {
-        skill: folder.read_json("experts", skill, "curve.json")
-        for skill in skills
-        if folder.exists("experts", skill, "curve.json")
-    }
     return {
         "run": folder.uri,
         "recipe": recipe,
@@ -74,11 +74,36 @@ def _facts(
         "evaluation": {key: value for key, value in evaluation.items() if key != "files"},
         "generation": folder.done("generate"),
         "merging": merged,
-        "curves": curves,
+        "curves": _of_experts(folder, skills, "curve.json"),
+        "dev_scores": _of_experts(folder, skills, "dev_scores.json"),
+        "ratings": folder.read_json("pairs", "result.json") if folder.exists("pairs", "result.json") else None,
+        "command": f"selma run {folder.path('recipe.yaml')} run_dir=runs/again",
+        "versions": _versions(),
     }
 
 
-def _plots(evaluation: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+def _of_experts(folder: RunFolder, skills: Sequence[str], name: str) -> dict[str, Any]:
+    return {
+        skill: folder.read_json("experts", skill, name) for skill in skills if folder.exists("experts", skill, name)
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of this package and of those that decide what it computes, as far as they are installed."""
+    versions = {"selma_ray": __version__, "python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plots(
+    evaluation: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    dev_scores: Mapping[str, Sequence[Mapping[str, float]]],
+) -> dict[str, Any]:
     models = {
         name: {"mean": scores["dsg"], "interval": scores["interval"]} if scores["interval"] else None
         for name, scores in evaluation["models"].items()
@@ -99,10 +124,39 @@ def _plots(evaluation: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[
             )
             plots[kind] = {"axis": axis, "rows": sorted(intervals(rows, axis), key=lambda row: -row.mean)}
     top = max((point["loss"] for points in curves.values() for point in points), default=1.0)
-    drawn = (curve(skill, points, _CURVE_WIDTH, _CURVE_HEIGHT, top) for skill, points in curves.items())
-    plots["curves"] = [each for each in drawn if each]
+    placed = (curve(skill, points, _CURVE_WIDTH, _CURVE_HEIGHT, top) for skill, points in curves.items())
+    drawn = [each for each in placed if each]
+    plots["curves"] = drawn
     plots["curve_top"] = top
+    plots["dev"], plots["dev_range"] = _dev_plots(dev_scores, {each.name: each.steps for each in drawn})
+    if evaluation.get("judge_error"):
+        plots["reliability"] = reliability(evaluation["judge_error"]["bins"], _RELIABILITY_SIDE)
+        plots["reliability_side"] = _RELIABILITY_SIDE
     return plots
+
+
+def _dev_plots(
+    dev_scores: Mapping[str, Sequence[Mapping[str, float]]], steps: Mapping[str, int]
+) -> tuple[dict[str, Any], tuple[float, float]]:
+    """Return {skill: points} of the dev scores on one scale, and the scale's ends."""
+    scores = [point["dsg"] for points in dev_scores.values() for point in points]
+    if not scores:
+        return {}, (0.0, 1.0)
+    low, high = min(scores) - 0.02, max(scores) + 0.02
+    placed: dict[str, Any] = {
+        skill: {
+            "points": dev_curve(points, _CURVE_WIDTH, _CURVE_HEIGHT, steps[skill], low, high),
+            "best": max(points, key=_rank_of_dev_score),
+        }
+        for skill, points in dev_scores.items()
+        if points and skill in steps
+    }
+    return placed, (low, high)
+
+
+def _rank_of_dev_score(point: Mapping[str, float]) -> tuple[float, float]:
+    """Rank as the choice of the checkpoint does: the highest score, of equal ones the earliest."""
+    return (point["dsg"], -point["step"])
 
 
 def _shown(example: Example, images: Mapping[str, Mapping[tuple[str, int], Any]]) -> dict[str, Any]:

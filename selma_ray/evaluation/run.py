@@ -1,33 +1,46 @@
 """Stage: every model renders the same prompts from the same seeds, a judge answers their questions, figures come out.
 
-One Ray Data execution streams the batches of all models through a pool of actors; each writes a batch's images, then its answers.
-What is written already is not done again.
+One Ray Data execution streams the batches of all models from renderers to judges; each batch's images are written, then its
+answers. What is written already is not done again.
 """
 
 import hashlib
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from selma_ray import errors
 from selma_ray.cluster import ClusterConfig, cpu_count, role_options
-from selma_ray.errors import RenderError
-from selma_ray.evaluation.chunks import Chunk, EvaluateChunk, ModelUnderTest, plan_chunks
+from selma_ray.errors import ConfigError, RenderError
+from selma_ray.evaluation.chunks import Chunk, JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.dsg import mean_score
+from selma_ray.evaluation.judge_error import judge_error_summary
+from selma_ray.evaluation.judges.opening import judge_identity
+from selma_ray.evaluation.others import read_others, refuse_other_judges
 from selma_ray.evaluation.questions import PromptWithQuestions
-from selma_ray.evaluation.summary import EvaluationSummary, ModelScores, model_scores, summarise
-from selma_ray.models.locate import locate_judge, locate_text_to_image
+from selma_ray.evaluation.scores import question_scores
+from selma_ray.evaluation.summary import BASE, EvaluationSummary, ModelScores, model_scores, score_table, summarise
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
 __all__ = ["EvaluationProgress", "ModelUnderTest", "evaluate_models"]
 
 logger = logging.getLogger(__name__)
+
+MINIATURE = "miniature"
+_JUDGE_ERROR_DRAWS = 400
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,13 @@ def evaluate_models(
     cluster: ClusterConfig,
     on_progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> EvaluationSummary:
-    """Evaluate `models` on `suite` and return their figures; writes `evaluation/<model>/images` and `answers`.
+    """Evaluate `models` on `suite` and return their figures; writes `evaluation/<model>/images`, `answers` and scores.parquet.
 
-    Raises RenderError where none of a model's images could be rendered and judged.
+    Raises RenderError where too many of a model's images could not be scored, JudgeError where results of another judge are to be
+    compared.
     """
-    judge_key = content_id(name=config.judge.name, revision=locate_judge(config.judge.name).revision)
+    others = read_others(config, suite, taken=models)
+    judge_key = _judge_key(config)
     chunks = {name: plan_chunks(name, _revision(tested), suite, config, seed) for name, tested in models.items()}
     planned = [chunk for of_model in chunks.values() for chunk in of_model]
     pending = [chunk for chunk in planned if not folder.exists(*chunk.answers_path(judge_key))]
@@ -63,31 +78,90 @@ def evaluate_models(
             done += len(chunk.prompts)
             if on_progress:
                 on_progress(EvaluationProgress(done, total, chunk.model))
-    return summarise(
-        {name: _scores(folder, name, of_model, judge_key, suite, config) for name, of_model in chunks.items()},
-        suite,
-        config,
-        seed,
-        _details(folder, chunks, judge_key, config),
-    )
+    scores = {name: _scores(folder, name, of_model, judge_key, config) for name, of_model in chunks.items()}
+    details = _details(folder, chunks, judge_key, config)
+    details["judges"] = refuse_other_judges(details["judge"], others, config)
+    details["judge_error"] = _judge_error(folder, next(iter(models.values())).model, chunks, suite, config, seed)
+    scores |= {name: model_scores(other.answers, config.dsg_scorer) for name, other in others.items()}
+    return summarise(scores, suite, config, seed, details)
 
 
 def _scores(
-    folder: RunFolder,
-    name: str,
-    chunks: Sequence[Chunk],
-    judge_key: str,
-    suite: Sequence[PromptWithQuestions],
-    config: EvaluationConfig,
+    folder: RunFolder, name: str, chunks: Sequence[Chunk], judge_key: str, config: EvaluationConfig
 ) -> ModelScores:
+    """Score a model's answers and write the score of each image; failures beyond bounds are forgotten, to be tried again."""
     answers = folder.read_table(["/".join(chunk.answers_path(judge_key)) for chunk in chunks]).to_pylist()
     scores = model_scores(answers, config.dsg_scorer)
-    if not scores.any_scored:
-        reason = answers[0]["reason"]
+    failed = len(scores.unscored)
+    if not scores.any_scored or failed > config.max_failed_fraction * len(scores.images):
+        _forget_failures(folder, chunks, judge_key, scores)
+        reason, count = Counter(scores.unscored.values()).most_common(1)[0]
         raise RenderError(
-            f"evaluation: no image of {name} could be scored, first reason: {reason}; mend it, delete evaluation/{name}, run again"
+            f"evaluation.max_failed_fraction allows {config.max_failed_fraction:g}, {failed} of {len(scores.images)} images of {name} "
+            f"have no score ({count} x {reason}); mend the cause and run the same command again: they are tried again"
         )
+    folder.write_table(score_table(name, scores, answers), "evaluation", name, "scores.parquet")
     return scores
+
+
+def _judge_error(
+    folder: RunFolder,
+    model: ModelConfig,
+    chunks: Mapping[str, Sequence[Chunk]],
+    suite: Sequence[PromptWithQuestions],
+    config: EvaluationConfig,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Ask the judge about scenes with known truth and carry its errors into the figures; None where no truth is known."""
+    if config.suite != MINIATURE or config.calibration_scenes == 0 or config.dsg_scorer == "selma":
+        return None
+    judge_key = _judge_key(config)
+    key = content_id(
+        judge=judge_key,
+        decoder=locate_text_to_image(model.name, model.revision).revision,
+        prompts=[prompt.id for prompt in suite],
+        scenes=config.calibration_scenes,
+        seed=seed,
+    )
+    path = ("calibration", f"{key}.parquet")
+    if not folder.exists(*path):
+        ask = ray.remote(num_cpus=config.judge.num_cpus, num_gpus=config.judge.num_gpus)(_known_answers)
+        folder.write_table(pa.Table.from_pylist(ray.get(ask.remote(config, model, suite, seed))), *path)
+    known = folder.read_table(["/".join(path)]).to_pylist()
+    answers = {
+        name: folder.read_table(["/".join(chunk.answers_path(judge_key)) for chunk in of_model]).to_pylist()
+        for name, of_model in chunks.items()
+    }
+    return judge_error_summary(answers, known, partial(_score_of, config.dsg_scorer), BASE, _JUDGE_ERROR_DRAWS, seed)
+
+
+def _known_answers(
+    config: EvaluationConfig, model: ModelConfig, suite: Sequence[PromptWithQuestions], seed: int
+) -> list[dict[str, Any]]:
+    from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes, through_decoder
+    from selma_ray.evaluation.judges.opening import open_judge
+
+    scenes = draw_known_scenes(suite, config.calibration_scenes, seed)
+    decoded = through_decoder([scene.image for scene in scenes], model)
+    shown = [replace(scene, image=image) for scene, image in zip(scenes, decoded, strict=True)]
+    return ask_known_scenes(open_judge(config.judge), shown)
+
+
+def _score_of(scorer: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Score the answer rows of one image."""
+    return mean_score(question_scores(rows, scorer))
+
+
+def _judge_key(config: EvaluationConfig) -> str:
+    return content_id(**judge_identity(config.judge))
+
+
+def _forget_failures(folder: RunFolder, chunks: Sequence[Chunk], judge_key: str, scores: ModelScores) -> None:
+    for chunk in chunks:
+        keys = zip((prompt.id for prompt in chunk.prompts), chunk.seeds, strict=True)
+        if any(key in scores.unscored for key in keys):
+            folder.delete(*chunk.images_path)
+            folder.delete(*chunk.answers_path(judge_key))
 
 
 def _details(
@@ -109,6 +183,7 @@ def _details(
         "seeds": list(config.seeds),
         "sampling": config.sampling.model_dump(),
         "resamples": config.bootstrap_resamples,
+        "compare_with": {name: other.model_dump() for name, other in config.compare_with.items()},
         "files": files,
     }
 
@@ -122,56 +197,94 @@ def _stream(
     cluster: ClusterConfig,
 ) -> Iterator[Chunk]:
     """Yield each pending chunk when its images and answers are written."""
-    num_cpus = max(config.num_cpus, config.judge.num_cpus)
-    num_gpus = config.num_gpus + config.judge.num_gpus
-    most = min(config.renderers * len(models), len(pending))
-    fitting = max(1, min(most, int(cpu_count() // num_cpus)))
+    render = partial(RenderChunk, folder, dict(models), config)
+    judge = partial(JudgeChunk, folder, config, judge_key)
+    renderers = min(config.renderers * len(models), len(pending))
+    judging = {"num_cpus": config.judge.num_cpus, "num_gpus": config.judge.num_gpus}
+    if config.judges == 0:
+        both = {
+            "num_cpus": max(config.num_cpus, config.judge.num_cpus),
+            "num_gpus": config.num_gpus + config.judge.num_gpus,
+        }
+        pools = [_Pool((render, judge), renderers, both)]
+    else:
+        rendering = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
+        pools = [_Pool((render,), renderers, rendering), _Pool((judge,), min(config.judges, len(pending)), judging)]
+        _check_fit(pools, cluster)
     dataset = ray.data.from_items([{"chunk": index} for index in range(len(pending))], override_num_blocks=len(pending))
-    finished = dataset.map_batches(
-        EvaluateBatch,
-        fn_constructor_args=(folder, dict(models), tuple(pending), config, judge_key),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=fitting, max_size=most),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        **role_options("render", cluster),
-    )
-    for row in finished.iter_rows():
+    spare_cpus = cpu_count() - sum(pool.resources["num_cpus"] for pool in pools)
+    for pool in pools:
+        at_once = min(pool.most, 1 + max(0, int(spare_cpus // pool.resources["num_cpus"])))
+        spare_cpus -= (at_once - 1) * pool.resources["num_cpus"]
+        dataset = dataset.map_batches(
+            WorkOnChunks,
+            fn_constructor_args=(tuple(pending), pool.steps, max(1, int(pool.resources["num_cpus"]))),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=at_once, max_size=pool.most),
+            **pool.resources,
+            **role_options("render", cluster),
+        )
+    for row in dataset.iter_rows():
         if row["error"]:
             raise getattr(errors, row["error_class"])(row["error"])
         yield pending[row["chunk"]]
 
 
-class EvaluateBatch:
-    """The stage as Ray Data calls it: indices of chunks in, the same indices out when they are done."""
+@dataclass(frozen=True)
+class _Pool:
+    """Actors that do the same steps on chunks: at most `most`, each with `resources`."""
+
+    steps: tuple[Callable[[], Callable[[Chunk], None]], ...]
+    most: int
+    resources: dict[str, float]
+
+
+def _check_fit(pools: Sequence[_Pool], cluster: ClusterConfig) -> None:
+    """Raise ConfigError where a local cluster cannot hold one actor of each pool: they would wait for each other for ever."""
+    if cluster.address or os.environ.get("RAY_ADDRESS"):
+        return  # a cluster may grow
+    needed = sum(pool.resources["num_cpus"] for pool in pools)
+    if needed > cpu_count():
+        raise ConfigError(
+            f"evaluation.judges beside renderers need {needed:g} CPUs at least, this machine offers {cpu_count()}; "
+            "set evaluation.judges=0 or lower evaluation.num_cpus and evaluation.judge.num_cpus"
+        )
+
+
+class WorkOnChunks:
+    """A stage as Ray Data calls it: indices of chunks in, the same indices out when its steps are done."""
 
     def __init__(
-        self,
-        folder: RunFolder,
-        models: Mapping[str, ModelUnderTest],
-        chunks: Sequence[Chunk],
-        config: EvaluationConfig,
-        judge_key: str,
+        self, chunks: Sequence[Chunk], steps: Sequence[Callable[[], Callable[[Chunk], None]]], num_threads: int
     ) -> None:
         import torch
 
-        torch.set_num_threads(max(1, int(config.num_cpus)))
+        torch.set_num_threads(num_threads)
         self._chunks = chunks
-        self._evaluate = EvaluateChunk(folder, models, config, judge_key)
+        self._factories = steps
+        self._steps: list[Callable[[Chunk], None]] = []
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Errors of ours travel as rows: Ray would hand on their traceback alone."""
+        """Errors of ours travel as rows: Ray would hand on their traceback alone. A chunk with an error is passed on as it is."""
         rows: dict[str, list[Any]] = {"chunk": [], "error_class": [], "error": []}
-        for index in batch["chunk"]:
-            failure = None
-            try:
-                self._evaluate(self._chunks[int(index)])
-            except errors.SelmaError as error:
-                failure = error
+        for place, index in enumerate(batch["chunk"]):
+            failed = [str(batch[key][place]) if key in batch else "" for key in ("error_class", "error")]
+            if not failed[1]:
+                failed = self._failure_of(self._chunks[int(index)])
             rows["chunk"].append(int(index))
-            rows["error_class"].append(type(failure).__name__ if failure else "")
-            rows["error"].append(str(failure or ""))
+            rows["error_class"].append(failed[0])
+            rows["error"].append(failed[1])
         return rows
+
+    def _failure_of(self, chunk: Chunk) -> list[str]:
+        try:
+            if not self._steps:
+                self._steps = [make() for make in self._factories]
+            for step in self._steps:
+                step(chunk)
+        except errors.SelmaError as error:
+            return [type(error).__name__, str(error)]
+        return ["", ""]
 
 
 def _revision(tested: ModelUnderTest) -> str:

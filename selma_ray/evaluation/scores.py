@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from selma_ray.evaluation.dsg import SCORERS, Answered
+from selma_ray.evaluation.dsg import SCORERS, Answered, QuestionScores
 
-__all__ = ["images_scored"]
+__all__ = ["images_scored", "question_scores"]
 
 
 def images_scored(
@@ -15,14 +15,15 @@ def images_scored(
     by_image: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for answer in answers:
         by_image.setdefault((answer["prompt_id"], answer["seed"]), []).append(answer)
-    score = SCORERS[scorer]
-    return {
-        image: list(
-            zip(
-                asked,
-                score([Answered(row["question_id"], row["answer"], row["parents"]) for row in asked]),
-                strict=True,
-            )
-        )
-        for image, asked in by_image.items()
-    }
+    return {image: list(zip(rows, question_scores(rows, scorer), strict=True)) for image, rows in by_image.items()}
+
+
+def question_scores(answers: Iterable[Mapping[str, Any]], scorer: str) -> QuestionScores:
+    """Score the answer rows of one image; a question with choices counts by its gold answer."""
+    return SCORERS[scorer]([Answered(row["question_id"], _as_yes_or_no(row), row["parents"]) for row in answers])
+
+
+def _as_yes_or_no(row: Mapping[str, Any]) -> str | None:
+    if row.get("gold") is None or row["answer"] is None:
+        return row["answer"]
+    return "yes" if row["answer"] == row["gold"] else "no"

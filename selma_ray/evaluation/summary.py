@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from selma_ray.evaluation.config import EvaluationConfig
@@ -27,6 +28,7 @@ __all__ = [
     "ModelScores",
     "model_scores",
     "prompt_totals",
+    "score_table",
     "summarise",
 ]
 
@@ -148,6 +150,23 @@ def prompt_totals(
     return sums_P, counts_P
 
 
+def score_table(model: str, scores: ModelScores, answers: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Return one row per image: its prompt, its seed, and its score under every metric, null where it has none."""
+    asked = {(row["prompt_id"], row["seed"]): row for row in answers}
+    metrics = _metrics(scores)
+    rows = []
+    for key, parts in scores.images.items():
+        of_image = {name: parts.get(("metric", name)) for name in metrics}
+        row = {name: asked[key][name] for name in ("skill", "prompt_id", "prompt", "seed", "judge")}
+        row |= {name: part.total / part.count if part else None for name, part in of_image.items()}
+        rows.append({"model": model, **row, "reason": scores.unscored.get(key)})
+    columns = ["model", "skill", "prompt_id", "prompt", "judge", "reason"]
+    schema = pa.schema(
+        [(name, pa.string()) for name in columns] + [("seed", pa.int64())] + [(name, pa.float64()) for name in metrics]
+    )
+    return pa.Table.from_pylist(rows, schema)
+
+
 class _Tally:
     """The suite's order, skills and categories, and how figures are resampled."""
 
@@ -189,9 +208,10 @@ class _Tally:
             shared = [
                 key for key, parts in scores.images.items() if measure in parts and measure in base.images.get(key, {})
             ]
-            sums = (prompt_totals(each, measure, self._row_of, shared) for each in (scores, base))
-            of_prompt = [array[where_P] for pair in sums for array in pair]
-            return paired_difference(*of_prompt, self._resamples, self._seed)
+            new, old = (prompt_totals(each, measure, self._row_of, shared) for each in (scores, base))
+            return paired_difference(
+                new[0][where_P], new[1][where_P], old[0][where_P], old[1][where_P], self._resamples, self._seed
+            )
 
         overall = _plain(between(main))
         if overall is None:

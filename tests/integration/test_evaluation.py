@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from selma_ray.cluster import ClusterConfig
+from selma_ray.errors import ConfigError
 from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
 from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.questions import PromptWithQuestions, Question
@@ -103,6 +104,33 @@ def test_a_finished_evaluation_does_nothing_and_a_killed_one_goes_on(evaluated, 
     assert sorted(event.detail for event in events) == ["base", "merged"]
     redone = {path for path in paths if folder.local_path(path).stat().st_ino != before[path]}
     assert redone <= {lost_answers, lost_images, its_answers}
+
+
+def test_judges_in_actors_of_their_own_give_the_same_figures(evaluated, config, models, tmp_path):
+    _, summary, _ = evaluated
+    apart = config.model_copy(update={"judges": 1})
+    again, events = evaluated_again(RunFolder(str(tmp_path)), models, apart)
+    assert again == summary
+    assert (events[-1].done, events[-1].total) == (20, 20)
+
+
+def test_actors_that_cannot_all_start_are_refused(ray_cluster, config, models, tmp_path):
+    apart = config.model_copy(update={"judges": 1, "num_cpus": 4})
+    with pytest.raises(ConfigError, match=r"need 5 CPUs at least, this machine offers 4; set evaluation\.judges=0"):
+        evaluated_again(RunFolder(str(tmp_path)), models, apart)
+
+
+def test_every_image_has_its_scores_in_a_table(evaluated):
+    folder, summary, _ = evaluated
+    for model, scores in summary["models"].items():
+        table = folder.read_table([f"evaluation/{model}/scores.parquet"])
+        assert table.num_rows == scores["images"]
+        by_prompt = {}
+        for row in table.to_pylist():
+            by_prompt.setdefault(row["prompt_id"], []).append(row["official"])
+        assert sum(sum(each) / len(each) for each in by_prompt.values()) / len(by_prompt) == pytest.approx(
+            scores["dsg"]
+        )
 
 
 def evaluated_again(folder, models, config):

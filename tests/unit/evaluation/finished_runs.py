@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.dsg import Answered, mean_score, official
+from selma_ray.evaluation.judge_error import judge_error_summary
 from selma_ray.evaluation.questions import load_suite
 from selma_ray.evaluation.summary import model_scores, summarise
 from selma_ray.miniature.captions import parse_caption
@@ -24,6 +26,7 @@ CHANCES = {
     "style": 0.7,
     "merged": 0.76,
 }
+JUDGE = "miniature@0123456789abcdef"
 RECIPE = "model: {name: miniature}\nmerging: {name: merged}\nseed: 0\n"
 
 
@@ -32,7 +35,7 @@ def write_finished_run(folder: Path, max_prompts: int = 40) -> RunFolder:
     run, config = RunFolder(str(folder)), EvaluationConfig(bootstrap_resamples=400)
     suite = load_suite("miniature", max_prompts)
     run.write_bytes(RECIPE.encode(), "recipe.yaml")
-    scores, files = {}, {}
+    scores, files, answers_of = {}, {}, {}
     for model, chance in CHANCES.items():
         answers = [row for prompt in suite for row in _answers(model, prompt, chance)]
         images = [_image(model, prompt.prompt, prompt.skill) for prompt in suite]
@@ -40,13 +43,30 @@ def write_finished_run(folder: Path, max_prompts: int = 40) -> RunFolder:
         run.write_table(pa.Table.from_pylist(images, IMAGE_SCHEMA), files[model]["images"][0])
         run.write_table(pa.Table.from_pylist(answers, ANSWER_SCHEMA), files[model]["answers"][0])
         scores[model] = model_scores(answers, "official")
+        answers_of[model] = answers
     details = {
-        "scorer": "official", "judge": "miniature@0123456789abcdef", "suite": "miniature", "seeds": [0],
+        "scorer": "official", "judge": JUDGE, "suite": "miniature", "seeds": [0],
         "sampling": config.sampling.model_dump(), "resamples": 400, "files": files,
+        "judges": {}, "compare_with": {}, "judge_error": judge_error_summary(answers_of, list(_known()), _score_of, "base", 50, 0),
     }  # fmt: skip
     run.mark_done("evaluate", summarise(scores, suite, config, 0, details).as_dict())
     _write_earlier_stages(run, suite)
     return run
+
+
+def _score_of(rows):
+    return mean_score(official([Answered(row["question_id"], row["answer"], row["parents"]) for row in rows]))
+
+
+def _known():
+    """Yield answers with known truth of a judge that errs one time in twenty."""
+    rng = random.Random(1)
+    for category in ("whole", "color", "count", "spatial", "background", "style"):
+        for number in range(60):
+            truth = number % 2 == 0
+            right = rng.random() > 0.05
+            p_yes = rng.uniform(0.6, 1) if truth == right else rng.uniform(0, 0.4)
+            yield {"category": category, "answer": "yes" if truth == right else "no", "p_yes": p_yes, "truth": truth}
 
 
 def _answers(model, prompt, chance):
@@ -55,7 +75,7 @@ def _answers(model, prompt, chance):
         yield {
             "model": model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": 1,
             "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
-            "answer": "yes" if rng.random() < chance else "no", "p_yes": 0.5, "reason": None, "judge": "miniature@0123456789abcdef",
+            "answer": "yes" if rng.random() < chance else "no", "p_yes": 0.5, "reason": None, "judge": JUDGE,
         }  # fmt: skip
 
 
@@ -78,6 +98,8 @@ def _write_earlier_stages(run, suite):
             for step in range(1, 101)
         ]
         run.write_json(points, "experts", skill, "curve.json")
+        dev = [{"step": step, "dsg": 0.6 + 0.001 * step * rng.random(), "images": 20} for step in (25, 50, 75, 100)]
+        run.write_json(dev, "experts", skill, "dev_scores.json")
         rows = [
             _image("base", prompt.prompt, skill, index)
             for prompt in suite

@@ -1,12 +1,16 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from selma_ray.evaluation.chunks import EvaluateChunk, ModelUnderTest, plan_chunks
+from selma_ray.errors import JudgeError
+from selma_ray.evaluation.chunks import JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
 from selma_ray.evaluation.questions import PromptWithQuestions, Question
-from selma_ray.evaluation.run import EvaluateBatch
+from selma_ray.evaluation.run import WorkOnChunks
+from selma_ray.evaluation.summary import model_scores
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import Renderer
+from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
 from tests.unit.evaluation.tiny_judges import save_tiny_miniature_judge
 
@@ -55,7 +59,8 @@ def test_a_prompt_that_fails_is_recorded_and_spares_its_batch(config, tiny_pipel
     folder = RunFolder(str(tmp_path))
     models = {"base": ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))}
     chunk = plan_chunks("base", "r0", SUITE, config, 7)[0]
-    EvaluateChunk(folder, models, config, "judge")(chunk)
+    RenderChunk(folder, models, config)(chunk)
+    JudgeChunk(folder, config, "judge")(chunk)
     images = folder.read_table(["/".join(chunk.images_path)]).to_pylist()
     answers = folder.read_table(["/".join(chunk.answers_path("judge"))]).to_pylist()
     assert [row["error"] for row in images] == [None, None, "ValueError: no such number", None]
@@ -64,12 +69,46 @@ def test_a_prompt_that_fails_is_recorded_and_spares_its_batch(config, tiny_pipel
     assert answers[2]["reason"] == "ValueError: no such number"
 
 
-def test_an_error_of_ours_travels_as_a_row(config, tiny_pipeline_dir, tmp_path):
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "config.json").write_text('{"model_type": "bert"}')
-    broken = config.model_copy(update={"judge": JudgeConfig(name=str(tmp_path / "judge"))})
+def test_a_corrupt_image_is_null_with_its_reason_and_spares_the_others(config, tiny_pipeline_dir, tmp_path):
+    folder = RunFolder(str(tmp_path))
     models = {"base": ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))}
-    chunks = plan_chunks("base", "r0", SUITE[:1], broken, 7)
-    rows = EvaluateBatch(RunFolder(str(tmp_path)), models, chunks, broken, "judge")({"chunk": np.array([0])})
-    assert (rows["chunk"], rows["error_class"]) == ([0], ["JudgeError"])
-    assert "visual question answering" in rows["error"][0]
+    chunk = plan_chunks("base", "r0", SUITE, config, 7)[0]
+    RenderChunk(folder, models, config)(chunk)
+    rows = folder.read_table(["/".join(chunk.images_path)]).to_pylist()
+    rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:80]
+    rows[3]["image"]["bytes"] = b"no picture at all"
+    folder.write_table(pa.Table.from_pylist(rows, IMAGE_SCHEMA), *chunk.images_path)
+    JudgeChunk(folder, config, "judge")(chunk)
+    answers = folder.read_table(["/".join(chunk.answers_path("judge"))]).to_pylist()
+    assert [row["answer"] is None for row in answers] == [False, True, False, True]
+    assert answers[1]["reason"].startswith("the image cannot be read: ")
+    scores = model_scores(answers, "official")
+    assert set(scores.unscored) == {("p1", chunk.seeds[1]), ("p3", chunk.seeds[3])}
+    assert {prompt_id for (prompt_id, _), parts in scores.images.items() if parts} == {"p0", "p2"}
+
+
+def test_images_that_are_there_are_not_rendered_again(config, tiny_pipeline_dir, tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path))
+    models = {"base": ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))}
+    chunk = plan_chunks("base", "r0", SUITE, config, 7)[0]
+    RenderChunk(folder, models, config)(chunk)
+    monkeypatch.setattr(Renderer, "render", pytest.fail)
+    RenderChunk(folder, models, config)(chunk)
+
+
+def make_failing():
+    raise JudgeError("no such judge")
+
+
+def test_an_error_of_ours_travels_as_a_row_past_later_stages():
+    first, second = (WorkOnChunks(("chunk",), (make,), 1) for make in (make_failing, lambda: pytest.fail))
+    rows = first({"chunk": np.array([0])})
+    assert rows == {"chunk": [0], "error_class": ["JudgeError"], "error": ["no such judge"]}
+    assert second({key: np.array(values) for key, values in rows.items()}) == rows
+
+
+def test_steps_are_made_once_and_done_in_order():
+    done = []
+    work = WorkOnChunks(("a", "b"), (lambda: done.append("made") or (lambda chunk: done.append(chunk)),), 1)
+    assert work({"chunk": np.array([1, 0])})["error"] == ["", ""]
+    assert done == ["made", "b", "a"]

@@ -20,7 +20,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("img", "meta", "link"):
+        if tag not in ("img", "meta", "link", "br"):
             self.open_tags.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -68,6 +68,9 @@ def test_page_shows_every_figure_of_the_summary(run, page):
     assert f"95% interval {100 * low:+.1f} to {100 * high:+.1f}".replace("-", "−") in text
     for heading in (
         "Scores",
+        "Against base",
+        "The same answers under other scorers",
+        "How far the judge can be trusted",
         "Base and merged side by side",
         "Training",
         "Merging",
@@ -105,6 +108,72 @@ def test_report_for_machines_holds_the_same_and_no_images(run):
     gains = [example["merged"] - example["base"] for example in report["examples"]["gains"]]
     assert gains == sorted(gains, reverse=True)
     assert all(gain > 0 for gain in gains)
+
+
+def test_differences_of_every_model_stand_with_corrected_tests(run, page):
+    text, differences = text_of(page), run.done("evaluate")["differences"]
+    assert set(differences) == {"merged", *SKILLS}
+    for row in differences.values():
+        assert f"{row['wins']} {row['losses']} {row['ties']}" in re.sub(r"\s+", " ", text)
+        for name in ("p_sign_holm", "p_bootstrap_holm"):
+            shown = "p < 0.001" if row[name] < 0.001 else f"p = {row[name]:.3f}"
+            assert shown in text
+
+
+def test_the_judges_errors_are_stated(run, page):
+    text, trust = text_of(page), run.done("evaluate")["judge_error"]
+    low, high = trust["differences"]["merged"]["interval"]
+    assert f"the difference is {100 * trust['differences']['merged']['mean']:+.1f} points".replace("-", "−") in text
+    assert f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "−") in text
+    for row in trust["bins"]:
+        assert f"P(yes) {100 * row['p_yes']:.1f}%: {100 * row['share']:.1f}% of {row['count']} are true" in text
+
+
+def test_answers_stand_side_by_side_and_a_void_yes_is_marked(run):
+    html = run.read_bytes("report.html").decode()
+    assert html.count('<span class="yes">yes</span>') > 20
+    assert html.count('<span class="no">no</span>') > 20
+    assert "does not count: a question that it depends on was denied" in html
+    verdicts = run.read_json("report.json")["examples"]["first"][0]["verdicts"]
+    assert set(verdicts[0]["base"]) == {"text", "counted"}
+
+
+def test_dev_scores_and_the_checkpoint_that_was_kept_are_shown(run, page):
+    points = run.read_json("experts", "style", "dev_scores.json")
+    best = max(points, key=lambda point: point["dsg"])
+    assert f"best dev {100 * best['dsg']:.1f}% at step {best['step']}" in text_of(page)
+    assert run.read_bytes("report.html").count(b'class="devdot"') == len(SKILLS) * len(points)
+
+
+def test_the_command_to_reproduce_names_the_runs_own_recipe(run, page):
+    assert f"selma run {run.path('recipe.yaml')} run_dir=runs/again" in text_of(page)
+    assert run.read_json("report.json")["versions"]["selma_ray"]
+
+
+def test_failures_other_judges_and_ratings_are_told(tmp_path):
+    folder = write_finished_run(tmp_path, max_prompts=5)
+    summary = folder.done("evaluate")
+    summary["judges"] = {"ties": "blip@1"}
+    summary["models"]["merged"] |= {
+        "unreadable_answers": 4,
+        "unscored": {"images": 1, "reasons": {"the image cannot be read": 1}, "first": []},
+    }
+    summary["judge_error"] = None
+    folder.mark_done("evaluate", summary)
+    share = {"mean": 0.75, "interval": [0.4281, 0.9451], "count": 12}
+    ratings = {"raters": 2, "pairs": 16, "unrated": 0, "wins": 9, "ties": 4, "losses": 3, "share": share, "p": 0.146}
+    folder.write_json(ratings, "pairs", "result.json")
+    write_report(folder, SKILLS)
+    page = Page()
+    page.feed(folder.read_bytes("report.html").decode())
+    text = text_of(page)
+    assert (
+        "merged: 4 answers could not be read and are left out, among them all of 1 of 5 images (1 × the image" in text
+    )
+    assert "ties was judged by blip@1" in text
+    assert "How far the judge can be trusted" not in text
+    assert "2 raters saw 16 pairs" in text
+    assert "75.0% of the decided pairs, 95% binomial interval 42.8–94.5 (p = 0.146)" in text
 
 
 def test_comparison_has_a_row_for_each_model(run):

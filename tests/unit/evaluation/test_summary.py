@@ -2,7 +2,7 @@ import pytest
 
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import PromptWithQuestions, Question
-from selma_ray.evaluation.summary import model_scores, prompt_totals, summarise
+from selma_ray.evaluation.summary import model_scores, prompt_totals, score_table, summarise
 
 SUITE = [
     PromptWithQuestions("a", "common", "a red cup", (Question(1, "whole", "?"), Question(2, "color", "?", (1,)))),
@@ -115,3 +115,21 @@ def test_without_base_there_is_no_difference():
     summary = summarise({"merged": model_scores(rows(SUITE[0], ["yes", "no"]), "official")}, SUITE, CONFIG, 0, {})
     assert summary.difference is None
     assert summary.as_dict()["differences"] == {}
+
+
+def test_a_question_with_choices_counts_by_its_gold_answer():
+    answers = rows(SUITE[0], ["surfer", "swimmer"])
+    for row in answers:
+        row["gold"] = "surfer"
+    assert figures(answers)["dsg"] == 0.5
+
+
+def test_a_table_has_a_row_for_each_image_and_null_where_there_is_no_score():
+    answers = rows(SUITE[0], ["yes", "no"]) + rows(SUITE[1], [None] * 4)
+    for row in answers:
+        row |= {"skill": "s", "prompt": "p", "judge": "j"}
+    table = score_table("base", model_scores(answers, "official"), answers).to_pylist()
+    assert [(row["prompt_id"], row["official"], row["reason"]) for row in table] == [
+        ("a", 0.5, None),
+        ("b", None, "the image is torn"),
+    ]
