@@ -13,7 +13,7 @@ from ray.data import Dataset
 
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
-from selma_ray.images.shards import existing_ids, too_many_failures
+from selma_ray.images.shards import drop_duplicates, existing_ids, too_many_failures
 from selma_ray.storage import RunFolder
 
 __all__ = ["RenderingProgress", "follow", "read_progress"]
@@ -93,6 +93,8 @@ def follow(
             written_s = time.monotonic()
             _write(folder, progress)
         yield row, progress
+    if dropped := drop_duplicates(folder):
+        progress = replace(progress, again=progress.again + dropped)
     _write(folder, replace(progress, ended=True, updated_at=time.time()))
 
 

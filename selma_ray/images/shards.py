@@ -20,6 +20,7 @@ from selma_ray.storage import RunFolder
 __all__ = [
     "WriteImages",
     "check_failures",
+    "drop_duplicates",
     "existing_ids",
     "forget_failures",
     "image_summary",
@@ -66,6 +67,24 @@ def existing_ids(folder: RunFolder) -> frozenset[str]:
     """Return the ids of all rows that need not be rendered any more."""
     paths = folder.files(_IMAGES, suffix=".parquet")
     return frozenset(folder.read_table(paths, columns=["id"])["id"].to_pylist()) if paths else frozenset()
+
+
+def drop_duplicates(folder: RunFolder) -> int:
+    """Delete rows that a shard before them has too; returns how many there were.
+
+    A killed driver's workers may live for a moment and write what the next start renders again.
+    """
+    seen: set[str] = set()
+    dropped = 0
+    for path in folder.files(_IMAGES, suffix=".parquet"):
+        ids = folder.read_table([path], columns=["id"])["id"].to_pylist()
+        new = [id_ not in seen for id_ in ids]
+        seen.update(ids)
+        if not all(new):
+            write_shards(folder, folder.read_table([path]).filter(pa.array(new)))
+            folder.delete(path)
+            dropped += new.count(False)
+    return dropped
 
 
 def forget_failures(folder: RunFolder) -> None:

@@ -10,6 +10,7 @@ from selma_ray.errors import RenderError
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.shards import (
     check_failures,
+    drop_duplicates,
     existing_ids,
     forget_failures,
     image_summary,
@@ -118,3 +119,14 @@ def test_shards_of_an_earlier_version_are_read_with_those_of_this(folder):
     old = folder.read_table(folder.files("images")).drop_columns(["score"])
     folder.write_table(old, "images", "skill=one", "old.parquet")
     assert read_images(folder, "one")["score"].to_pylist() == [None, None]
+
+
+def test_rows_that_two_starts_wrote_are_kept_once(folder):
+    write_shards(folder, table(row("a"), row("b")))
+    write_shards(folder, table(row("b"), row("c")))
+    write_shards(folder, table(row("c")))
+    write_shards(folder, table(row("x", "two")))
+    assert drop_duplicates(folder) == 2
+    assert read_images(folder, "one")["id"].to_pylist() == ["a", "b", "c"]
+    assert drop_duplicates(folder) == 0
+    assert existing_ids(folder) == {"a", "b", "c", "x"}
