@@ -152,7 +152,8 @@ def test_singular_values_equal_those_of_the_dense_delta(experts):
     values = singular_values(merged)
     dense = torch.linalg.svdvals(merged.scale * merged.B_OR.double() @ merged.A_RI.double())
     count = min(len(values), len(dense))
-    torch.testing.assert_close(values[:count], dense[:count], rtol=1e-6, atol=1e-6)
+    of_largest = 1e-6 * max(1.0, float(dense[0]))  # what a float32 factor leaves of a singular value that is 0
+    torch.testing.assert_close(values[:count], dense[:count], rtol=1e-6, atol=of_largest)
     for rank in range(1, merged.rank + 1):
         report = MergeReport([str(index) for index in range(len(experts))], rank)
         report.add(experts, merged)
