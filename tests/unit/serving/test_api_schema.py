@@ -85,4 +85,4 @@ def test_mutated_bodies_are_refused_and_not_tripped_over() -> None:
 @pytest.mark.heavy
 def test_ten_thousand_requests() -> None:
     check_openapi(num_examples=1000)
-    check_mutations(6000)
+    check_mutations(8000)

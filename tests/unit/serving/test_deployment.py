@@ -5,11 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from selma_ray.serving.deployment import Deployments
+from selma_ray.cluster import ClusterConfig
+from selma_ray.config import validate
+from selma_ray.errors import ConfigError
+from selma_ray.models.config import ModelConfig
+from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.deployment import Deployments, application
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full
+from selma_ray.serving.served import ServedModels
 
 
 class Response:
@@ -182,6 +189,21 @@ def test_without_a_replica_that_answers_the_service_is_not_ready(answers: list) 
     with pytest.raises(RequestError) as refusal:
         asyncio.run(Deployments(Handle(Response(answer)), None, 60).check_ready())
     assert refusal.value.status == 503
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"evaluator_replicas": 0}, {"max_generator_replicas": 3, "max_evaluator_replicas": 2}]
+)
+def test_ray_serve_accepts_the_deployments(options: dict[str, Any]) -> None:
+    app = application(
+        ServedModels("merged", ModelConfig()), ServingConfig(**options), ClusterConfig(use_labels=True), Handle
+    )
+    assert isinstance(app, serve.Application)
+
+
+def test_more_replicas_than_the_most_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_generator_replicas must be at least generator_replicas, which is 4"):
+        validate(ServingConfig, {"generator_replicas": 4, "max_generator_replicas": 3}, "recipe")
 
 
 def test_scores_without_an_evaluator_are_404() -> None:
