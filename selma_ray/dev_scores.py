@@ -8,7 +8,8 @@ from statistics import fmean
 
 from selma_ray.errors import CaptionError, ConfigError, RenderError
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.questions import PromptWithQuestions, load_suite, questions_for_prompt
+from selma_ray.evaluation.questions import PromptWithQuestions, questions_for_prompt
+from selma_ray.evaluation.suites import open_suite
 from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.store import read_prompts
 from selma_ray.records import seed_of
@@ -25,7 +26,7 @@ def dev_prompts(
     Raises ConfigError for a skill that has none; `section` is the part of the recipe that asks for them.
     """
     if suite_name:
-        suite = load_suite(suite_name)
+        suite = open_suite(suite_name)
         prompts = {skill: [prompt for prompt in suite if prompt.skill == skill] for skill in skills}
         remedy = f"add some to {section}.suite {suite_name}"
     else:

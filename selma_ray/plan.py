@@ -127,10 +127,10 @@ def show_plan(recipe: Recipe, tflops: float) -> None:
 
 def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
     """Return how many images an evaluation renders, or None where the suite cannot be read."""
-    from selma_ray.evaluation.questions import load_suite
+    from selma_ray.evaluation.suites import open_suite
 
     try:
-        prompts = len(load_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts))
+        prompts = len(open_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts))
     except SelmaError:
         return None
     models = 2 + (num_experts if recipe.evaluation.experts else 0)
