@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["HalvingBatches", "is_out_of_memory"]
+__all__ = ["HalvingBatches", "is_out_of_memory", "spare_others"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,21 @@ class HalvingBatches:
                 logger.warning("a batch of %d did not fit into memory, going on with %d", len(batch), self.size)
                 _free_device_memory()
         return results
+
+
+def spare_others(
+    function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
+) -> list[Result | Exception]:
+    """Return one result an item; a batch that fails is halved until only the items that make it fail are its exceptions."""
+    if not items:
+        return []
+    try:
+        return list(function(items))
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+    half = len(items) // 2
+    return spare_others(function, items[:half]) + spare_others(function, items[half:])
 
 
 def is_out_of_memory(error: Any) -> bool:

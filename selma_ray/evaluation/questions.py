@@ -45,8 +45,9 @@ class PromptWithQuestions:
 def load_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQuestions]:
     """Load `miniature` or a JSON Lines file, cut to `max_prompts` spread evenly over its skills.
 
-    A line is {"id", "skill", "prompt", "questions": [{"id", "category", "question", "parents"}]}. Raises JudgeError, with counts, for
-    duplicated ids, empty prompts, prompts without questions, missing parents and cycles.
+    A line is {"id", "skill", "prompt", "questions": [{"id", "category", "question", "parents"}]}; a multiple-choice question has
+    "choices" and its gold "answer" as well. Raises JudgeError, with counts, for duplicated ids, empty prompts and questions, prompts
+    without questions, missing parents, cycles and answers that are no choice.
     """
     suite = _miniature_suite() if name == "miniature" else _read_suite(Path(name))
     return suite if max_prompts is None else spread_over_skills(suite, max_prompts)
@@ -133,6 +134,11 @@ def _faults_of(prompt: PromptWithQuestions, seen: set[str]) -> Iterator[tuple[st
         yield "no questions", prompt.id
     if len(set(ids)) != len(ids):
         yield "duplicated question id", prompt.id
+    for question in prompt.questions:
+        if not question.question.strip():
+            yield "empty question", f"{prompt.id} question {question.id}"
+        if question.choices and question.answer not in question.choices:
+            yield "answer that is no choice", f"{prompt.id} question {question.id}"
     graph = {question.id: {parent for parent in question.parents if parent != 0} for question in prompt.questions}
     missing = {parent for parents in graph.values() for parent in parents} - set(ids)
     if missing:

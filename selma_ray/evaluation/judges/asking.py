@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 
+from selma_ray.evaluation.batching import spare_others
 from selma_ray.evaluation.judges.interface import YES_OR_NO, Answer, Choices, Judge
 
-__all__ = ["Inquiry", "as_yes_or_no", "ask", "ask_images"]
+__all__ = ["Inquiry", "as_yes_or_no", "ask", "ask_images", "error_line", "image_fault"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +55,12 @@ def ask_images(
     A batch that fails is halved until only the images that make it fail are null.
     """
     choices = [[()] * len(asked) for asked in questions] if choices is None else choices
-    faults = [_fault(image) for image in images]
+    faults = [image_fault(image) for image in images]
     sound = [index for index, fault in enumerate(faults) if fault is None]
-    given = _halving(
-        judge,
-        [images[index] for index in sound],
-        [questions[index] for index in sound],
-        [choices[index] for index in sound],
-    )
-    by_index = dict(zip(sound, given, strict=True))
+    rows = [(images[index], questions[index], choices[index]) for index in sound]
+    given = dict(zip(sound, spare_others(partial(_answer_rows, judge), rows), strict=True))
     return [
-        by_index[index] if fault is None else [Answer(None, reason=fault)] * len(asked)
+        _readable(given[index], len(asked)) if fault is None else [Answer(None, reason=fault)] * len(asked)
         for index, (fault, asked) in enumerate(zip(faults, questions, strict=True))
     ]
 
@@ -84,32 +81,32 @@ def as_yes_or_no(answer: Answer) -> Answer:
     return Answer(None, None, f"the judge answered {answer.text[:_REASON_CHARS]!r}, neither yes nor no")
 
 
-def _fault(image: Image.Image | None) -> str | None:
-    """Return why an image cannot be shown to a judge; decodes it."""
+def image_fault(image: Image.Image | None) -> str | None:
+    """Return why an image cannot be shown to a model, None where it can; decodes it."""
     if image is None:
         return "there is no image"
     try:
         image.load()
     except Exception as error:  # PIL's decoders raise errors of many kinds
-        return f"the image cannot be read: {type(error).__name__}: {error}"[:_REASON_CHARS]
+        return f"the image cannot be read: {error_line(error)}"[:_REASON_CHARS]
     return None
 
 
-def _halving(
-    judge: Judge, images: Sequence, questions: Sequence[Sequence[str]], choices: Choices
-) -> list[list[Answer]]:
-    if not images:
-        return []
-    try:
-        if any(each for asked in choices for each in asked):
-            return judge.answer(images, questions, choices)
-        return judge.answer(images, questions)
-    except Exception as error:
-        if len(images) == 1:
-            logger.warning("the judge failed on an image: %s", error)
-            reason = f"{type(error).__name__}: {error}"[:_REASON_CHARS]
-            return [[Answer(None, reason=reason)] * len(questions[0])]
-    half = len(images) // 2
-    return _halving(judge, images[:half], questions[:half], choices[:half]) + _halving(
-        judge, images[half:], questions[half:], choices[half:]
-    )
+def error_line(error: Exception) -> str:
+    """Return an exception as a reason of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_REASON_CHARS]
+
+
+def _answer_rows(judge: Judge, rows: Sequence[tuple[Image.Image, Sequence[str], Sequence[Sequence[str]]]]) -> list:
+    images, questions, choices = zip(*rows, strict=True)
+    if any(each for asked in choices for each in asked):
+        return judge.answer(images, questions, choices)
+    return judge.answer(images, questions)
+
+
+def _readable(given: list[Answer] | Exception, count: int) -> list[Answer]:
+    if not isinstance(given, Exception):
+        return given
+    logger.warning("the judge failed on an image: %s", given)
+    return [Answer(None, reason=error_line(given))] * count

@@ -45,9 +45,8 @@ class VllmJudge:
         try:
             self._llm = LLM(model=located.path, **_engine_options(config))
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise JudgeError(
-                f"evaluation.judge.name {located.path} cannot be run by vLLM ({reason}); name a vision-language model that vLLM "
+                f"evaluation.judge.name {located.path} cannot be run by vLLM ({_reason(error)}); name a vision-language model that vLLM "
                 "supports, or set evaluation.judge.engine to transformers for ViLT and BLIP"
             ) from None
         tokenizer = self._llm.get_tokenizer()
@@ -86,6 +85,14 @@ class VllmJudge:
         first = {token: each.logprob for token, each in completion.logprobs[0].items()}
         probabilities = self._tokens.probabilities(choices, first)
         return spoken(completion.text, probabilities) if choices else _yes_or_no(completion.text, probabilities)
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a validation error that says what is wrong; vLLM's first line only counts them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if line.startswith("Value error")), lines[0] if lines else type(error).__name__
+    )[:200]
 
 
 def _yes_or_no(text: str, probabilities: Mapping[str, float]) -> Answer:

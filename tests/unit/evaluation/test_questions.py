@@ -49,6 +49,8 @@ def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path):
         ([line(questions=[question(1, 9)])], "missing parent, a has no question 9"),
         ([line(questions=[question(1, 2), question(2, 1)])], "cycle, a through questions"),
         ([line(questions=[question(1, 1)])], "cycle"),
+        ([line(questions=[{**question(1), "question": " "}])], "empty question, a question 1"),
+        ([line(questions=[{**question(1), "choices": ["red"], "answer": "blue"}])], "answer that is no choice 1"),
         ([line(questions=[]), line("b", prompt="")], "2 faults .no questions 1, empty prompt 1."),
         ([{"id": "a"}], "unreadable, KeyError 'questions'"),
         ([], "must hold at least one prompt"),

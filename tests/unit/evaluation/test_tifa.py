@@ -4,10 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from selma_ray.errors import JudgeError, ModelNotFoundError
+from selma_ray.evaluation.caption_answerer import Seq2SeqAnswerer
 from selma_ray.evaluation.embedding import SentenceEmbedder
 from selma_ray.evaluation.numerals import numeral_of, surface_forms
 from selma_ray.evaluation.questions import Question
@@ -142,3 +148,28 @@ def test_f1_is_1_only_for_the_same_words(gold, predicted):
     score = token_f1(" ".join(gold), " ".join(predicted))
     assert 0 <= score <= 1
     assert (score == 1) == (set(gold) == set(predicted))
+
+
+def test_unifiedqas_way_of_asking(tmp_path):
+    """On a small random T5: what it is asked, and that its answers come back cleaned."""
+    torch.manual_seed(0)
+    words = {
+        word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "is", "red", "blue", "a", "cup", "Red!"])
+    }
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    config = T5Config(
+        vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    answerer = Seq2SeqAnswerer(str(tmp_path))
+    asked = []
+    answerer._generated = lambda text: asked.append(text) or " Red! "
+    assert answerer.choose("what?", "a cup", ["red", "blue"]) == " Red! "
+    assert answerer.answer("what?", "a cup") == "red"
+    assert asked == ["what? \n a cup \n (A) red (B) blue ", "what? \n a cup"]
+    assert isinstance(Seq2SeqAnswerer(str(tmp_path)).answer("is a cup", "red"), str)
+    with pytest.raises(JudgeError, match="question answering model"):
+        Seq2SeqAnswerer(str(MINILM_DIR))

@@ -12,10 +12,10 @@ from transformers import (
     BlipForQuestionAnswering,
     BlipImageProcessor,
     BlipProcessor,
-    CLIPImageProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     PreTrainedTokenizerFast,
     ViltConfig,
     ViltForQuestionAnswering,
@@ -82,44 +82,52 @@ def save_tiny_blip(folder: Path) -> Path:
     return folder
 
 
-def save_tiny_llava(folder: Path) -> Path:
-    """Write a vision-language model that vLLM runs; it knows a few words."""
+def save_tiny_idefics3(folder: Path) -> Path:
+    """Write a vision-language model that vLLM runs without torchvision; it knows a few words."""
+    special = [
+        "<pad>",
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<image>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        "<end_of_utterance>",
+    ]
+    special += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     words = [*WORDS, "yes", "no", "Yes", "No", "Please", "answer", "or", ".", "USER", "ASSISTANT", ":", "2", "3"]
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "<image>", *words])}
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        additional_special_tokens=special[4:],
     )  # fmt: skip
     torch.manual_seed(3)
-    config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-        },
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Idefics3Config(
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
         text_config={
-            "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": 64, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
-            "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+            **sizes, "model_type": "llama", "vocab_size": len(vocabulary), "num_key_value_heads": 2,
+            "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
         },
-        image_token_index=vocabulary["<image>"], vision_feature_select_strategy="default", image_seq_length=16,
+        image_token_id=vocabulary["<image>"], scale_factor=2, pad_token_id=0,
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
+    model = Idefics3ForConditionalGeneration(config)
+    with torch.no_grad():  # larger weights, so that answers differ from image to image
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
+        model.lm_head.weight.normal_(std=0.05)  # and yes and no stay among the likely words
     model.save_pretrained(folder)
     template = (
         "{% for message in messages %}USER : {% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}"
         "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
     )
-    LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer, patch_size=8,
-        vision_feature_select_strategy="default", chat_template=template, image_token="<image>", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+    edge = {"longest_edge": 32}
+    images = Idefics3ImageProcessor(size=edge, max_image_size=edge, do_image_splitting=False)
+    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template).save_pretrained(folder)
     return folder
 
 
