@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
+from transformers import CLIPTextConfig
 
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
@@ -27,8 +28,6 @@ from selma_ray.models.parts import (
 )
 
 __all__ = ["StableDiffusion", "StableDiffusionEncoders"]
-
-_TOKENS = 77  # of CLIP's text encoders
 
 
 class StableDiffusion:
@@ -56,7 +55,12 @@ class StableDiffusion:
         """Return the shape of each tensor of an encoded example, without N."""
         unet = load_config(self.model, self.located, UNet2DConditionModel, "unet")
         latents = latent_shape(self._autoencoder, height_px, width_px)
-        return {"latent_mean": latents, "latent_std": latents, "text_NTD": (_TOKENS, unet["cross_attention_dim"])}
+        with load_errors(self.model, "the configuration of text_encoder"):
+            text = CLIPTextConfig.from_pretrained(
+                self.located.path, subfolder="text_encoder", revision=self.model.revision or "main"
+            )
+        tokens = text.max_position_embeddings
+        return {"latent_mean": latents, "latent_std": latents, "text_NTD": (tokens, unet["cross_attention_dim"])}
 
     @cached_property
     def latent_scale(self) -> float:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from selma_ray.cluster import ClusterConfig
@@ -64,6 +66,73 @@ def test_nothing_waits_where_no_adapter_was_left_or_all_are_scored(job):
     assert scores.is_idle
     job.folder.delete(f"{job.candidate(4)}.json")
     assert not CandidateScores([job], SELECTION, score, ClusterConfig()).is_idle
+
+
+class FakeRay:
+    """Runs a task when it is waited for; a started task's name is its reference."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, tuple] = {}
+
+    def remote(self, function):
+        return self
+
+    def options(self, **resources):
+        self.resources = resources
+        return SimpleNamespace(remote=self._start)
+
+    def _start(self, score, job, step):
+        self.started[f"{job.name} {step}"] = (score, job, step)
+        return f"{job.name} {step}"
+
+    def wait(self, references, num_returns, timeout):
+        assert timeout == 0
+        return references[:num_returns], []
+
+    def get(self, reference):
+        score, job, step = self.started[reference]
+        return score(job.candidate(step), job.skills)
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    fake = FakeRay()
+    for name in ("remote", "wait", "get"):
+        monkeypatch.setattr(f"ray.{name}", getattr(fake, name))
+    return fake
+
+
+def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job, fake_ray):
+    scores = CandidateScores([job], SELECTION, lambda directory, skills: {"dsg": 0.5, "images": 3}, ClusterConfig())
+    scores.poll()
+    assert fake_ray.started == {}
+    leave_candidates(job, {2: 0.0, 4: 0.0})
+    for step in (2, 4):
+        job.folder.delete(f"{job.candidate(step)}.json")
+    scores.poll()
+    assert list(fake_ray.started) == ["counting 2"]
+    assert scores.detail() == "scoring counting 2"
+    assert fake_ray.resources == {"num_cpus": 1, "num_gpus": 0}
+    scores.poll()
+    assert list(fake_ray.started) == ["counting 2", "counting 4"]
+    scores.poll()
+    assert scores.is_idle
+    assert job.folder.read_json(f"{job.candidate(4)}.json") == {"step": 4, "dsg": 0.5, "images": 3}
+
+
+def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_left_alone(job, fake_ray):
+    def broken(directory, skills):
+        raise RuntimeError("no judge")
+
+    leave_candidates(job, {2: 0.0, 4: 0.0})
+    for step in (2, 4):
+        job.folder.delete(f"{job.candidate(step)}.json")
+    scores = CandidateScores([job], SELECTION, broken, ClusterConfig())
+    scores.poll()
+    scores.poll()
+    assert str(scores.failures["counting"]) == "no judge"
+    assert scores.is_idle
+    assert list(fake_ray.started) == ["counting 2"]
 
 
 def test_a_choice_without_a_scorer_is_our_own_fault(job):

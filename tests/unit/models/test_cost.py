@@ -82,6 +82,11 @@ def test_shapes_are_those_of_encoded_examples(model):
     assert {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()} == shapes
 
 
+def test_shapes_are_those_of_the_miniature_whose_prompts_are_shorter():
+    shapes = open_family(ModelConfig()).example_shapes(64, 64)
+    assert shapes["text_NTD"] == (64, 128)
+
+
 def test_activations_are_as_large_as_they_are_when_measured(model, cost):
     """The estimates were seen from 5 per cent below the peak (FLUX, whose one block is all of this model) to 20 above (SD3)."""
     measured = peak_bytes(model, adapted_denoiser(model))
