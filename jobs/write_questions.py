@@ -18,6 +18,7 @@ from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import SelmaError
 from selma_ray.evaluation.generation.config import QuestionsConfig
 from selma_ray.evaluation.generation.writing import read_prompts, write_questions
+from selma_ray.evaluation.tifa import CaptionAnswerer
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,12 +34,21 @@ def main(arguments: Sequence[str]) -> int:
         connect(cluster)
         from selma_ray.evaluation.generation.stage import vllm_replies
 
-        written = write_questions(prompts, config, Path(questions_path), vllm_replies(config, cluster))
+        answerer = _caption_answerer(config)
+        written = write_questions(prompts, config, Path(questions_path), vllm_replies(config, cluster), answerer)
     except SelmaError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     sys.stdout.write(json.dumps(asdict(written)) + "\n")
     return 1 if written.failed else 0
+
+
+def _caption_answerer(config: QuestionsConfig) -> CaptionAnswerer | None:
+    if config.caption_model is None:
+        return None
+    from selma_ray.evaluation.caption_answerer import Seq2SeqAnswerer
+
+    return Seq2SeqAnswerer(config.caption_model)
 
 
 if __name__ == "__main__":

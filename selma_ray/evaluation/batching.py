@@ -25,12 +25,14 @@ class HalvingBatches:
             batch = items[len(results) : len(results) + self.size]
             try:
                 results += function(batch)
+                continue
             except Exception as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
                     raise
-                self.size = len(batch) // 2
-                logger.warning("a batch of %d did not fit into memory, going on with %d", len(batch), self.size)
-                _free_device_memory()
+            # Only here, where the error and the tensors of its frames are gone, can their memory be given back.
+            self.size = len(batch) // 2
+            logger.warning("a batch of %d did not fit into memory, going on with %d", len(batch), self.size)
+            _free_device_memory()
         return results
 
 

@@ -45,6 +45,9 @@ class QuestionsConfig(StrictModel):
     """In-context examples: a JSON Lines file of them, or for DSG its tifa160-dev-anns.csv; none takes a few of our own."""
     max_examples: int = Field(default=23, ge=1)
     """Examples shown, the first of the file."""
+    caption_model: str | None = None
+    """Text-to-text model (UnifiedQA), a folder or a hub name, that must answer a TIFA question from the prompt alone for it to
+    stay; none keeps all."""
     attempts: int = Field(default=2, ge=1, le=5)
     """Calls for one answer; an answer that cannot be used is asked for again, with another seed."""
     seed: int = Field(default=0, ge=0)

@@ -11,7 +11,7 @@ from typing import Any
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.generation.config import QuestionsConfig
 from selma_ray.evaluation.generation.rounds import Ask, Draft, draft_questions
-from selma_ray.evaluation.questions import PromptWithQuestions
+from selma_ray.evaluation.tifa import CaptionAnswerer, filter_questions
 from selma_ray.models.locate import locate_llm
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -42,17 +42,26 @@ class Written:
     repaired: dict[str, int]
 
 
-def write_questions(prompts: Sequence[PromptToAsk], config: QuestionsConfig, path: Path, ask: Ask) -> Written:
+def write_questions(
+    prompts: Sequence[PromptToAsk],
+    config: QuestionsConfig,
+    path: Path,
+    ask: Ask,
+    answerer: CaptionAnswerer | None = None,
+) -> Written:
     """Write a suite file with questions for every prompt that has none in it yet; a prompt whose text has changed is asked again.
 
     Prompts that fail stand in a file beside it, with their reasons, and are tried again the next time. Raises JudgeError for a file
-    that another generator wrote.
+    that another generator wrote. TIFA questions that `answerer` does not answer rightly from the prompt alone are dropped and counted.
     """
     _check_ids(prompts)
     generator = generator_name(config)
     found = _read(path, generator)
     pending = [each for each in prompts if found.get(each.id, {}).get("prompt") != each.prompt]
     drafts = draft_questions([each.prompt for each in pending], config, ask) if pending else []
+    if answerer is not None and config.style == "tifa":
+        for draft in drafts:
+            _drop_unanswered(draft, answerer)
     made = {each.id: _line(each, draft, generator) for each, draft in zip(pending, drafts, strict=True)}
     lines = [
         line
@@ -80,7 +89,7 @@ def generator_name(config: QuestionsConfig) -> str:
     )
     return (
         f"{config.llm.name}@{located.revision}#{config.style}-{config.format}-{_FORMAT_VERSION}-{examples}"
-        f"x{config.max_examples}-{config.seed}"
+        f"x{config.max_examples}-{config.seed}" + (f"+{config.caption_model}" if config.caption_model else "")
     )
 
 
@@ -108,6 +117,17 @@ def read_prompts(path: Path) -> list[PromptToAsk]:
     return prompts
 
 
+def _drop_unanswered(draft: Draft, answerer: CaptionAnswerer) -> None:
+    if draft.failure is not None:
+        return
+    kept = tuple(filter_questions(draft.questions, draft.prompt, answerer))
+    draft.repaired["question that the prompt does not answer"] += len(draft.questions) - len(kept)
+    draft.repaired = +draft.repaired
+    draft.questions = kept
+    if not kept:
+        draft.failure = "the prompt answers none of its questions"
+
+
 def _check_ids(prompts: Sequence[PromptToAsk]) -> None:
     repeated = [each for each, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
@@ -120,9 +140,8 @@ def _line(prompt: PromptToAsk, draft: Draft, generator: str) -> dict[str, Any]:
     line: dict[str, Any] = asdict(prompt)
     if draft.failure is not None:
         return line | {"failure": draft.failure, "attempts": dict(draft.attempts), "generator": generator}
-    whole = PromptWithQuestions(prompt.id, prompt.skill, prompt.prompt, draft.questions)
     return line | {
-        "questions": [asdict(each) for each in whole.questions],
+        "questions": [asdict(each) for each in draft.questions],
         "generator": generator,
         "repaired": dict(draft.repaired),
     }

@@ -171,6 +171,38 @@ def test_tifa_files_keep_choices_and_answers(tmp_path):
     assert (prompt.questions[0].choices, prompt.questions[0].answer) == (("yes", "no"), "yes")
 
 
+class Reader:
+    """Answers from a caption: yes if the question's last word is in it."""
+
+    def choose(self, question, caption, choices):
+        return "yes" if question.strip("?").split()[-1] in caption else "no"
+
+    def answer(self, question, caption):
+        return caption
+
+
+def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(tmp_path):
+    config = QuestionsConfig(style="tifa", caption_model="some/model")
+    assert generator_name(config) != generator_name(QuestionsConfig(style="tifa"))
+    asked = [
+        {
+            "element": "cup",
+            "type": "object",
+            "question": f"is there a {word}?",
+            "choices": ["yes", "no"],
+            "answer": "yes",
+        }
+        for word in ("cup", "moon")
+    ]
+    path = tmp_path / "questions.jsonl"
+    prompts = [PROMPTS[0], PromptToAsk("d", "common", "a dog")]
+    written = write_questions(prompts, config, path, Script(config, tifa=json.dumps(asked)), Reader())
+    (prompt,) = load_suite(str(path))
+    assert [each.question for each in prompt.questions] == ["is there a cup?"]
+    assert (written.failed, written.repaired) == (1, {"question that the prompt does not answer": 3})
+    assert "answers none of its questions" in path.with_suffix(".failed.jsonl").read_text()
+
+
 def test_failures_stand_beside_the_file_and_are_tried_again(config, tmp_path):
     path = tmp_path / "questions.jsonl"
     written = write_questions([*PROMPTS, PromptToAsk("c", "common", "")], config, path, Script(config))
