@@ -3,6 +3,7 @@
 Shapes: I input features, O output features, R rank, K = min(R, O) of a low-rank delta, O of a dense one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,11 @@ class DenseDelta:
 
 
 Delta = LoraFactors | DenseDelta
+ToOutputs = Callable[[torch.Tensor], torch.Tensor]
+"""From coordinates in a basis of a delta's columns, (K, r), to the outputs, (O, r)."""
+
+# Smallest over largest pivot of a Cholesky factor above which its triangular solve keeps half of float64's digits.
+_WELL_CONDITIONED = 1e-4
 
 
 def truncated(delta: Delta, rank: int) -> LoraFactors:
@@ -36,31 +42,43 @@ def truncated(delta: Delta, rank: int) -> LoraFactors:
 
     B holds left singular vectors, each up to its sign, and A what the delta is in their span. Raises no rank: it is at most O.
     """
-    basis_OK, gram_KK = _gram_in_column_space(delta)
-    leading_Kr = torch.linalg.eigh(gram_KK).eigenvectors.flip(1)[:, :rank]
-    B_Or = leading_Kr if basis_OK is None else basis_OK @ leading_Kr
-    A_rI = _projected(delta, B_Or)
-    return LoraFactors(delta.module, A_rI.float(), B_Or.float(), 1.0)
+    gram_KK, to_outputs = _gram_in_column_space(delta)
+    B_Or = to_outputs(torch.linalg.eigh(gram_KK).eigenvectors.flip(1)[:, :rank])
+    return LoraFactors(delta.module, _projected(delta, B_Or).float(), B_Or.float(), 1.0)
 
 
 def squared_singular_values(delta: Delta) -> torch.Tensor:
     """Return the K largest squared singular values, falling; their sum is the squared Frobenius norm."""
-    return torch.linalg.eigvalsh(_gram_in_column_space(delta)[1]).flip(0).clamp_min(0)
+    return torch.linalg.eigvalsh(_gram_in_column_space(delta)[0]).flip(0).clamp_min(0)
 
 
-def _gram_in_column_space(delta: Delta) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return an orthonormal basis (O, K) of the delta's columns, None for that of the outputs, and the Gram matrix in it (K, K).
+def _gram_in_column_space(delta: Delta) -> tuple[torch.Tensor, ToOutputs]:
+    """Return the Gram matrix of the delta's rows in an orthonormal basis of its columns (K, K), and the way back from that basis.
 
-    The Gram matrix's eigenvalues are squared singular values, hence float64. A low-rank delta is never made dense: QR of B first.
+    The Gram matrix's eigenvalues are squared singular values, hence float64. A low-rank delta is never made dense.
     """
     if isinstance(delta, DenseDelta):
         delta_OI = delta.D_OI.double()
-        return None, delta_OI @ delta_OI.T
-    basis_OK, core_KR = None, _scaled_b(delta)
-    if core_KR.shape[1] < core_KR.shape[0]:
-        basis_OK, core_KR = torch.linalg.qr(core_KR)
+        return delta_OI @ delta_OI.T, _unchanged
+    core_KR, to_outputs = _column_space(_scaled_b(delta))
     A_RI = delta.A_RI.double()
-    return basis_OK, core_KR @ (A_RI @ A_RI.T) @ core_KR.T
+    return core_KR @ (A_RI @ A_RI.T) @ core_KR.T, to_outputs
+
+
+def _column_space(B_OR: torch.Tensor) -> tuple[torch.Tensor, ToOutputs]:
+    """Return B in an orthonormal basis of its columns, shape (K, R), and the way back from that basis to the outputs.
+
+    The basis is that of a QR decomposition, taken from Cholesky's factor of B^T B, which costs half, where B is far from losing rank.
+    """
+    if B_OR.shape[1] >= B_OR.shape[0]:
+        return B_OR, _unchanged
+    lower_RR, failed = torch.linalg.cholesky_ex(B_OR.T @ B_OR)
+    diagonal_R = lower_RR.diagonal()
+    if not failed and diagonal_R.min() > _WELL_CONDITIONED * diagonal_R.max():
+        upper_RR = lower_RR.T
+        return upper_RR, lambda x_Rr: B_OR @ torch.linalg.solve_triangular(upper_RR, x_Rr, upper=True)
+    basis_OR, upper_RR = torch.linalg.qr(B_OR)
+    return upper_RR, lambda x_Rr: basis_OR @ x_Rr
 
 
 def _projected(delta: Delta, B_Or: torch.Tensor) -> torch.Tensor:
@@ -72,3 +90,7 @@ def _projected(delta: Delta, B_Or: torch.Tensor) -> torch.Tensor:
 
 def _scaled_b(factors: LoraFactors) -> torch.Tensor:
     return factors.scale * factors.B_OR.double()
+
+
+def _unchanged(x_Or: torch.Tensor) -> torch.Tensor:
+    return x_Or

@@ -161,6 +161,17 @@ def test_singular_values_equal_those_of_the_dense_delta(experts):
         assert abs(report.as_dict()["energy_kept"] - kept) < 1e-6
 
 
+def test_svd_of_experts_that_nearly_coincide_loses_no_digits():
+    one = random_factors(0, 3, 1.0)
+    for distance in (0.0, 1e-9, 1e-6, 1e-3):
+        noise = random_factors(1, 3, 1.0)
+        near = LoraFactors("module", one.A_RI, one.B_OR + distance * noise.B_OR, 1.0)
+        merged = svd([one, near], [0.5, 0.5], rank=3)
+        assert_close(merged.delta(), exact_sum([one, near], [0.5, 0.5]), 1e-6)
+        gram = merged.B_OR.double().T @ merged.B_OR.double()
+        torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
 def test_sign_conflicts_are_the_entries_where_both_signs_meet():
     one, other = (random_factors(seed, 2, scale) for seed, scale in ((0, 1.0), (1, -2.0)))
     share, entries = sign_conflicts([one, other])
