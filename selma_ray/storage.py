@@ -120,6 +120,12 @@ class RunFolder:
             elif info.type == fs.FileType.File:
                 self._filesystem.delete_file(info.path)
 
+    def delete_partial(self, *parts: str) -> None:
+        """Delete what killed writers left half-written below `parts`; only for when nothing writes there."""
+        if self.is_local:
+            for path in Path(self._inner(*parts)).rglob(f"*{_PART_SUFFIX}"):
+                path.unlink(missing_ok=True)
+
     def mark_done(self, stage: str, summary: dict[str, Any]) -> None:
         """Record that `stage` is finished, with a summary for people and reports."""
         self.write_json(summary, "done", f"{stage}.json")

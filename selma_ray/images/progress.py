@@ -93,6 +93,8 @@ def follow(
             written_s = time.monotonic()
             _write(folder, progress)
         yield row, progress
+    for part in ("prompts", "images", "failures", "in_flight"):
+        folder.delete_partial(part)
     if dropped := drop_duplicates(folder):
         progress = replace(progress, again=progress.again + dropped)
     _write(folder, replace(progress, ended=True, updated_at=time.time()))

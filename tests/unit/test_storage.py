@@ -48,6 +48,15 @@ def test_half_written_files_are_not_listed(tmp_path):
     assert RunFolder(str(tmp_path)).files() == []
 
 
+def test_what_a_killed_writer_left_can_be_deleted(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    folder.write_bytes(b"x", "a", "b", "c")
+    (tmp_path / "a" / "b" / "d.123.part").write_text("{")
+    folder.delete_partial("a")
+    folder.delete_partial("nowhere")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["c"]
+
+
 def test_done_markers_hold_their_summary(tmp_path):
     folder = RunFolder(str(tmp_path))
     assert folder.done("train") is None
