@@ -1,14 +1,15 @@
-"""T2I-CompBench's rules (Huang et al. 2023, section 4) on given detections: 2D spatial relations and numeracy.
+"""T2I-CompBench's rules (Huang et al. 2023, section 4) on given detections and answers: 2D space, numeracy, attributes.
 
 Boxes are (x0, y0, x1, y1) in pixels, y downwards.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from selma_ray.errors import JudgeError
 
-__all__ = ["Found", "numeracy", "position_score", "spatial_2d"]
+__all__ = ["Found", "attribute_binding", "numeracy", "position_score", "spatial_2d"]
 
 _NEAR = ("next to", "on side of", "near")
 _NEAR_PX = 150
@@ -69,6 +70,17 @@ def numeracy(expected: Mapping[str, int], counted: Mapping[str, int]) -> float:
         0.5 * (counted.get(name, 0) > 0) + 0.5 * (counted.get(name, 0) == count) for name, count in expected.items()
     ]
     return sum(earned) / len(expected)
+
+
+def attribute_binding(p_yes: Iterable[float | None]) -> float | None:
+    """Return the product of P(yes) to "a red cup?" and the like, a question a noun phrase: the score of colour, shape and texture.
+
+    None where one of them could not be read.
+    """
+    chances = list(p_yes)
+    if not chances:
+        raise JudgeError("T2I-CompBench attributes need at least one noun phrase, got none; mend the prompt's phrases")
+    return None if None in chances else math.prod(chance for chance in chances if chance is not None)
 
 
 def _iou(first: Sequence[float], second: Sequence[float]) -> float:

@@ -78,3 +78,10 @@ def test_numeracy_gives_half_for_presence_and_half_for_the_count():
     assert t2i_compbench.numeracy({"dog": 2}, {}) == 0.0
     with pytest.raises(JudgeError, match="at least one expected object"):
         t2i_compbench.numeracy({}, {})
+
+
+def test_attributes_multiply_and_are_null_where_one_cannot_be_read():
+    assert t2i_compbench.attribute_binding([0.5, 0.8]) == pytest.approx(0.4)
+    assert t2i_compbench.attribute_binding([0.5, None]) is None
+    with pytest.raises(JudgeError, match="at least one noun phrase"):
+        t2i_compbench.attribute_binding([])

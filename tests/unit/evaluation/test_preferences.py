@@ -231,3 +231,13 @@ def test_imagereward_accuracy_counts_pairs_of_different_ranks():
         agreement.imagereward_accuracy([[1, 1]], [[0.1, 0.2]])
     with pytest.raises(JudgeError, match="as many"):
         agreement.inversion_score([1, 2], [1])
+
+
+def test_public_checkpoints_on_a_closed_network_are_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for metric, formula in FORMULAS.items():
+        with pytest.raises(JudgeError, match=f"{metric}: {formula.checkpoint} cannot be opened") as caught:
+            ClipScorer(metric)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(JudgeError, match="imagereward: THUDM/ImageReward cannot be opened"):
+        ImageRewardScorer()
