@@ -56,8 +56,9 @@ def vllm_stage(
     engine = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
     # Ray Data starts dead actors anew for ever.
     engine["max_restarts"] = llm.max_restarts
-    if llm.tensor_parallel_size > 1:
-        bundles = [_bundle(llm)] * llm.tensor_parallel_size
+    num_workers = llm.tensor_parallel_size * llm.engine_options.get("pipeline_parallel_size", 1)
+    if num_workers > 1:
+        bundles = [_bundle(llm)] * num_workers
         engine["ray_remote_args_fn"] = partial(_place_workers, bundles, role_options("llm", cluster))
     else:
         engine.update(role_options("llm", cluster))
