@@ -1,6 +1,7 @@
-"""The judge asked about images whose truth is known: drawn scenes of the miniature, as a model's own decoder renders them.
+"""The judge asked about images whose truth is known: drawn scenes of the miniature.
 
-Half of the scenes show what their caption states, half differ from it in one thing, as images of an imperfect model do.
+Half of the scenes show what their caption states, half differ from it in one thing, as images of an imperfect model do. They are
+not passed through an autoencoder, which would make the images more like a model's but may change what they show, and so the truth.
 """
 
 import random
@@ -16,12 +17,10 @@ from selma_ray.miniature.facts import Facts
 from selma_ray.miniature.parsing import parse_facts
 from selma_ray.miniature.scenes import BACKGROUNDS, INVERSE, STYLES, Scene, render_scene
 from selma_ray.miniature.sprites import COLOURS
-from selma_ray.models.config import ModelConfig
 
-__all__ = ["KnownScene", "ask_known_scenes", "draw_known_scenes", "through_decoder", "truths"]
+__all__ = ["KnownScene", "ask_known_scenes", "draw_known_scenes", "truths"]
 
 _MOST_OF_TWO_GROUPS = 3  # objects that fit into half a canvas
-_DECODED_AT_ONCE = 25
 
 
 @dataclass(frozen=True)
@@ -68,26 +67,6 @@ def truths(facts: Facts, scene: Scene) -> tuple[bool, ...]:
     if facts.style:
         answers.append(scene.style == facts.style)
     return tuple(answers)
-
-
-def through_decoder(images: Sequence[Image.Image], model: ModelConfig) -> list[Image.Image]:
-    """Return images after a round trip through a pipeline's autoencoder, which blurs them as it does what the model renders."""
-    import torch
-    from diffusers import AutoencoderKL
-    from diffusers.image_processor import VaeImageProcessor
-
-    from selma_ray.models.locate import locate_text_to_image
-
-    located = locate_text_to_image(model.name, model.revision)
-    autoencoder: Any = AutoencoderKL.from_pretrained(located.path, subfolder="vae", use_safetensors=True).eval()
-    processor = VaeImageProcessor()
-    decoded: list[Image.Image] = []
-    with torch.inference_mode():
-        for start in range(0, len(images), _DECODED_AT_ONCE):
-            pixels_NCHW = processor.preprocess(list(images[start : start + _DECODED_AT_ONCE]))
-            latents_NCHW = autoencoder.encode(pixels_NCHW.to(autoencoder.dtype)).latent_dist.mean
-            decoded += processor.postprocess(autoencoder.decode(latents_NCHW).sample)
-    return decoded
 
 
 def ask_known_scenes(judge: Judge, scenes: Sequence[KnownScene]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from selma_ray.evaluation.others import read_others, refuse_other_judges
 from selma_ray.evaluation.questions import PromptWithQuestions
 from selma_ray.evaluation.scores import question_scores
 from selma_ray.evaluation.summary import BASE, EvaluationSummary, ModelScores, model_scores, score_table, summarise
-from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -81,7 +80,7 @@ def evaluate_models(
     scores = {name: _scores(folder, name, of_model, judge_key, config) for name, of_model in chunks.items()}
     details = _details(folder, chunks, judge_key, config)
     details["judges"] = refuse_other_judges(details["judge"], others, config)
-    details["judge_error"] = _judge_error(folder, next(iter(models.values())).model, chunks, suite, config, seed)
+    details["judge_error"] = _judge_error(folder, chunks, suite, config, seed)
     scores |= {name: model_scores(other.answers, config.dsg_scorer) for name, other in others.items()}
     return summarise(scores, suite, config, seed, details)
 
@@ -106,7 +105,6 @@ def _scores(
 
 def _judge_error(
     folder: RunFolder,
-    model: ModelConfig,
     chunks: Mapping[str, Sequence[Chunk]],
     suite: Sequence[PromptWithQuestions],
     config: EvaluationConfig,
@@ -118,7 +116,6 @@ def _judge_error(
     judge_key = _judge_key(config)
     key = content_id(
         judge=judge_key,
-        decoder=locate_text_to_image(model.name, model.revision).revision,
         prompts=[prompt.id for prompt in suite],
         scenes=config.calibration_scenes,
         seed=seed,
@@ -126,7 +123,7 @@ def _judge_error(
     path = ("calibration", f"{key}.parquet")
     if not folder.exists(*path):
         ask = ray.remote(num_cpus=config.judge.num_cpus, num_gpus=config.judge.num_gpus)(_known_answers)
-        folder.write_table(pa.Table.from_pylist(ray.get(ask.remote(config, model, suite, seed))), *path)
+        folder.write_table(pa.Table.from_pylist(ray.get(ask.remote(config, suite, seed))), *path)
     known = folder.read_table(["/".join(path)]).to_pylist()
     answers = {
         name: folder.read_table(["/".join(chunk.answers_path(judge_key)) for chunk in of_model]).to_pylist()
@@ -135,16 +132,12 @@ def _judge_error(
     return judge_error_summary(answers, known, partial(_score_of, config.dsg_scorer), BASE, _JUDGE_ERROR_DRAWS, seed)
 
 
-def _known_answers(
-    config: EvaluationConfig, model: ModelConfig, suite: Sequence[PromptWithQuestions], seed: int
-) -> list[dict[str, Any]]:
-    from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes, through_decoder
+def _known_answers(config: EvaluationConfig, suite: Sequence[PromptWithQuestions], seed: int) -> list[dict[str, Any]]:
+    from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes
     from selma_ray.evaluation.judges.opening import open_judge
 
     scenes = draw_known_scenes(suite, config.calibration_scenes, seed)
-    decoded = through_decoder([scene.image for scene in scenes], model)
-    shown = [replace(scene, image=image) for scene, image in zip(scenes, decoded, strict=True)]
-    return ask_known_scenes(open_judge(config.judge), shown)
+    return ask_known_scenes(open_judge(config.judge), scenes)
 
 
 def _score_of(scorer: str, rows: Sequence[Mapping[str, Any]]) -> float | None:

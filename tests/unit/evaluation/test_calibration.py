@@ -1,16 +1,13 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes, through_decoder, truths
+from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes, truths
 from selma_ray.evaluation.config import JudgeConfig
 from selma_ray.evaluation.judge_error import calibration_summary, figures_with_judge_error, judge_error_summary
 from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.questions import load_suite
 from selma_ray.miniature.parsing import parse_facts
 from selma_ray.miniature.questions import questions_of_facts
-from selma_ray.models.config import ModelConfig
 
 SUITE = load_suite("miniature", 50)
 
@@ -52,12 +49,9 @@ def test_known_scenes_are_repeatable_and_half_of_them_are_wrong_somewhere():
 
 def test_the_miniatures_judge_knows_what_drawn_scenes_show():
     scenes = draw_known_scenes(SUITE, 60, seed=0)
-    decoded = through_decoder([scene.image for scene in scenes], ModelConfig(name="miniature"))
-    assert {image.size for image in decoded} == {(64, 64)}
-    shown = [replace(scene, image=image) for scene, image in zip(scenes, decoded, strict=True)]
-    summary = calibration_summary(ask_known_scenes(open_judge(JudgeConfig()), shown))
-    # The model card states 99.6% or more for every kind of question, 99.7% of them after the autoencoder.
-    assert summary["accuracy"]["mean"] > 0.97
+    summary = calibration_summary(ask_known_scenes(open_judge(JudgeConfig()), scenes))
+    # The model card states 99.6% or more for every kind of question (seen here with 200 scenes: 99.8% of 904).
+    assert summary["accuracy"]["mean"] > 0.98
     assert summary["unreadable"] == 0
     assert sum(each["count"] for each in summary["bins"]) == summary["questions"]
 
