@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -162,5 +163,6 @@ def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None
     """Return a pipeline with the denoiser of `model` that shares everything else with `pipeline`."""
     from selma_ray.models.rendering import load_pipeline
 
-    denoiser = load_pipeline(model, adapter_dir).unet
-    return type(pipeline).from_pipe(pipeline, unet=denoiser, torch_dtype=denoiser.dtype)
+    other = copy(pipeline)
+    other.unet = load_pipeline(model, adapter_dir).unet
+    return other
