@@ -45,10 +45,18 @@ def llm_errors(llm: LLMConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        explanation = _explained(llm, str(error))
+        explanations = (_explained(llm, str(link)) for link in _chain(error))
+        explanation = next(filter(None, explanations), None)
         if explanation is None:
             raise
         raise LLMError(explanation) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _explained(llm: LLMConfig, message: str) -> str | None:

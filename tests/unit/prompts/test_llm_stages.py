@@ -176,6 +176,12 @@ def test_failures_of_the_language_model_are_explained(message, match):
         raise RuntimeError(message)
 
 
+def test_a_failure_that_another_was_raised_from_is_explained():
+    cause = RuntimeError("The actor died unexpectedly.\n\tclass_name: MapWorker(MapBatches(vLLMEngineStageUDF))")
+    with pytest.raises(LLMError, match="max_restarts=5"), llm_errors(LLMConfig()):
+        raise RuntimeError("the stream failed") from cause
+
+
 def test_other_failures_pass():
     with pytest.raises(RuntimeError, match="renderer"), llm_errors(LLMConfig()):
         raise RuntimeError("The actor died: class_name: MapWorker(RenderPrompts), a renderer")
