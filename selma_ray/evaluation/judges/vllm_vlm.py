@@ -40,8 +40,9 @@ class VllmJudge:
     def __init__(self, located: LocatedModel, config: JudgeConfig) -> None:
         if not config.num_gpus:
             os.environ.update(_cpu_environment(config))
-        from vllm import LLM
+        from vllm import LLM, SamplingParams
 
+        self._params: Any = SamplingParams
         try:
             self._llm = LLM(model=located.path, **_engine_options(config))
         except (OSError, ValueError, RuntimeError) as error:
@@ -65,16 +66,14 @@ class VllmJudge:
         offered = [of_question for of_image in choices for of_question in of_image]
         conversations = [
             _conversation(image, compose_question(question, of_question))
-            for image, asked, of_image in zip(images, questions, choices, strict=True)
+            for image, asked, of_image in zip(map(_in_rgb, images), questions, choices, strict=True)
             for question, of_question in zip(asked, of_image, strict=True)
         ]
         outputs = self._llm.chat(conversations, list(map(self._sampling, offered)), use_tqdm=False) if offered else []
         return regroup(list(map(self._answer, outputs, offered)), questions)
 
     def _sampling(self, choices: Sequence[str]) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
+        return self._params(
             temperature=0,
             max_tokens=_MAX_CHOICE_TOKENS if choices else 1,
             logprob_token_ids=self._tokens.of_all(choices) or self._tokens.of_all(()),
@@ -102,8 +101,12 @@ def _yes_or_no(text: str, probabilities: Mapping[str, float]) -> Answer:
     return Answer("yes" if chance > 0.5 else "no", chance, None, dict(probabilities))
 
 
+def _in_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
 def _conversation(image: Image.Image, text: str) -> list[dict[str, Any]]:
-    content = [{"type": "image_pil", "image_pil": image.convert("RGB")}, {"type": "text", "text": text}]
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 
 
