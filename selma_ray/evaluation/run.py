@@ -73,7 +73,9 @@ def evaluate_models(
     total = sum(len(chunk.prompts) for chunk in planned)
     done = total - sum(len(chunk.prompts) for chunk in pending)
     if pending:
-        for chunk in _stream(folder, models, pending, config, judge_key, cluster):
+        for number, chunk in enumerate(_stream(folder, models, pending, config, judge_key, cluster)):
+            if number == 0:  # the judge's name is known, and little work lost
+                refuse_other_judges(_judge_name(folder, chunk, judge_key), others, config)
             done += len(chunk.prompts)
             if on_progress:
                 on_progress(EvaluationProgress(done, total, chunk.model))
@@ -168,10 +170,10 @@ def _details(
         }
         for name, of_model in chunks.items()
     }
-    any_answers = next(iter(files.values()))["answers"][:1]
+    any_chunk = next(iter(chunks.values()))[0]
     return {
         "scorer": config.dsg_scorer,
-        "judge": folder.read_table(any_answers, columns=["judge"])["judge"][0].as_py(),
+        "judge": _judge_name(folder, any_chunk, judge_key),
         "suite": config.suite,
         "seeds": list(config.seeds),
         "sampling": config.sampling.model_dump(),
@@ -179,6 +181,10 @@ def _details(
         "compare_with": {name: other.model_dump() for name, other in config.compare_with.items()},
         "files": files,
     }
+
+
+def _judge_name(folder: RunFolder, chunk: Chunk, judge_key: str) -> str:
+    return folder.read_table(["/".join(chunk.answers_path(judge_key))], columns=["judge"])["judge"][0].as_py()
 
 
 def _stream(

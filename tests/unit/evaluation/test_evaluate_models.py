@@ -125,3 +125,4 @@ def test_results_of_another_run_stand_beside_this_ones(evaluate, tmp_path):
     (other / "note.txt").write_text("another revision")
     with pytest.raises(JudgeError, match="figures of different judges cannot be compared"):
         evaluate(tmp_path / "third", judge=JudgeConfig(name=str(other)), **compared)
+    assert len(list((tmp_path / "third").rglob("images/*.parquet"))) == 1, "refused after the first batch, not the last"
