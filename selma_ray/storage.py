@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from selma_ray.errors import StorageError
 __all__ = ["RunFolder", "storage_errors"]
 
 _PART_SUFFIX = ".part"
+_READERS = 16  # an object store answers late and many at once
 
 
 class RunFolder:
@@ -102,7 +104,9 @@ class RunFolder:
 
     def read_table(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of several Parquet files as one table; `paths` must not be empty."""
-        tables = [self._read_table(path, list(columns) if columns else None) for path in paths]
+        wanted = list(columns) if columns else None
+        with ThreadPoolExecutor(_READERS) as readers:
+            tables = list(readers.map(lambda path: self._read_table(path, wanted), paths))
         return pa.concat_tables(tables, promote_options="default")
 
     def write_table(self, table: pa.Table, *parts: str) -> None:

@@ -12,7 +12,7 @@ from selma_ray.storage import RunFolder
 
 __all__ = ["LAYOUTS", "export_images"]
 
-_SAMPLES_PER_SHARD = 1000
+_SAMPLES_PER_SHARD, _BYTES_PER_SHARD = 1000, 1 << 28  # a shard is built in memory
 
 
 def export_images(
@@ -56,7 +56,7 @@ def _write_imagefolder(rows: Iterator[dict[str, Any]], target: RunFolder, split:
 def _write_webdataset(rows: Iterator[dict[str, Any]], target: RunFolder, split: str) -> int:
     """Write <split>-000000.tar and on; a sample is an image, its prompt as .txt and where it comes from as .json."""
     count = 0
-    for number, samples in enumerate(_chunks(rows, _SAMPLES_PER_SHARD)):
+    for number, samples in enumerate(_shards(rows, _SAMPLES_PER_SHARD, _BYTES_PER_SHARD)):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             for row in samples:
@@ -86,12 +86,15 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def _chunks(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
+def _shards(rows: Iterator[dict[str, Any]], samples: int, size_bytes: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in groups of so many samples, or fewer where their images come to so many bytes."""
+    shard: list[dict[str, Any]] = []
+    held_bytes = 0
     for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        shard.append(row)
+        held_bytes += len(row["image"]["bytes"])
+        if len(shard) == samples or held_bytes >= size_bytes:
+            yield shard
+            shard, held_bytes = [], 0
+    if shard:
+        yield shard

@@ -74,9 +74,12 @@ def drop_duplicates(folder: RunFolder) -> int:
 
     A killed driver's workers may live for a moment and write what the next start renders again.
     """
+    paths = folder.files(_IMAGES, suffix=".parquet")
+    if not paths or _all_different(folder.read_table(paths, columns=["id"])["id"]):
+        return 0
     seen: set[str] = set()
     dropped = 0
-    for path in folder.files(_IMAGES, suffix=".parquet"):
+    for path in paths:
         ids = folder.read_table([path], columns=["id"])["id"].to_pylist()
         new = [id_ not in seen for id_ in ids]
         seen.update(ids)
@@ -85,6 +88,10 @@ def drop_duplicates(folder: RunFolder) -> int:
             folder.delete(path)
             dropped += new.count(False)
     return dropped
+
+
+def _all_different(ids: pa.ChunkedArray) -> bool:
+    return pc.count_distinct(ids).as_py() == len(ids)
 
 
 def forget_failures(folder: RunFolder) -> None:

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 
 from selma_ray.errors import ConfigError
+from selma_ray.images import export
 from selma_ray.images.card import card_text, write_card
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.export import export_images
@@ -59,6 +60,15 @@ def test_a_webdataset_is_opened_by_webdataset_and_by_datasets(folder, target, ca
     assert samples[2]["json"]["skill"] == "two"
     opened = datasets.load_dataset("webdataset", data_files=shard, split="train", cache_dir=str(tmp_path / "cache"))
     assert opened[1]["png"].getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_SAMPLES_PER_SHARD", 2), ("_BYTES_PER_SHARD", 100)])
+def test_large_webdatasets_are_several_shards(folder, target, card, monkeypatch, limit, value):
+    monkeypatch.setattr(export, limit, value)
+    assert export_images(folder, SKILLS, "webdataset", target, card) == 3
+    shards = [target.path(path) for path in target.files(suffix=".tar")]
+    assert len(shards) == 2
+    assert [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)] == ["a", "b", "c"]
 
 
 def test_the_same_images_make_the_same_bytes(folder, tmp_path, card):
