@@ -146,7 +146,7 @@ def mutated(draw, text):
 
 
 @given(mutated(GOOD_LINES))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_mutated_lines_are_read_or_counted(answer):
     parsed = parse_lines(answer)
     assert all(
@@ -159,7 +159,7 @@ def test_mutated_lines_are_read_or_counted(answer):
 
 
 @given(mutated(GOOD_JSON))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_mutated_json_is_read_or_counted(answer):
     parsed = parse_json(answer)
     assert parsed.texts or parsed.ignored
@@ -167,7 +167,7 @@ def test_mutated_json_is_read_or_counted(answer):
 
 
 @given(mutated(TIFA_TEXT))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_mutated_tifa_questions_are_sound(answer):
     questions, _ = parse_tifa_text(answer)
     assert [each.id for each in questions] == list(range(1, len(questions) + 1))
@@ -176,7 +176,7 @@ def test_mutated_tifa_questions_are_sound(answer):
 
 
 @given(st.dictionaries(st.integers(1, 8), st.text(alphabet="012345678,- nroe", max_size=10), max_size=8))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_parents_are_always_a_graph_without_cycles_among_the_ids(texts):
     ids = list(texts)
     parents, _ = parse_parents(texts, ids)
