@@ -15,7 +15,16 @@ from rich.table import Table
 from selma_ray.errors import ConfigError
 from selma_ray.loop import STAGES, Progress, Report, Run, finished, run_stage
 
-__all__ = ["export_pairs", "run_all", "run_one", "run_study", "serve", "show_evaluation", "show_ratings", "write_report"]
+__all__ = [
+    "export_pairs",
+    "run_all",
+    "run_one",
+    "run_study",
+    "serve",
+    "show_evaluation",
+    "show_ratings",
+    "write_report",
+]
 
 _LINE_EVERY_S = 10.0
 _DETAIL_CHARS = 80
