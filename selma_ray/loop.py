@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from selma_ray.cluster import connect
-from selma_ray.errors import ConfigError, RunMismatchError
+from selma_ray.errors import ConfigError, ModelNotFoundError, RunMismatchError
 from selma_ray.models.config import ModelConfig
 from selma_ray.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
@@ -89,6 +90,7 @@ def open_run(recipe: Recipe) -> Run:
         )
     for model in filter(None, (recipe.model, recipe.data.model)):
         locate_text_to_image(model.name, model.revision)
+    _check_other_models(recipe)
     locate_judge(recipe.evaluation.judge.name)
     if recipe.images.selection:
         locate_judge(recipe.images.selection.judge)
@@ -277,7 +279,7 @@ def _open_scorer(judge: str) -> Callable[[Sequence[Any], Sequence[str]], list[fl
 
 
 def models_under_test(run: Run) -> dict[str, Any]:
-    """Return the models of a run that are evaluated, by name: base, the experts and the merged one."""
+    """Return the models that are evaluated, by name: base, the experts, the merged one and those the recipe adds."""
     from selma_ray.evaluation.run import ModelUnderTest
     from selma_ray.experts.plan import plan_experts
 
@@ -286,7 +288,24 @@ def models_under_test(run: Run) -> dict[str, Any]:
     if recipe.evaluation.experts:
         for expert in plan_experts(run.skill_names, recipe.experts):
             models[expert.name] = ModelUnderTest(recipe.model, adapter_dir=run.folder.path("experts", expert.name))
-    return models | {"merged": ModelUnderTest(run.merged_model)}
+    models["merged"] = ModelUnderTest(run.merged_model)
+    for name, other in recipe.evaluation.models.items():
+        if name in models:
+            raise ConfigError(f"evaluation.models.{name} is the name of a model of this run; choose another")
+        models[name] = ModelUnderTest(other.model, other.adapter_dir)
+    return models
+
+
+def _check_other_models(recipe: Recipe) -> None:
+    """Raise ModelNotFoundError where evaluation.models names a pipeline or an adapter that is not there."""
+    from selma_ray.models.locate import locate_text_to_image
+
+    for name, other in recipe.evaluation.models.items():
+        locate_text_to_image(other.model.name, other.model.revision)
+        if other.adapter_dir is not None and not Path(other.adapter_dir, "adapter_config.json").is_file():
+            raise ModelNotFoundError(
+                f"evaluation.models.{name}.adapter_dir {other.adapter_dir} must hold adapter_config.json; name a PEFT adapter's folder"
+            )
 
 
 def _refuse_other_recipe(before: dict[str, Any], recipe: Recipe, folder: RunFolder) -> None:

@@ -4,7 +4,9 @@ Every figure is traced or counted from the configurations of the recipe's models
 text encoders, the language model and the judge are left out of them.
 """
 
+import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,6 +18,9 @@ from selma_ray.experts.plan import plan_experts
 from selma_ray.models.config import SamplingConfig
 from selma_ray.recipe import Recipe
 from selma_ray.skills import load_skills
+
+if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
+    from selma_ray.models.cost import TrainingCost
 
 __all__ = ["SUSTAINED_TFLOPS", "Plan", "StagePlan", "plan_recipe", "show_plan", "training_memory_bytes"]
 
@@ -87,10 +92,10 @@ def plan_recipe(recipe: Recipe) -> Plan:
     return Plan(parameters, cost.lora_parameters, stages)
 
 
-def training_memory_bytes(cost, config: ExpertsConfig) -> float:
+def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
     """Return what a worker holds: frozen weights, adapter, gradients, AdamW's state and masters, and activations.
 
-    `cost` is a TrainingCost. ZeRO 1 and up split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
+    ZeRO 1 and up split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
     """
     width, workers = _BYTES[config.precision], config.workers_per_expert
     micro_batch = config.micro_batch_size or config.batch_size // workers
@@ -105,6 +110,7 @@ def training_memory_bytes(cost, config: ExpertsConfig) -> float:
 
 def show_plan(recipe: Recipe, tflops: float) -> None:
     """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     plan = plan_recipe(recipe)
     console = Console(highlight=False, soft_wrap=True)
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
@@ -133,7 +139,7 @@ def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
         prompts = len(open_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts))
     except SelmaError:
         return None
-    models = 2 + (num_experts if recipe.evaluation.experts else 0)
+    models = 2 + (num_experts if recipe.evaluation.experts else 0) + len(recipe.evaluation.models)
     return models * prompts * len(recipe.evaluation.seeds)
 
 

@@ -1,13 +1,15 @@
 """How models are evaluated."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from selma_ray.config import StrictModel
-from selma_ray.models.config import SamplingConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
 
-__all__ = ["EvaluationConfig", "JudgeConfig", "OtherResult"]
+__all__ = ["EvaluationConfig", "JudgeConfig", "OtherModel", "OtherResult"]
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$")]
 
 
 class JudgeConfig(StrictModel):
@@ -37,6 +39,15 @@ class JudgeConfig(StrictModel):
     """Memory of the key-value cache of a judge in vLLM on the CPU, in GiB."""
 
 
+class OtherModel(StrictModel):
+    """A model beside those of the run."""
+
+    model: ModelConfig = ModelConfig()
+    """Its pipeline."""
+    adapter_dir: str | None = None
+    """Folder of a PEFT adapter that is folded into it."""
+
+
 class OtherResult(StrictModel):
     """A model that another run has evaluated, to be set beside this run's."""
 
@@ -59,6 +70,8 @@ class EvaluationConfig(StrictModel):
     """How each image is sampled, the same for every model."""
     experts: bool = True
     """Evaluate each expert on its own beside base and merged."""
+    models: dict[ModelName, OtherModel] = Field(default_factory=dict)
+    """More models that draw the same prompts from the same seeds, by the names they get in the tables."""
     batch_size: int = Field(default=16, ge=1)
     """Images one pipeline call renders."""
     renderers: int = Field(default=1, ge=1)

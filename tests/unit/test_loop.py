@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from selma_ray.errors import ConfigError, RunMismatchError
-from selma_ray.loop import STAGES, open_run, run_stage
+from selma_ray.loop import STAGES, finished, models_under_test, open_run, run_stage
 from selma_ray.recipe import load_recipe
 
 DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
@@ -66,3 +66,38 @@ def test_a_finished_stage_is_not_run_again(demo):
 def test_a_stage_needs_those_before_it(demo, name):
     with pytest.raises(ConfigError, match=f"{name} needs the finished stage generate"):
         run_stage(open_run(demo()), name, report=pytest.fail)
+
+
+def test_a_recipe_may_add_models_to_the_evaluation(demo, tiny_pipeline_dir):
+    run = open_run(demo(f"evaluation.models={{other: {{model: {{name: {tiny_pipeline_dir}}}}}}}"))
+    models = models_under_test(run)
+    assert next(iter(models)) == "base"
+    assert list(models)[-2:] == ["merged", "other"]
+    assert models["other"].model.name == str(tiny_pipeline_dir)
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ("{other: {model: {name: ./nowhere}}}", "model folder ./nowhere does not exist"),
+        ("{other: {adapter_dir: ./nowhere}}", "evaluation.models.other.adapter_dir ./nowhere must hold"),
+        ("{a/b: {}}", "should match pattern"),
+    ],
+)
+def test_models_that_are_not_there_are_named_before_work_starts(demo, models, expected):
+    with pytest.raises(ConfigError, match=expected):
+        open_run(demo(f"evaluation.models={models}"))
+
+
+def test_an_added_model_has_a_name_of_its_own(demo):
+    run = open_run(demo("evaluation.models={merged: {}}"))
+    with pytest.raises(ConfigError, match="is the name of a model of this run"):
+        models_under_test(run)
+
+
+def test_an_evaluation_is_unfinished_where_other_results_are_to_be_compared(demo, tmp_path):
+    run = open_run(demo())
+    run.folder.mark_done("evaluate", {"models": {}})
+    assert finished(run, "evaluate") == {"models": {}}
+    compared = open_run(demo(f"evaluation.compare_with={{before: {{run_dir: {tmp_path}}}}}"))
+    assert finished(compared, "evaluate") is None
