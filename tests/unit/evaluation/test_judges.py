@@ -81,6 +81,14 @@ def test_blips_probabilities_are_its_own_decoders(tmp_path, images):
             assert answer.text == processor.decode(generated.sequences[0], skip_special_tokens=True).strip()
 
 
+def test_blip_encodes_an_image_once_for_all_its_questions(tmp_path, images):
+    judge = open_judge(JudgeConfig(name=str(save_tiny_blip(tmp_path / "blip"))))
+    encoded = []
+    judge._model.vision_model.register_forward_hook(lambda *_: encoded.append(1))
+    judge.answer(images[:1], [["is there a cup?", "is the cup red?", "is it?", "are there two apples?"]])
+    assert len(encoded) == 1
+
+
 def test_choices_that_a_judge_knows_have_probabilities(tmp_path, images):
     vilt = open_judge(JudgeConfig(name=str(save_tiny_vilt(tmp_path / "vilt"))))
     (answer,) = vilt.answer(images[:1], [["how many cups?"]], [[("two", "three")]])[0]
