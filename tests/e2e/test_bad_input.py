@@ -14,6 +14,7 @@ import pytest
         ("prompts.llm.name=/nowhere", "model folder /nowhere does not exist"),
         ("evaluation.judge.name=/nowhere", "model folder /nowhere does not exist"),
         ("merging.weights={painting: 1.0}", "merging.weights names 'painting', which is no skill of the recipe"),
+        ("merging.method=mean", "merging.method should be 'average_deltas', 'average_factors'"),
         ("serving.host=0.0.0.0", "api_keys_file"),
         ("run_dir=ftp7://x", "use a path"),
         ("seed", "an override must read key.path=value"),

@@ -1,4 +1,5 @@
 import json
+import weakref
 
 import pytest
 import torch
@@ -37,6 +38,27 @@ def test_a_variant_in_shards_becomes_a_plain_pipeline(tiny_pipeline_dir, tmp_pat
     torch.testing.assert_close(weight_of(baked, MODULE), expected.half())
     other = MODULE.replace("to_k", "to_v")
     torch.testing.assert_close(weight_of(baked, other), weight_of(pipeline.unet, other), rtol=0, atol=0)
+
+
+def test_no_more_than_one_merged_module_is_in_memory_at_a_time(tiny_pipeline_dir, tmp_path):
+    unet = DiffusionPipeline.from_pretrained(tiny_pipeline_dir).unet
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if name.rpartition(".")[2] in ("to_q", "to_k", "to_v")
+    }
+    asked: list[weakref.ref] = []
+
+    def merged(module):
+        alive = [reference for reference in asked if reference() is not None]
+        assert len(alive) <= 1
+        rows, columns = shapes[module]
+        result = LoraFactors(module, torch.ones(2, columns), torch.ones(rows, 2), 1.0)
+        asked.append(weakref.ref(result))
+        return result
+
+    bake_pipeline(tiny_pipeline_dir, tmp_path / "baked", shapes, merged, torch.float32)
+    assert len(asked) == len(shapes) > 20
 
 
 def test_of_plain_and_variant_weights_one_is_copied(tiny_pipeline_dir, tmp_path):
