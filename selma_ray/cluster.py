@@ -2,14 +2,16 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import ray
 from pydantic import Field
 
 from selma_ray.config import StrictModel
+from selma_ray.errors import ConfigError
 
-__all__ = ["ClusterConfig", "Role", "connect", "cpu_count", "role_options", "thread_env"]
+__all__ = ["ClusterConfig", "Role", "check_fit", "connect", "cpu_count", "role_options", "thread_env"]
 
 Role = Literal["llm", "render", "train", "serve"]
 
@@ -58,6 +60,26 @@ def connect(config: ClusterConfig) -> None:
 def cpu_count() -> int:
     """Return the logical CPUs of the connected cluster."""
     return int(ray.cluster_resources().get("CPU", 1))
+
+
+def check_fit(demands: Mapping[str, Mapping[str, float]], config: ClusterConfig) -> None:
+    """Raise ConfigError where a stage needs more than a local cluster has; warn where two that run at once do so together.
+
+    `demands` names the recipe's key of each stage and its least resources. A cluster that was joined may grow on demand.
+    """
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        return
+    available = ray.cluster_resources()
+    for resource in ("CPU", "GPU"):
+        there, needed = available.get(resource, 0), {key: demand.get(resource, 0) for key, demand in demands.items()}
+        for key, amount in needed.items():
+            if amount > there:
+                raise ConfigError(
+                    f"{key} must fit the local cluster's {there:g} {resource}, needs {amount:g}; lower it"
+                )
+        if sum(needed.values()) > there:
+            parts = " and ".join(f"{key} needs {amount:g}" for key, amount in needed.items())
+            logger.warning("%s, the local cluster has %g %s: they run one after the other", parts, there, resource)
 
 
 def role_options(role: Role, config: ClusterConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from selma_ray.cluster import connect
+from selma_ray.cluster import check_fit, connect
 from selma_ray.errors import ConfigError, ModelNotFoundError, RunMismatchError
 from selma_ray.models.config import ModelConfig
 from selma_ray.recipe import Recipe
@@ -112,6 +112,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
 
     recipe = run.recipe
+    check_fit(_least_resources(recipe), recipe.cluster)
     suite = open_suite(recipe.evaluation.suite)
     excluded = [test.prompt for test in suite]
     if recipe.data.prompts == "ground_truth":
@@ -247,6 +248,23 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
     summary = STAGES[name](run, report)
     run.folder.mark_done(name, summary)
     return summary
+
+
+def _least_resources(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Return what the two pools of the stream take at least, by the key of the recipe that says so."""
+    images, llm = recipe.images, recipe.prompts.llm
+    demands = {
+        "images.min_renderers": {
+            "CPU": images.min_renderers * images.num_cpus,
+            "GPU": images.min_renderers * images.num_gpus,
+        }
+    }
+    if llm.engine in ("vllm", "free") and recipe.data.prompts != "ground_truth":
+        demands["prompts.llm.min_replicas"] = {
+            "CPU": llm.min_replicas * llm.num_cpus,
+            "GPU": llm.min_replicas * llm.num_gpus,
+        }
+    return demands
 
 
 def prompts_from(recipe: Recipe) -> str:
