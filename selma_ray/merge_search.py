@@ -9,7 +9,7 @@ from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.dev_scores import DevScorer, dev_prompts
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.search import Candidate, SearchResult, search_weights
+from selma_ray.merging.search import Candidate, SearchResult, num_candidates, search_weights
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_judge, locate_text_to_image
 from selma_ray.records import content_id
@@ -45,7 +45,7 @@ def search_merge(
     groups = sorted({block_group(module) for module in modules}) if config.by_block else [ALL]
     prompts = dev_prompts(folder, skills, config.suite, "merging.search")
     scorer = DevScorer(model, evaluation, prompts, config.max_prompts, seed)
-    total = 1 + config.generations * config.candidates
+    total = num_candidates(len(skills), config)
     done = 0
 
     def score(candidates: Sequence[Candidate]) -> Iterator[tuple[int, float]]:

@@ -17,14 +17,14 @@ from selma_ray.merging.config import SearchConfig
 from selma_ray.merging.weights import Weights
 from selma_ray.storage import RunFolder
 
-__all__ = ["Candidate", "ScoreCandidates", "SearchResult", "search_weights"]
+__all__ = ["Candidate", "ScoreCandidates", "SearchResult", "num_candidates", "search_weights"]
 
 _RECORD = "search.json"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights to try, with the score they got; `round` 0 is the plain mean alone."""
+    """Weights to try, with the score they got; `round` 0 is the plain mean and each expert alone."""
 
     number: int
     round: int
@@ -63,7 +63,7 @@ def search_weights(
     directory: str,
     key: str,
 ) -> SearchResult:
-    """Return the weights of `skills` in each of `groups` that score best, out of the plain mean and all that CMA-ES tried.
+    """Return the weights of `skills` in each of `groups` that score best: no worse than the mean, no worse than one expert alone.
 
     Every score is recorded in `directory` as it comes, under `key`, which names all that scores depend on: a search that was stopped
     goes on and ends with what one that was not ends with; of another key nothing is kept. Raises AdapterError for a record that does
@@ -71,15 +71,16 @@ def search_weights(
     """
     record = _Record(folder, directory, key)
     strategy = _strategy(len(skills) * len(groups), config, seed)
-    candidates = _scored([Candidate(0, 0, _weights(np.ones(len(skills) * len(groups)), groups, skills))], score, record)
-    for number in range(1, config.generations + 1):
-        points = strategy.ask()
+    candidates: list[Candidate] = []
+    for number in range(config.generations + 1):
+        points = strategy.ask() if number else _first_points(len(skills), len(groups))
         asked = [
             Candidate(len(candidates) + index, number, _weights(point, groups, skills))
             for index, point in enumerate(points)
         ]
         scored = _scored(asked, score, record)
-        strategy.tell(points, [-_known(candidate) for candidate in scored])
+        if number:
+            strategy.tell(points, [-_known(candidate) for candidate in scored])
         candidates += scored
     best = max(candidates, key=lambda candidate: (_known(candidate), -candidate.number))
     return SearchResult(tuple(candidates), best.number)
@@ -127,6 +128,17 @@ def _scored(candidates: Sequence[Candidate], score: ScoreCandidates, record: _Re
 def _known(candidate: Candidate) -> float:
     assert candidate.score is not None, f"candidate {candidate.number} got no score"
     return candidate.score
+
+
+def num_candidates(num_skills: int, config: SearchConfig) -> int:
+    """Return how many candidates a search scores."""
+    return len(_first_points(num_skills, 1)) + config.generations * config.candidates
+
+
+def _first_points(num_skills: int, num_groups: int) -> list[np.ndarray]:
+    """Return the plain mean and, of several experts, each alone."""
+    alone = num_skills * np.eye(num_skills) if num_skills > 1 else np.empty((0, 1))
+    return [np.tile(point, num_groups) for point in (np.ones(num_skills), *alone)]
 
 
 def _weights(point: np.ndarray, groups: Sequence[str], skills: Sequence[str]) -> Weights:

@@ -7,7 +7,7 @@ import pytest
 
 from selma_ray.errors import AdapterError
 from selma_ray.merging.config import SearchConfig
-from selma_ray.merging.search import search_weights
+from selma_ray.merging.search import num_candidates, search_weights
 from selma_ray.merging.weights import ALL, weights_of
 from selma_ray.storage import RunFolder
 
@@ -42,7 +42,7 @@ def search(folder, score, groups=(ALL,), key="key", seed=0, **settings):
 def test_finds_the_best_weights_and_scale(tmp_path):
     result = search(tmp_path, Bowl())
     assert result.weights[ALL] == pytest.approx(BEST, abs=0.02)
-    assert len(result.candidates) == 1 + 30 * 8
+    assert len(result.candidates) == num_candidates(3, SearchConfig(generations=30)) == 1 + 3 + 30 * 8
     best = result.candidates[result.best]
     assert best.score == max(candidate.score for candidate in result.candidates) > 0.999
 
@@ -54,20 +54,22 @@ def test_finds_weights_for_each_group_of_blocks(tmp_path):
         assert result.weights[group] == pytest.approx(BEST, abs=0.1)
 
 
-def test_the_plain_mean_is_tried_first_and_is_never_beaten_by_less(tmp_path):
-    result = search(tmp_path, lambda candidates: ((each.number, -float(each.number)) for each in candidates))
+def test_the_plain_mean_and_each_expert_are_tried_first_and_of_equals_the_first_wins(tmp_path):
+    result = search(tmp_path, lambda candidates: ((each.number, 0.5) for each in candidates))
     assert result.best == 0
     assert result.weights == {ALL: dict.fromkeys(SKILLS, pytest.approx(1 / 3))}
+    alone = [candidate.weights[ALL] for candidate in result.candidates[1:4]]
+    assert alone == [{other: float(other == skill) for other in SKILLS} for skill in SKILLS]
 
 
 def test_weights_stay_within_their_bounds(tmp_path):
     result = search(tmp_path, Bowl(), step=2.0, largest=1.5)
-    weights = [weight for each in result.candidates for weight in each.weights[ALL].values()]
+    weights = [weight for each in result.candidates if each.round for weight in each.weights[ALL].values()]
     assert min(weights) >= 0
     assert max(weights) <= 1.5 / 3 + 1e-12
 
 
-@pytest.mark.parametrize("fail_after", [0, 1, 4, 11])
+@pytest.mark.parametrize("fail_after", [0, 2, 5, 14])
 def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path, fail_after):
     whole = search(tmp_path / "whole", Bowl(), generations=3, candidates=4)
     stopped = Bowl(fail_after)
@@ -75,7 +77,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path, fail_after
         search(tmp_path / "stopped", stopped, generations=3, candidates=4)
     rest = Bowl()
     assert search(tmp_path / "stopped", rest, generations=3, candidates=4) == whole
-    assert sorted(stopped.asked + rest.asked) == list(range(13)), "nothing is scored twice"
+    assert sorted(stopped.asked + rest.asked) == list(range(16)), "nothing is scored twice"
     again = Bowl()
     assert search(tmp_path / "stopped", again, generations=3, candidates=4) == whole
     assert again.asked == []
@@ -83,10 +85,10 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path, fail_after
 
 def test_another_seed_draws_others_and_another_key_keeps_nothing(tmp_path):
     first = search(tmp_path, Bowl(), generations=2)
-    assert search(tmp_path / "other", Bowl(), generations=2, seed=1).candidates[1:] != first.candidates[1:]
+    assert search(tmp_path / "other", Bowl(), generations=2, seed=1).candidates[4:] != first.candidates[4:]
     again = Bowl()
     search(tmp_path, again, generations=2, key="another")
-    assert len(again.asked) == 17
+    assert len(again.asked) == 20
 
 
 def test_a_record_that_does_not_continue_is_refused(tmp_path):
