@@ -1,0 +1,72 @@
+"""The search of merge weights on the miniature: real renderers and judge, dev prompts of a run, stopped and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from selma_ray.errors import ConfigError
+from selma_ray.ground_truth import write_captions
+from selma_ray.loop import open_run, run_stage
+from selma_ray.miniature.locate import text_to_image_dir
+from selma_ray.recipe import load_recipe
+from tests.unit.merging.adapters_on_disk import save_random_adapter
+
+DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
+OVERRIDES = [
+    "skills=[miniature/common, miniature/counting]",
+    "prompts.per_skill=8",
+    "prompts.dev_fraction=0.25",
+    "prompts.llm.engine=free",
+    "evaluation.sampling.steps=2",
+    "merging.method=search",
+    "merging.search={generations: 1, candidates: 2, max_prompts: 4, by_block: true}",
+]
+
+
+def trained_run(folder: Path, *overrides: str):
+    """Return a run whose experts are random adapters of the miniature, as if it had been trained."""
+    run = open_run(load_recipe(DEMO, [f"run_dir={folder}", *OVERRIDES, *overrides]))
+    write_captions(run.folder, run.skill_names, run.recipe.prompts, run.recipe.seed)
+    for seed, skill in enumerate(run.skill_names):
+        save_random_adapter(text_to_image_dir(), folder / "experts" / skill, seed, rank=2, lora_alpha=1)
+        path = folder / "experts" / skill / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "miniature"}))
+    for stage in ("generate", "train"):
+        run.folder.mark_done(stage, {})
+    return run
+
+
+@pytest.mark.heavy
+def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster, tmp_path):
+    run = trained_run(tmp_path / "run")
+    told = []
+    summary = run_stage(run, "merge", told.append)
+    merged = tmp_path / "run" / "merged" / "merged"
+    report = json.loads((merged / "report.json").read_text())
+    candidates = report["search"]["candidates"]
+    assert [candidate["number"] for candidate in candidates] == [0, 1, 2, 3, 4]
+    assert all(0 <= candidate["score"] <= 1 for candidate in candidates)
+    best = candidates[report["search"]["best"]]
+    assert best["score"] == max(candidate["score"] for candidate in candidates)
+    assert report["search"]["weights"] == best["weights"]
+    assert set(best["weights"]) == {"down_blocks", "mid_block", "up_blocks"}
+    assert summary["method"] == "search"
+    assert (merged / "pipeline" / "model_index.json").is_file()
+    assert [(event.done, event.total) for event in told] == [*((done, 5) for done in range(1, 6)), (0, 1), (1, 1)]
+
+    record = tmp_path / "run" / "search" / "merged" / "search.json"
+    scored = json.loads(record.read_text())
+    scored["candidates"].pop()
+    record.write_text(json.dumps(scored))
+    run.folder.delete("done", "merge.json")
+    told.clear()
+    assert run_stage(run, "merge", told.append) == summary
+    assert [(event.done, event.total) for event in told] == [(5, 5), (0, 1), (1, 1)]
+    assert json.loads((merged / "report.json").read_text()) == report
+
+
+def test_a_skill_without_dev_prompts_is_named(ray_cluster, tmp_path):
+    run = trained_run(tmp_path / "run", "prompts.dev_fraction=0")
+    with pytest.raises(ConfigError, match=r"merging.search needs dev prompts of every skill, common has none; raise"):
+        run_stage(run, "merge", lambda progress: None)
