@@ -84,7 +84,7 @@ def _show(status: dict[str, Any]) -> None:
         )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("skill")
-    for heading in ("prompts kept", "rejected", "images", "rejected", "failed"):
+    for heading in ("prompts kept", "prompts rejected", "images", "images rejected", "images failed"):
         table.add_column(heading, justify="right")
     for skill, written in prompts["skills"].items():
         rendered = images["skills"][skill]

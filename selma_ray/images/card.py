@@ -67,8 +67,8 @@ def card_text(
             "---",
             "# Images that a text-to-image model rendered for its own training",
             "",
-            "A language model wrote the prompts of each skill; the model below rendered them, without human labels "
-            "([SELMA](https://arxiv.org/abs/2403.06952)).",
+            "Prompts of several skills, and what was rendered of them, without human labels "
+            "([SELMA](https://arxiv.org/abs/2403.06952)). The second table says who wrote and who rendered.",
             "",
             *_table(("skill", "images", "rejected", "failed"), [
                 (skill, counts["rendered"], counts["rejected"], counts["failed"]) for skill, counts in summary["skills"].items()
