@@ -1,0 +1,110 @@
+"""Metrics of a finished evaluation's images."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from jobs.score_images import main
+from selma_ray.errors import JudgeError
+from selma_ray.evaluation.image_metrics import ScoreImagesConfig, open_configured, score_run
+from selma_ray.evaluation.metrics import MetricScore
+from selma_ray.evaluation.preferences.convert import clip_from_open_clip
+from selma_ray.records import IMAGE_SCHEMA
+from selma_ray.storage import RunFolder
+from tests.unit.evaluation import tiny_preferences as tiny
+
+PROMPTS = ["a red cup", "two dogs", "a car"]
+CONFIG = ScoreImagesConfig(bootstrap_resamples=100)
+
+
+class Brightness:
+    """How bright an image is, in the place of a model."""
+
+    name = "brightness@1"
+
+    def __init__(self):
+        self.batches = []
+
+    def score(self, images, prompts, questions=None):
+        self.batches.append(len(images))
+        return [
+            MetricScore(None, "no image") if image is None else MetricScore(float(np.asarray(image).mean()))
+            for image in images
+        ]
+
+
+def _row(model, prompt, seed, content, error=None):
+    return {
+        "id": f"{model}{prompt}{seed}", "skill": "common", "prompt": prompt, "split": "test", "image_index": 0, "seed": seed,
+        "image": None if content is None else {"bytes": content, "path": "x.png"}, "model": model, "revision": "0", "scheduler": "",
+        "steps": 1, "guidance_scale": 1.0, "width": 8, "height": 8, "error": error,
+    }  # fmt: skip
+
+
+def _png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, level, level)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Base at brightness 100 and merged at 120; one image of merged failed, one is no image."""
+    folder = RunFolder(str(tmp_path / "run"))
+    files = {}
+    for model, level in (("base", 100), ("merged", 120)):
+        rows = [_row(model, prompt, seed, _png(level)) for prompt in PROMPTS for seed in (0, 1)]
+        if model == "merged":
+            rows[0] = _row(model, PROMPTS[0], 0, None, "rendering failed")
+            rows[2] = _row(model, PROMPTS[1], 0, b"no image")
+        files[model] = {"images": [f"evaluation/{model}/images/0.parquet"]}
+        folder.write_table(pa.Table.from_pylist(rows, IMAGE_SCHEMA), files[model]["images"][0])
+    folder.mark_done("evaluate", {"files": files})
+    return folder
+
+
+def test_figures_pair_models_by_prompt_and_name_what_has_no_score(run):
+    result = score_run(run, Brightness(), CONFIG)
+    assert result["models"]["base"]["mean"] == 100
+    assert result["models"]["merged"]["mean"] == 120
+    assert result["models"]["merged"]["over_base"]["mean"] == pytest.approx(20)
+    assert result["models"]["base"]["over_base"] is None
+    assert result["models"]["merged"]["unscored"] == {"rendering failed": 1, "no image": 1}
+    assert run.read_json("evaluation", "metrics", "clipscore.json") == result
+
+
+def test_a_file_is_scored_once_and_again_by_another_model(run):
+    metric = Brightness()
+    first = score_run(run, metric, CONFIG)
+    assert metric.batches == [6, 6]
+    assert score_run(run, metric, CONFIG) == first
+    assert metric.batches == [6, 6]
+    metric.name = "brightness@2"
+    score_run(run, metric, CONFIG)
+    assert metric.batches == [6, 6, 6, 6]
+
+
+def test_bad_input_is_named(tmp_path, run):
+    with pytest.raises(JudgeError, match="has no finished evaluation"):
+        score_run(RunFolder(str(tmp_path / "other")), Brightness(), CONFIG)
+    with pytest.raises(JudgeError, match=r"metric must be one of clipscore, .* got 'dsg'"):
+        open_configured(ScoreImagesConfig(metric="dsg"))
+
+
+def test_the_job_scores_a_run_with_a_model_in_a_folder(run, tmp_path, capsys):
+    letters = tiny.character_tokenizer(tmp_path / "letters")
+    clip_from_open_clip(tiny.open_clip_weights(len(letters)), tiny.clip_config(letters)).save_pretrained(
+        tmp_path / "clip"
+    )
+    letters.save_pretrained(tmp_path / "clip")
+    assert main([run.path(), "metric=pickscore", f"model={tmp_path / 'clip'}", "bootstrap_resamples=100"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["metric"].startswith("pickscore:")
+    assert result["models"]["merged"]["images"] == 6
+    for arguments, code in (([], 2), ([run.path(), "metrik=x"], 2), ([run.path(), "metric=dsg"], 1)):
+        assert main(arguments) == code
+        assert capsys.readouterr().err.count("\n") == 1
