@@ -171,6 +171,7 @@ def write_adapter(
 def _plain_tensors(factors: Iterable[LoraFactors], rank: int) -> Iterator[torch.Tensor]:
     for module in factors:
         missing = rank - module.rank
+        assert missing >= 0, (module.module, module.rank, rank)
         yield torch.nn.functional.pad(module.A_RI, (0, 0, 0, missing))
         yield torch.nn.functional.pad(module.scale * module.B_OR.float(), (0, missing))
 

@@ -17,10 +17,13 @@ __all__ = ["EXPORT_FILES", "write_diffusers", "write_kohya"]
 EXPORT_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
 
 
-def write_diffusers(path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], denoiser: str) -> None:
+def write_diffusers(
+    path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], denoiser: str, metadata: Mapping[str, str]
+) -> None:
     """Write `adapter` as the one file that a pipeline's `load_lora_weights` reads; `denoiser` is unet or transformer.
 
-    `shapes` maps each module to (O, I). Scales are folded into B, as diffusers takes alpha to be the rank.
+    `shapes` maps each module to (O, I), `metadata` goes into the file's header. Scales are folded into B, as diffusers takes alpha to be
+    the rank.
     """
     specs = []
     for module, (rows, columns) in shapes.items():
@@ -30,10 +33,12 @@ def write_diffusers(path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int
         ]
     factors = map(adapter.factors, shapes)
     tensors = (tensor for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
-    write_safetensors(path, specs, tensors, {"base_model": adapter.base_model or ""})
+    write_safetensors(path, specs, tensors, metadata)
 
 
-def write_kohya(path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
+def write_kohya(
+    path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], metadata: Mapping[str, str]
+) -> None:
     """Write a UNet's `adapter` under kohya's names, each module with its alpha.
 
     Modules keep diffusers' names (`lora_unet_down_blocks_0_…`), which ComfyUI, A1111 and diffusers map to theirs. alpha says the
@@ -55,10 +60,10 @@ def write_kohya(path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, in
     alpha = torch.tensor(adapter.scale * adapter.rank)
     factors = map(adapter.factors, shapes)
     tensors = (tensor for each in factors for tensor in (each.A_RI, each.B_OR, alpha))
-    metadata = {
+    described = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": f"{float(alpha):g}",
         "ss_sd_model_name": adapter.base_model or "",
     }
-    write_safetensors(path, specs, tensors, metadata)
+    write_safetensors(path, specs, tensors, {**metadata, **described})

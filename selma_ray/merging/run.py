@@ -143,7 +143,7 @@ def _build(
     # What is low-rank stands in the adapter, exactly; what is dense is made again.
     baked = merged if config.method in DENSE_METHODS else adapter.factors
     bake_pipeline(source, part / "pipeline", shapes, baked, _DTYPES[model.dtype], model.variant)
-    _export(part, adapter, shapes, denoiser_name(source), config)
+    _export(part, adapter, shapes, denoiser_name(source), config, weights)
     return report.as_dict()
 
 
@@ -167,13 +167,25 @@ def _adapter_rank(experts: Sequence[Adapter], cut_rank: int, method: str) -> int
 
 
 def _export(
-    part: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], denoiser: str, config: MergingConfig
+    part: Path,
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, int]],
+    denoiser: str,
+    config: MergingConfig,
+    weights: Weights,
 ) -> None:
+    metadata = {
+        "base_model": adapter.base_model or "",
+        "base_revision": adapter.revision or "",
+        "merge_method": config.method,
+        "merge_scale": f"{config.scale:g}",
+        "merge_weights": json.dumps(weights),
+    }
     if "diffusers" in config.exports:
-        write_diffusers(part / EXPORT_FILES["diffusers"], adapter, shapes, denoiser)
+        write_diffusers(part / EXPORT_FILES["diffusers"], adapter, shapes, denoiser, metadata)
     if "kohya" in config.exports:
         if denoiser == "unet":
-            write_kohya(part / EXPORT_FILES["kohya"], adapter, shapes)
+            write_kohya(part / EXPORT_FILES["kohya"], adapter, shapes, metadata)
         else:
             logger.warning("merging.exports: kohya is written for a unet alone, this model has a %s", denoiser)
 

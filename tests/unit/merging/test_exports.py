@@ -1,5 +1,6 @@
 """Exports are read back by the loaders they are for."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -99,14 +100,21 @@ def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir):
     assert set(ours) == set(theirs)
     for key, tensor in theirs.items():
         assert torch.equal(ours[key].float(), tensor.float()), key
-    with safe_open(merged_dir / EXPORT_FILES["kohya"], framework="pt") as file:
-        assert file.metadata()["ss_network_dim"] == "5"
+
+
+def test_files_say_what_they_were_merged_from(merged_dir):
+    for name in EXPORT_FILES.values():
+        with safe_open(merged_dir / name, framework="pt") as file:
+            metadata = file.metadata()
+        assert metadata["merge_method"] == "average_deltas"
+        assert json.loads(metadata["merge_weights"]) == {"all": dict.fromkeys(SKILLS, 0.5)}
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "5"
 
 
 def test_an_adapters_scale_is_kohyas_alpha(base_dir, tmp_path):
     folder = save_random_adapter(base_dir, tmp_path / "adapter", seed=0, rank=4, lora_alpha=2)
     adapter = open_adapter(folder)
-    write_kohya(tmp_path / "kohya.safetensors", adapter, shapes_of([adapter]))
+    write_kohya(tmp_path / "kohya.safetensors", adapter, shapes_of([adapter]), {})
     alphas = {float(value) for key, value in load_file(tmp_path / "kohya.safetensors").items() if "alpha" in key}
     assert alphas == {2.0}
 
@@ -114,7 +122,7 @@ def test_an_adapters_scale_is_kohyas_alpha(base_dir, tmp_path):
 def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path):
     adapter = Adapter(tmp_path, None, 2, 1.0, ("a.to_q", "a_to.q"))
     with pytest.raises(AdapterError, match=r"a.to_q and a_to.q are both lora_unet_a_to_q to kohya; leave kohya out"):
-        write_kohya(tmp_path / "kohya.safetensors", adapter, {"a.to_q": (2, 2), "a_to.q": (2, 2)})
+        write_kohya(tmp_path / "kohya.safetensors", adapter, {"a.to_q": (2, 2), "a_to.q": (2, 2)}, {})
     assert not (tmp_path / "kohya.safetensors").exists()
 
 
