@@ -6,7 +6,10 @@ from moto.server import ThreadedMotoServer
 
 from selma_ray.errors import StorageError
 from selma_ray.images.shards import existing_ids, forget_failures, read_images, write_shards
+from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
+from tests.unit.images.test_crashes import ids as rendered_ids
+from tests.unit.images.test_crashes import run as render_all
 from tests.unit.images.test_shards import row, table
 
 BUCKET = "selma"
@@ -79,3 +82,41 @@ def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_one_li
         with pytest.raises(StorageError) as caught:
             touch()
         assert len(str(caught.value).splitlines()) == 1
+
+
+class CutFolder(RunFolder):
+    """Loses its server at a write."""
+
+    def __init__(self, uri: str, cut_at: int, cut) -> None:
+        super().__init__(uri)
+        self._left = cut_at
+        self._cut = cut
+
+    def write_bytes(self, content, *parts: str) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._cut()
+        super().write_bytes(content, *parts)
+
+
+def test_rendering_that_loses_its_server_stops_and_resumes(folder, server, monkeypatch, tmp_path, tiny_pipeline_dir):
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    undisturbed = RunFolder(str(tmp_path))
+    render_all(undisturbed, model)
+
+    def cut() -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        cut_off._filesystem = RunFolder(cut_off.uri)._filesystem
+
+    cut_off = CutFolder(f"s3://{BUCKET}/cut", cut_at=5, cut=cut)
+    with pytest.raises(StorageError, match=r"s3://selma/cut/.* cannot be written: .*run the same command again"):
+        render_all(cut_off, model)
+
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    again = RunFolder(cut_off.uri)
+    before = existing_ids(again)
+    assert 0 < len(before) < len(existing_ids(undisturbed))
+    assert render_all(again, model) <= 4  # a batch
+    assert rendered_ids(again) == rendered_ids(undisturbed)
+    assert before <= existing_ids(again)
