@@ -5,7 +5,9 @@ text encoders, the language model and the judge are left out of them.
 """
 
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -13,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from selma_ray.errors import SelmaError
-from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.config import ExpertsConfig, LoraSettings
 from selma_ray.experts.plan import plan_experts
-from selma_ray.models.config import SamplingConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.recipe import Recipe
 from selma_ray.skills import load_skills
 
@@ -25,7 +27,10 @@ if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
 __all__ = ["SUSTAINED_TFLOPS", "Plan", "StagePlan", "plan_recipe", "show_plan", "training_memory_bytes"]
 
 SUSTAINED_TFLOPS = 28.0
-"""TFLOP/s that SELMA's 6 hours an expert on an L40 come to (5,000 steps of 64 images of 512 px on Stable Diffusion 1.4)."""
+"""TFLOP/s that SELMA's 6 hours an expert on an L40 come to (5,000 steps of 64 images of 512 px on Stable Diffusion 1.4).
+
+Its 12 hours for SDXL come to 114, so larger models take less than the plan says.
+"""
 
 _BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
 _GB = 1e9
@@ -56,11 +61,8 @@ class Plan:
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """Return the plan of a recipe; raises ModelNotFoundError where its model's configurations cannot be read."""
-    from selma_ray.models.cost import pipeline_parameters, training_cost
-
     sampling, lora = recipe.images.sampling, recipe.experts.lora
-    cost = training_cost(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
-    parameters = pipeline_parameters(recipe.model)
+    cost, parameters = _traced(recipe.model, sampling, lora)
     num_skills = len(load_skills(recipe.skills))
     images = round(recipe.prompts.per_skill * (1 - recipe.prompts.dev_fraction)) * num_skills * recipe.images.per_prompt
     planned = plan_experts([str(number) for number in range(num_skills)], recipe.experts)
@@ -70,7 +72,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     weights = sum(parameters.values()) * _BYTES[recipe.model.dtype]
     stages = (
         StagePlan(
-            "images", weights, images * _render_flops(cost.forward_flops, sampling) / 1e15,
+            "images", weights, images * _render_flops(cost, sampling) / 1e15,
             images * _pixel_bytes(sampling), f"{images:,} images",
         ),
         StagePlan(
@@ -83,13 +85,26 @@ def plan_recipe(recipe: Recipe) -> Plan:
         ),
         StagePlan("merging", None, None, weights + 4 * cost.lora_parameters * num_skills, "adapter and baked pipeline"),
         StagePlan(
-            "evaluation", weights, tested * _render_flops(cost.forward_flops, recipe.evaluation.sampling) / 1e15 if tested else None,
+            "evaluation", weights, tested * _render_flops(cost, recipe.evaluation.sampling) / 1e15 if tested else None,
             tested * _pixel_bytes(recipe.evaluation.sampling) if tested else None,
             f"{tested:,} images" if tested else f"suite {recipe.evaluation.suite} cannot be read",
         ),
         StagePlan("serving", weights, None, None),
     )  # fmt: skip
     return Plan(parameters, cost.lora_parameters, stages)
+
+
+def _traced(model: ModelConfig, sampling: SamplingConfig, lora: LoraSettings) -> tuple["TrainingCost", dict[str, int]]:
+    """Return what training costs and the weights of each part; a model that a shipped recipe names needs no network."""
+    from selma_ray.models.cost import pipeline_parameters, training_cost
+    from selma_ray.models.published import PUBLISHED, write_configuration
+
+    with tempfile.TemporaryDirectory() as folder:
+        if model.name in PUBLISHED:
+            write_configuration(model.name, Path(folder))
+            model = ModelConfig(name=folder)
+        cost = training_cost(model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
+        return cost, pipeline_parameters(model)
 
 
 def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
@@ -143,8 +158,9 @@ def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
     return models * prompts * len(recipe.evaluation.seeds)
 
 
-def _render_flops(forward_flops: int, sampling: SamplingConfig) -> float:
-    return forward_flops * sampling.steps * (2 if sampling.guidance_scale > 1 else 1)
+def _render_flops(cost: "TrainingCost", sampling: SamplingConfig) -> float:
+    predictions = cost.predictions_per_step if sampling.guidance_scale > 1 else 1
+    return cost.forward_flops * sampling.steps * predictions
 
 
 def _pixel_bytes(sampling: SamplingConfig) -> int:

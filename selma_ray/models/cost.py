@@ -44,6 +44,8 @@ class TrainingCost:
     """One prediction of the denoiser."""
     step_flops: int
     """Forward and backward pass."""
+    predictions_per_step: int = 2
+    """Predictions of a guided sampling step."""
 
 
 def training_cost(
@@ -77,6 +79,7 @@ def training_cost(
         checkpointed_bytes=min(checkpointed.total_bytes + kept.largest_block_bytes, kept.total_bytes) + gradients_bytes,
         forward_flops=forward_flops,
         step_flops=step_flops,
+        predictions_per_step=family.predictions_per_step,
     )
 
 

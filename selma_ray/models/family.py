@@ -38,6 +38,8 @@ class Family(Protocol):
     """A text-to-image model whose encoders and denoiser load apart, so that a trainer never holds the encoders."""
 
     located: LocatedModel
+    predictions_per_step: int
+    """Calls of the denoiser in a guided sampling step: 2 with classifier-free guidance, 1 where guidance is an input."""
 
     def load_encoders(self) -> Encoders:
         """Load the autoencoder and the text encoders in the model's precision."""

@@ -23,6 +23,7 @@ __all__ = ["FlowMatching"]
 class FlowMatching(ABC):
     """A pipeline whose transformer was trained by rectified flow, at noise levels from a logit-normal distribution."""
 
+    predictions_per_step = 2
     transformer_class: ClassVar[Any]
     tokens: ClassVar[int]
     """Length of an encoded prompt."""

@@ -20,6 +20,7 @@ _TRAINING_GUIDANCE = 3.5  # what diffusers' LoRA script for FLUX tells a guidanc
 class Flux(FlowMatching):
     """A FluxPipeline's parts, each loaded from its own sub-folder when it is needed."""
 
+    predictions_per_step = 1
     transformer_class = FluxTransformer2DModel
     tokens = 512  # of T5
 

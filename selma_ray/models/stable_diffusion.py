@@ -33,6 +33,8 @@ __all__ = ["StableDiffusion", "StableDiffusionEncoders"]
 class StableDiffusion:
     """A StableDiffusionPipeline's parts, each loaded from its own sub-folder when it is needed."""
 
+    predictions_per_step = 2
+
     def __init__(self, model: ModelConfig, located: LocatedModel) -> None:
         self.model = model
         self.located = located

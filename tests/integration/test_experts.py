@@ -181,7 +181,7 @@ def test_the_best_adapter_is_kept_and_a_judge_s_failure_spares_the_others(run, m
 
 @pytest.mark.heavy
 def test_two_workers_give_what_one_gives(run, model, tmp_path):
-    """Gradients are summed in another order; 40 steps at a learning rate of 1e-2 drew weights of about 0.1 apart by less than 2e-3."""
+    """Gradients are summed in another order: 40 steps drew weights of 0.2 on average apart by at most 2e-5 when it was measured."""
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "two")
     train_experts(second, planned(CONFIG.model_copy(update={"workers_per_expert": 2})), model, 0, ClusterConfig())
@@ -190,7 +190,7 @@ def test_two_workers_give_what_one_gives(run, model, tmp_path):
     )
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-4)
 
 
 def _kill_worker_after_step(folder: RunFolder, name: str, step: int) -> None:
