@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         if name == "plan":
             command.add_argument(
-                "--tflops", type=float, default=28.0, help="sustained TFLOP/s of a GPU (default: 28, an L40)"
+                "--tflops", type=_positive, default=28.0, help="sustained TFLOP/s of a GPU (default: 28, an L40)"
             )
         if name == "evaluate":
             _add_rating_options(command)
@@ -112,6 +112,13 @@ def _add_rating_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ratings", action="append", metavar="FILE", help="then count a rater's choices; may be repeated"
     )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
 
 
 def _execute(options: argparse.Namespace) -> None:

@@ -54,3 +54,21 @@ def test_the_plan_is_shown(recipe, capsys):
     show_plan(recipe, tflops=28)
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("images", "experts", "merging", "serving", "suite nowhere.jsonl"))
+
+
+def test_planning_runs_and_writes_nothing(recipe, tmp_path, capsys):
+    from selma_ray.cli import main
+
+    words = ["plan", str(DEMO), f"model.name={recipe.model.name}", f"run_dir={tmp_path / 'run'}", "--tflops", "100"]
+    assert main(words) == 0
+    assert "Hours at 100 TFLOP/s" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "fast"])
+def test_a_rate_that_is_no_rate_is_refused(rate, capsys):
+    from selma_ray.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(DEMO), "--tflops", rate])
+    assert "--tflops" in capsys.readouterr().err
