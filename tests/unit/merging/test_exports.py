@@ -18,19 +18,28 @@ from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.exports import EXPORT_FILES, write_kohya
 from selma_ray.merging.run import merge_experts
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.rendering import denoiser_of
 from selma_ray.storage import RunFolder
 from tests.tiny_models import save_tiny_sdxl
 from tests.unit.merging.adapters_on_disk import save_random_adapter
+from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
 
 SKILLS = ["counting", "style"]
 
 
-@pytest.fixture(scope="module", params=["stable_diffusion", "sdxl"])
+UNETS = ["stable_diffusion", "sdxl"]
+TRANSFORMERS = ["sd3", "flux"]
+
+
+@pytest.fixture(scope="module")
 def base_dir(request, tiny_pipeline_dir, tmp_path_factory) -> Path:
     if request.param == "stable_diffusion":
         return tiny_pipeline_dir
-    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
-    save_tiny_sdxl(folder)
+    folder = tmp_path_factory.mktemp("models") / request.param
+    if request.param == "sdxl":
+        save_tiny_sdxl(folder)
+    else:
+        {"sd3": save_tiny_sd3, "flux": save_tiny_flux}[request.param](folder, tiny_pipeline_dir)
     return folder
 
 
@@ -52,9 +61,11 @@ def image_of(pipeline: DiffusionPipeline) -> np.ndarray:
     return np.asarray(images[0])
 
 
+@pytest.mark.parametrize("base_dir", UNETS + TRANSFORMERS, indirect=True)
 def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir, merged_dir):
     with_peft = DiffusionPipeline.from_pretrained(base_dir)
-    with_peft.unet = PeftModel.from_pretrained(with_peft.unet, merged_dir / "adapter").base_model.model
+    # PEFT puts its layers into the denoiser itself.
+    PeftModel.from_pretrained(denoiser_of(with_peft), merged_dir / "adapter")
     expected = image_of(with_peft)
     loaded = DiffusionPipeline.from_pretrained(base_dir)
     plain = image_of(loaded)
@@ -65,6 +76,7 @@ def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir, merged_dir)
     assert np.abs(baked.astype(int) - expected.astype(int)).max() <= 1  # floats are added in another order
 
 
+@pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_diffusers_renders_the_same_from_the_kohya_file(base_dir, merged_dir):
     by_format = []
     for name in EXPORT_FILES.values():
@@ -74,6 +86,7 @@ def test_diffusers_renders_the_same_from_the_kohya_file(base_dir, merged_dir):
     assert by_format[0].tobytes() == by_format[1].tobytes()
 
 
+@pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_kohya_keys_round_trip_through_diffusers_reader(base_dir, merged_dir):
     pipeline = DiffusionPipeline.from_pretrained(base_dir)
     reader = StableDiffusionXLPipeline if isinstance(pipeline, StableDiffusionXLPipeline) else StableDiffusionPipeline
@@ -94,6 +107,7 @@ def test_kohya_keys_round_trip_through_diffusers_reader(base_dir, merged_dir):
     assert len(read) == len(expected), "every key of the file is one of the model's"
 
 
+@pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir):
     ours = load_file(merged_dir / EXPORT_FILES["kohya"])
     theirs = convert_state_dict_to_kohya(load_file(merged_dir / EXPORT_FILES["diffusers"]))
@@ -102,6 +116,7 @@ def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir):
         assert torch.equal(ours[key].float(), tensor.float()), key
 
 
+@pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_files_say_what_they_were_merged_from(merged_dir):
     for name in EXPORT_FILES.values():
         with safe_open(merged_dir / name, framework="pt") as file:
@@ -111,6 +126,7 @@ def test_files_say_what_they_were_merged_from(merged_dir):
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "5"
 
 
+@pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
 def test_an_adapters_scale_is_kohyas_alpha(base_dir, tmp_path):
     folder = save_random_adapter(base_dir, tmp_path / "adapter", seed=0, rank=4, lora_alpha=2)
     adapter = open_adapter(folder)
@@ -126,8 +142,14 @@ def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path):
     assert not (tmp_path / "kohya.safetensors").exists()
 
 
+@pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
 def test_exports_are_left_out_where_the_recipe_says_so(base_dir, merged_dir):
     run = RunFolder(str(merged_dir.parents[1]))
     config = MergingConfig(name="bare", exports=())
     merge_experts(run, SKILLS, ModelConfig(name=str(base_dir)), config)
     assert {path.name for path in (merged_dir.parent / "bare").iterdir()} == {"adapter", "pipeline", "report.json"}
+
+
+@pytest.mark.parametrize("base_dir", TRANSFORMERS[:1], indirect=True)
+def test_a_transformer_has_no_kohya_file(merged_dir):
+    assert not (merged_dir / EXPORT_FILES["kohya"]).exists()
