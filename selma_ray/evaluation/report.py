@@ -76,6 +76,7 @@ def _facts(
         "merging": merged,
         "curves": _of_experts(folder, skills, "curve.json"),
         "dev_scores": _of_experts(folder, skills, "dev_scores.json"),
+        "image_metrics": [folder.read_json(path) for path in folder.files("evaluation", "metrics", suffix=".json")],
         "ratings": folder.read_json("pairs", "result.json") if folder.exists("pairs", "result.json") else None,
         "command": f"selma run {folder.path('recipe.yaml')} run_dir=runs/again",
         "versions": _versions(),
@@ -191,5 +192,6 @@ def _environment() -> Environment:
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
     environment.filters["points"] = lambda value: f"{100 * value:+.1f}".replace("-", "−")
+    environment.filters["signed"] = lambda value: f"{value:+.3g}".replace("-", "−")
     environment.filters["p_value"] = lambda value: "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
     return environment

@@ -176,6 +176,22 @@ def test_failures_other_judges_and_ratings_are_told(tmp_path):
     assert "75.0% of the decided pairs, 95% binomial interval 42.8–94.5 (p = 0.146)" in text
 
 
+def test_metrics_of_images_that_were_scored_later_are_shown(tmp_path):
+    folder = write_finished_run(tmp_path, max_prompts=5)
+    base = {"mean": 20.5, "interval": [20.1, 20.9], "over_base": None, "images": 5, "unscored": {"torn": 1}}
+    over_base = {"mean": -0.25, "interval": [-0.5, 0.0], "p": 0.04}
+    merged = {"mean": 20.25, "interval": [20.0, 20.5], "over_base": over_base, "images": 5, "unscored": {}}
+    metric = {"metric": "pickscore (some/model@1)", "prompts": 5, "models": {"base": base, "merged": merged}}
+    folder.write_json(metric, "evaluation", "metrics", "pickscore.json")
+    write_report(folder, SKILLS)
+    page = Page()
+    page.feed(folder.read_bytes("report.html").decode())
+    text = text_of(page)
+    assert "pickscore (some/model@1)" in text
+    assert "20.25 20–20.5 −0.25 −0.5 to +0 p = 0.040" in text
+    assert "base: 1 of 5 images have no score: torn" in text
+
+
 def test_comparison_has_a_row_for_each_model(run):
     with Image.open(run.local_path("comparison.png")) as image:
         assert image.width > 10 * 128
