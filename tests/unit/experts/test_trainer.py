@@ -14,6 +14,8 @@ from selma_ray.experts.selection import is_fitted
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images
+from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
+from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
 BASE = ExpertsConfig(
     lora=LoraSettings(rank=4, alpha=4),
@@ -38,20 +40,26 @@ def process_group(tmp_path_factory):
     os.environ.update(before)
 
 
+def encoded_job(folder: RunFolder, model: ModelConfig, name: str, config: ExpertsConfig) -> ExpertJob:
+    """Return a job whose seven images are encoded."""
+    if not folder.files("images"):
+        write_images(folder, "counting", 7)
+    cache = skill_cache(folder, "counting", model)
+    if not cache.is_complete(folder):
+        shards = [cache.shard(source) for source in cache.sources]
+        sources, empty = [*cache.sources, ""], f"{cache.directory}/{EMPTY_CAPTION}"
+        EncodeExamples(folder, model)({"source": np.array(sources), "shard": np.array([*shards, empty])})
+        folder.write_json({"shards": shards}, cache.directory, "index.json")
+    return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
+
+
 @pytest.fixture(scope="module")
 def make_job(tiny_pipeline_dir, tmp_path_factory):
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
     model = ModelConfig(name=str(tiny_pipeline_dir))
-    write_images(folder, "counting", 7)
-    cache = skill_cache(folder, "counting", model)
-    shards = [cache.shard(source) for source in cache.sources]
-    sources, empty = [*cache.sources, ""], f"{cache.directory}/{EMPTY_CAPTION}"
-    EncodeExamples(folder, model)({"source": np.array(sources), "shard": np.array([*shards, empty])})
-    folder.write_json({"shards": shards}, cache.directory, "index.json")
 
     def make(name: str, **changes) -> ExpertJob:
-        config = BASE.model_copy(update=changes)
-        return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
+        return encoded_job(folder, model, name, BASE.model_copy(update=changes))
 
     return make
 
@@ -205,3 +213,16 @@ def test_the_adapter_folder_is_peft_s(uninterrupted):
     assert all(
         name.startswith("base_model.model.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in weights
     )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("save", [save_tiny_sdxl, save_tiny_sd3, save_tiny_flux], ids=["sdxl", "sd3", "flux"])
+def test_every_family_is_fitted_with_dropout_and_recomputation(save, precision, tiny_pipeline_dir, tmp_path):
+    save(tmp_path / "model", tiny_pipeline_dir)
+    config = BASE.model_copy(
+        update={"steps": 3, "precision": precision, "gradient_checkpointing": True, "caption_dropout": 0.5}
+    )
+    job = encoded_job(RunFolder(str(tmp_path / "run")), ModelConfig(name=str(tmp_path / "model")), "counting", config)
+    fit(job)
+    assert any(tensor.abs().sum() > 0 for name, tensor in adapter(job).items() if "lora_B" in name)
+    assert all(torch.isfinite(tensor).all() for tensor in adapter(job).values())
