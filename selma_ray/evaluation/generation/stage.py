@@ -92,6 +92,8 @@ def _engine_options(llm: QuestionLLMConfig) -> dict[str, Any]:
         "max_model_len": llm.max_model_len,
         "tensor_parallel_size": llm.tensor_parallel_size,
         "enable_prefix_caching": True,
+        # Between JSON's brackets a weak model would write white space to its token limit.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "disable_log_stats": True,
     }
     if llm.revision:
