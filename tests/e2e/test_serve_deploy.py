@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
+
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.rendering import load_pipeline
+from tests.tiny_experts import save_experts
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -62,7 +67,9 @@ def config(tmp_path: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.heavy
-def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, str]) -> None:
+def test_the_shipped_configuration_deploys_and_changes_its_weights_in_place(
+    dashboard: str, config: tuple[Path, str], tmp_path: Path
+) -> None:
     file, url = config
     wait_until(lambda: deploy(dashboard, file), "the configuration is accepted")
     wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs")
@@ -72,6 +79,28 @@ def test_the_shipped_configuration_deploys(dashboard: str, config: tuple[Path, s
     score = ask(f"{url}/v1/scores", {"prompt": "a red apple", "image": image["data"][0]["b64_json"]})
     assert 0 <= score["data"][0]["scores"]["dsg"] <= 1
     assert score["data"][0]["questions"]
+
+    replica = engine_replicas(url)
+    experts = save_experts(load_pipeline(ModelConfig()), tmp_path / "experts")
+    body = {"prompt": "a red apple", "num_inference_steps": 2, "seed": 1}
+    before = ask(f"{url}/v1/images/generations", body)["data"]
+    change(file, user_config={"adapter": experts["counting"]})
+    assert deploy(dashboard, file)
+    wait_until(lambda: ask(f"{url}/v1/images/generations", body)["data"] != before, "the weights are changed")
+    assert engine_replicas(url) == replica
+
+
+def engine_replicas(url: str) -> set[str]:
+    """Return the names of the generator's replicas, which a restart would change."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+        return set(re.findall(r'selma_engine_start_seconds{replica="(\w+)"}', response.read().decode()))
+
+
+def change(file: Path, **changes: Any) -> None:
+    """Change the generator's part of a deployed configuration."""
+    content = yaml.safe_load(file.read_text())
+    content["applications"][0]["deployments"][0].update(changes)
+    file.write_text(yaml.safe_dump(content))
 
 
 def deploy(dashboard: str, config: Path) -> bool:
