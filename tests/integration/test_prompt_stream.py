@@ -1,0 +1,108 @@
+"""The stream of prompts with the stand-in engine: the same prompts whatever its speed, its replicas and what dies of it."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from ray import cloudpickle
+from ray.data import ActorPoolStrategy
+
+from selma_ray.cluster import ClusterConfig
+from selma_ray.errors import LLMError
+from selma_ray.prompts import free
+from selma_ray.prompts.config import LLMConfig, PromptsConfig
+from selma_ray.prompts.llm import llm_errors
+from selma_ray.prompts.stream import prompt_stream, read_prompts
+from selma_ray.records import seed_of
+from selma_ray.skills import Skill
+from selma_ray.storage import RunFolder
+
+SKILLS = [
+    Skill(name=name, description="things", max_words=12, seeds=("a red apple", "two cups")) for name in ("one", "two")
+]
+CONFIG = PromptsConfig(
+    per_skill=40, per_request=6, requests_in_flight=4, max_requests=40, llm=LLMConfig(engine="free", num_cpus=0.1)
+)
+
+# Ray's workers cannot import this file: what it defines goes to them by value.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+class AnswerByText(free.AnswerAtNoCost):
+    """Answers otherwise when other examples are shown, as a language model does."""
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        rows = [{**row, "seed": seed_of(row["seed"], text=row["text"])} for row in requests.to_pylist()]
+        return super().__call__(pa.Table.from_pylist(rows))
+
+
+class KilledOnce(AnswerByText):
+    """Answers after a delay that differs from call to call; the first process that comes to request 3 is killed there."""
+
+    sign = ""
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        time.sleep(random.random() * 0.2)
+        if max(requests["request"].to_pylist()) >= 3 and not Path(self.sign).exists():
+            Path(self.sign).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(requests)
+
+
+class AnswerAtNoCostDies(free.AnswerAtNoCost):
+    """An engine that cannot answer request 2."""
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        if max(requests["request"].to_pylist()) >= 2:
+            os._exit(1)
+        return super().__call__(requests)
+
+
+def write(folder: RunFolder, llm_stage=None, **llm) -> list[dict]:
+    """Run the stream with other settings of the engine; returns what was kept, in order."""
+    config = CONFIG.model_copy(update={"llm": CONFIG.llm.model_copy(update=llm)})
+    with llm_errors(config.llm):
+        prompt_stream(SKILLS, config, 0, folder, ClusterConfig(), llm_stage=llm_stage).materialize()
+    return [row for skill in SKILLS for row in read_prompts(folder, skill.name).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, tmp_path_factory) -> list[dict]:
+    """Return what one replica writes that answers at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(free, "AnswerAtNoCost", AnswerByText)
+        prompts = write(RunFolder(str(tmp_path_factory.mktemp("undisturbed"))))
+    assert [row["index"] for row in prompts] == [*range(40), *range(40)]
+    return prompts
+
+
+def test_a_killed_replica_among_others_does_not_change_the_prompts(tmp_path, monkeypatch, undisturbed):
+    sign = tmp_path / "killed"
+    monkeypatch.setattr(KilledOnce, "sign", str(sign))
+    monkeypatch.setattr(free, "AnswerAtNoCost", KilledOnce)
+    prompts = write(RunFolder(str(tmp_path / "run")), min_replicas=3, max_replicas=3)
+    assert sign.exists()
+    assert prompts == undisturbed
+
+
+def test_an_engine_that_keeps_dying_ends_the_stream_in_one_line(tmp_path):
+    def stage(requests):
+        return requests.map_batches(
+            AnswerAtNoCostDies,
+            fn_constructor_args=(SKILLS, CONFIG),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=0.1,
+            max_restarts=1,
+        )
+
+    with pytest.raises(LLMError, match=r"died again after prompts.llm.max_restarts=1 restarts.*raise max_restarts"):
+        write(RunFolder(str(tmp_path / "run")), stage, max_restarts=1)
