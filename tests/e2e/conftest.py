@@ -34,6 +34,6 @@ def selma() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(command: str, *overrides: str, recipe: Path | str = DEMO) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "selma_ray.cli", command, str(recipe), *overrides]
-        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=550)
+        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
 
     return run

@@ -8,10 +8,12 @@ import sys
 import time
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.e2e.conftest import DEMO, REPOSITORY, SMALL
 
 
+@pytest.mark.timeout(1500)
 def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma, tmp_path):
     run_dir = tmp_path / "run"
     overrides = [f"run_dir={run_dir}", *SMALL]
@@ -20,9 +22,11 @@ def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma, t
         [sys.executable, "-m", "selma_ray.cli", "run", str(DEMO), *overrides],
         cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    _wait_for(lambda: any((run_dir / "images").rglob("*.parquet")), killed, timeout_s=200)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    try:
+        _wait_for(lambda: any((run_dir / "images").rglob("*.parquet")), killed, timeout_s=500)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
     before = _images(run_dir)
 
     finished = selma("run", *overrides)

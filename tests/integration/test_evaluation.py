@@ -53,6 +53,15 @@ def evaluated(ray_cluster, config, models, tmp_path_factory):
     return folder, summary, events
 
 
+def rounded(value):
+    """Return nested values with their numbers to six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
 def rows_of(folder: RunFolder, summary: dict, model: str, kind: str) -> list[dict]:
     return folder.read_table(summary["files"][model][kind]).to_pylist()
 
@@ -100,7 +109,7 @@ def test_a_finished_evaluation_does_nothing_and_a_killed_one_goes_on(evaluated, 
     for path in (lost_answers, lost_images, its_answers):
         folder.delete(path)
     again, events = evaluated_again(folder, models, config)
-    assert again == summary
+    assert rounded(again) == rounded(summary), "a batch of another size rounds P(yes) otherwise, in its last digits"
     assert sorted(event.detail for event in events) == ["base", "merged"]
     redone = {path for path in paths if folder.local_path(path).stat().st_ino != before[path]}
     assert redone <= {lost_answers, lost_images, its_answers}
@@ -110,7 +119,7 @@ def test_judges_in_actors_of_their_own_give_the_same_figures(evaluated, config, 
     _, summary, _ = evaluated
     apart = config.model_copy(update={"judges": 1})
     again, events = evaluated_again(RunFolder(str(tmp_path)), models, apart)
-    assert again == summary
+    assert rounded(again) == rounded(summary)
     assert (events[-1].done, events[-1].total) == (20, 20)
 
 

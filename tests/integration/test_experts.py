@@ -1,6 +1,7 @@
 """Experts under Ray: encoded, trained at once, finished once, resumed after a kill, and one failing alone."""
 
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
+from ray import cloudpickle
 from safetensors.torch import load_file
 
 from selma_ray.cluster import ClusterConfig
@@ -20,6 +22,8 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
 
 CONFIG = ExpertsConfig(
     lora=LoraSettings(rank=4, alpha=4),
