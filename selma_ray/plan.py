@@ -83,7 +83,10 @@ def plan_recipe(recipe: Recipe) -> Plan:
             4 * cost.lora_parameters * (sum(ranks) + 3 * max(ranks) * len(planned)),
             f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints",
         ),
-        StagePlan("merging", None, None, weights + 4 * cost.lora_parameters * num_skills, "adapter and baked pipeline"),
+        StagePlan(
+            "merging", None, None, weights + 4 * (1 + len(recipe.merging.exports)) * cost.lora_parameters * num_skills,
+            "adapter, its exports and the baked pipeline",
+        ),
         StagePlan(
             "evaluation", weights, tested * _render_flops(cost, recipe.evaluation.sampling) / 1e15 if tested else None,
             tested * _pixel_bytes(recipe.evaluation.sampling) if tested else None,

@@ -111,9 +111,8 @@ def training_images(folder: RunFolder, skill: str, count: int) -> list[Image.Ima
     images: list[Image.Image] = []
     for position, path in enumerate(paths):
         share = -(-(count - len(images)) // (len(paths) - position))
-        rows = [
-            row for row in folder.read_table([path], columns=["image"])["image"].to_pylist() if row and row["bytes"]
-        ]
+        table = folder.read_table([path], columns=["image", "split"]).to_pylist()
+        rows = [row["image"] for row in table if row["split"] == "train" and row["image"] and row["image"]["bytes"]]
         step = max(1, len(rows) // max(share, 1))
         images += [_decoded(row) for row in rows[::step][:share]]
         if len(images) >= count:
