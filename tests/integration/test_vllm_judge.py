@@ -19,7 +19,7 @@ QUESTIONS = [
     ["are there two apple ?"],
     ["is there a car ?", "is the car blue ?", "is the picture green ?"],
 ]
-TOLERANCE = 2e-3  # float32 in other kernels; seen: 2e-6
+TOLERANCE = 2e-3  # float32 in other kernels
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.unit.evaluation import float64_models as float64
 from tests.unit.evaluation import tiny_preferences as tiny
 
 PROMPTS = ["a red cup", "two dogs on the grass", "x", "a long prompt, " * 12]
-TOLERANCE = 2e-5  # float32 against float64; seen: 2e-6
+TOLERANCE = 2e-5  # float32 against float64
 
 
 @pytest.fixture(scope="module")
