@@ -26,6 +26,12 @@ __all__ = ["build_app"]
 
 _PROBES = ("/healthz", "/readyz")
 _BODY_TIMEOUT_S = 30
+_EVENT = {
+    "type": "object",
+    "description": "A server-sent event: its name, and JSON.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
 _REFUSED = (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
@@ -80,7 +86,7 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
     @app.post(
         "/v1/images/generations",
         response_model=Generation,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/event-stream": {"schema": _EVENT}}}},
     )
     async def generations(body: GenerationBody) -> Any:
         """Draw images."""
