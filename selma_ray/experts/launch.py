@@ -222,6 +222,7 @@ class _Reporter:
         self._last: ExpertProgress | None = None
 
     def report(self) -> None:
+        """Tell the steps done by all experts, and the step and loss of each that is being fitted, if they changed."""
         if self._on_progress is None:
             return
         states = [(job, *_progress_of(job)) for job in self._jobs]

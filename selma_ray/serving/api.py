@@ -158,6 +158,7 @@ def _describe_errors(app: FastAPI) -> None:
     written = app.openapi
 
     def described() -> dict[str, Any]:
+        """Return the description with an Error of OpenAI's shape under every status that refuses."""
         schema = written()
         error = {"type": "object", "required": ["message", "type", "param", "code"], "properties": {
             "message": {"type": "string"}, "type": {"type": "string"},

@@ -54,6 +54,7 @@ class _Engines:
         self._generators = generators
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of all replicas, as prometheus_client's registries ask for them."""
         gauges = {
             "in_flight": "Images accepted and not answered",
             "waiting": "Images waiting for their first step",

@@ -130,8 +130,7 @@ def test_ten_times_more_than_it_holds(http: httpx.Client) -> None:
     with ThreadPoolExecutor(clients) as pool:
         statuses = sum(pool.map(client, range(clients)), Counter())
     assert statuses.keys() == {200, 429}, statuses
-    # Half were refused within 4.2 s on two cores that seven programs shared, clients of this test among them.
-    assert sorted(refusal_seconds)[len(refusal_seconds) // 2] < 6
+    assert sorted(refusal_seconds)[len(refusal_seconds) // 2] < 1
     assert same(picture(draw(http)), whole)
     assert sum(process.memory_info().rss for process in replicas("generator")) < memory_before + 200e6
 

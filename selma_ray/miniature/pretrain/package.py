@@ -30,6 +30,8 @@ def package_models(work_dir: Path, target: Path) -> None:
     pipeline = assemble_pipeline(work_dir, UNet2DConditionModel.from_pretrained(work_dir / "unet"))
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(partial / "text_to_image", safe_serialization=True)
+    for config in (partial / "text_to_image").glob("*/config.json"):
+        _forget_origin(config)
     _load_in_float32(partial / "text_to_image" / "text_encoder" / "config.json")
     if (work_dir / "judge" / "config.json").exists():
         judge = MiniatureJudge.from_pretrained(work_dir / "judge")
@@ -44,6 +46,13 @@ def package_models(work_dir: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     logger.info("package: %s, %.1f MB", target, size_mb)
+
+
+def _forget_origin(config: Path) -> None:
+    """Take the folder that a model was loaded from out of its configuration: it names a place on one machine."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _load_in_float32(config: Path) -> None:
