@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from selma_ray.miniature.pretrain.mixture import LOOSE_SHARE, Looseness
 from selma_ray.miniature.pretrain.progress import Budget, prepare_process
 
 
@@ -22,6 +23,8 @@ def main() -> None:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes of `data` and of `unet` on a CPU"
     )
     parser.add_argument("--batch", type=int, default=32, help="images a step of `unet`, over all its processes")
+    parser.add_argument("--loose-share", type=float, default=LOOSE_SHARE, help="share of loose captions, for `unet`")
+    parser.add_argument("--loose-edits", type=int, default=1, help="edits that a loose caption has at most, for `unet`")
     parser.add_argument("--sampling-steps", type=int, default=20, help="denoising steps of `score`")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="guidance scales of `score`")
     parser.add_argument("--captions-per-skill", type=int, default=100, help="held-out captions of `score`")
@@ -65,11 +68,14 @@ def _text_encoder(arguments: argparse.Namespace) -> None:
 def _unet(arguments: argparse.Namespace) -> None:
     from selma_ray.miniature.pretrain.unet import UnetRun, cache_tokens, start_unet_workers
 
-    cache_tokens(arguments.work_dir)
+    looseness = Looseness(arguments.loose_share, arguments.loose_edits)
+    tokens = cache_tokens(arguments.work_dir, looseness, arguments.seed)
     workers = 1 if arguments.device == "cuda" else arguments.workers
     start_unet_workers(
         UnetRun(
             work_dir=arguments.work_dir,
+            tokens=tokens,
+            looseness=looseness,
             hours=arguments.hours,
             steps=arguments.steps,
             batch=arguments.batch,

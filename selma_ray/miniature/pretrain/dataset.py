@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from selma_ray.miniature.pretrain.mixture import sample_web_scene, write_web_caption
+from selma_ray.miniature.pretrain.mixture import Looseness, sample_web_scene, write_web_caption
 from selma_ray.miniature.scenes import BACKGROUNDS, IMAGE_SIZE_PX, STYLES, Scene, paint_scene, place_objects
 from selma_ray.miniature.sprites import COLOURS, OBJECTS
 
-__all__ = ["NO_COLOUR", "SceneArrays", "build_dataset", "load_dataset"]
+__all__ = ["NO_COLOUR", "SceneArrays", "build_dataset", "load_dataset", "rewrite_captions"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,18 @@ def load_captions(folder: Path) -> list[list[str]]:
     return json.loads((folder / "captions.json").read_text())
 
 
+def rewrite_captions(num_scenes: int, seed: int, looseness: Looseness) -> list[list[str]]:
+    """Write other captions for the scenes that `build_dataset` rendered with `seed`."""
+    captions = []
+    for index in range(num_scenes):
+        scene, long = sample_web_scene(_scene_rng(seed, index))
+        rng = random.Random(f"{seed} {index} {looseness}")
+        captions.append(
+            [write_web_caption(scene, rng, long=long, looseness=looseness) for _ in range(CAPTIONS_PER_SCENE)]
+        )
+    return captions
+
+
 def describe_scene(scene: Scene, arrays: SceneArrays, row: int, rng: random.Random) -> None:
     """Render one scene into a row of the arrays."""
     spots = place_objects(scene, rng)
@@ -118,8 +130,12 @@ def _render_chunk(job: tuple[int, int, int]) -> tuple[SceneArrays, list[list[str
     seed, start, stop = job
     arrays, captions = blank_arrays(stop - start), []
     for row, index in enumerate(range(start, stop)):
-        rng = random.Random(f"{seed} {index}")
+        rng = _scene_rng(seed, index)
         scene, long = sample_web_scene(rng)
         describe_scene(scene, arrays, row, rng)
         captions.append([write_web_caption(scene, rng, long=long) for _ in range(CAPTIONS_PER_SCENE)])
     return arrays, captions
+
+
+def _scene_rng(seed: int, index: int) -> random.Random:
+    return random.Random(f"{seed} {index}")

@@ -1,7 +1,7 @@
 """The training pairs: a long-tailed mix of scenes, and captions of which a stated share is loose, as on the web."""
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from selma_ray.miniature.captions import write_paragraph, write_phrase
 from selma_ray.miniature.facts import Facts, GroupFacts, state_facts
@@ -9,11 +9,20 @@ from selma_ray.miniature.scenes import MAX_OBJECTS, RELATIONS, Scene
 from selma_ray.miniature.skills import is_test_caption, sample_scene
 from selma_ray.miniature.sprites import COLOURS, OBJECTS
 
-__all__ = ["LOOSE_SHARE", "SKILL_SHARES", "loosen", "sample_web_scene", "write_web_caption"]
+__all__ = ["LOOSE_SHARE", "SKILL_SHARES", "Looseness", "loosen", "sample_web_scene", "write_web_caption"]
 
 # Plain scenes in natural colours dominate; what SELMA's skills ask for is rare.
 SKILL_SHARES: dict[str, float] = {"common": 0.60, "counting": 0.12, "unusual": 0.10, "style": 0.09, "paragraphs": 0.09}
 LOOSE_SHARE = 0.35
+
+
+@dataclass(frozen=True)
+class Looseness:
+    """How far captions are from their images: the share of them that is loose, and at most how many edits such a one has."""
+
+    share: float = LOOSE_SHARE
+    max_edits: int = 1
+
 
 _LOOSE_EDITS: dict[str, float] = {
     "wrong_count": 0.30,
@@ -33,12 +42,14 @@ def sample_web_scene(rng: random.Random) -> tuple[Scene, bool]:
     return sample_scene(skill, rng), skill == "paragraphs"
 
 
-def write_web_caption(scene: Scene, rng: random.Random, *, long: bool, loose_share: float = LOOSE_SHARE) -> str:
-    """Describe a scene, loosely with chance `loose_share`; never with a test caption."""
+def write_web_caption(scene: Scene, rng: random.Random, *, long: bool, looseness: Looseness | None = None) -> str:
+    """Describe a scene as the web does, loosely at times; never with a test caption."""
+    looseness = looseness or Looseness()
     while True:
         facts = state_facts(scene, rng)
-        if rng.random() < loose_share:
-            facts = loosen(facts, rng)
+        if rng.random() < looseness.share:
+            for _ in range(rng.randint(1, looseness.max_edits) if looseness.max_edits > 1 else 1):
+                facts = loosen(facts, rng)
         caption = write_paragraph(facts, rng) if long else write_phrase(facts, rng)
         if not is_test_caption(caption):
             return caption

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from selma_ray.miniature.pretrain.dataset import load_captions
+from selma_ray.miniature.pretrain.dataset import load_captions, rewrite_captions
+from selma_ray.miniature.pretrain.mixture import Looseness
 from selma_ray.miniature.pretrain.progress import (
     Budget,
     Meter,
@@ -72,13 +73,19 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def cache_tokens(work_dir: Path) -> None:
-    """Tokenize every training caption once: `tokens.npy` is int16 [N, captions a scene, T]."""
-    target = work_dir / "tokens.npy"
+def cache_tokens(work_dir: Path, looseness: Looseness, seed: int) -> Path:
+    """Tokenize training captions once; returns the file, int16 [N, captions a scene, T].
+
+    The usual looseness means the dataset's own captions; any other has new ones written for the same scenes.
+    """
+    usual = looseness == Looseness()
+    target = work_dir / ("tokens.npy" if usual else f"tokens_loose_{looseness.share:g}_{looseness.max_edits}.npy")
     if target.exists():
-        return
-    tokenizer = load_tokenizer(work_dir / "tokenizer")
+        return target
     captions = load_captions(work_dir / "data")
+    if not usual:
+        captions = rewrite_captions(len(captions), seed, looseness)
+    tokenizer = load_tokenizer(work_dir / "tokenizer")
     flat = [caption for row in captions for caption in row]
     tokens = tokenizer(
         flat, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np"
@@ -86,14 +93,15 @@ def cache_tokens(work_dir: Path) -> None:
     partial = work_dir / "tokens.partial.npy"
     np.save(partial, tokens.astype(np.int16).reshape(len(captions), -1, MAX_TOKENS))
     partial.rename(target)
+    return target
 
 
 class PairStream:
     """Draws batches of noised latents, timesteps, tokens and targets without end."""
 
-    def __init__(self, work_dir: Path, seed: int, scheduler: DDIMScheduler) -> None:
+    def __init__(self, work_dir: Path, tokens: Path, seed: int, scheduler: DDIMScheduler) -> None:
         self.moments = np.load(work_dir / "latents.npy", mmap_mode="r")
-        self.tokens = np.load(work_dir / "tokens.npy", mmap_mode="r")
+        self.tokens = np.load(tokens, mmap_mode="r")
         self.empty = torch.tensor(load_tokenizer(work_dir / "tokenizer")("", padding="max_length").input_ids)
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
@@ -121,6 +129,8 @@ class UnetRun:
     """How to train the denoiser; `batch` is a whole step's, over all workers."""
 
     work_dir: Path
+    tokens: Path
+    looseness: Looseness
     hours: float | None
     steps: int | None
     batch: int
@@ -147,8 +157,8 @@ def train_unet(rank: int, run: UnetRun) -> None:
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{work_dir}/rendezvous", rank=rank, world_size=workers)
     text_encoder = CLIPTextModel.from_pretrained(work_dir / "text_encoder").to(device).eval()
-    state = _TrainingState(work_dir, budget, device)
-    stream = PairStream(work_dir, run.seed + 1000 * budget.step + rank, new_scheduler())
+    state = _TrainingState(work_dir, run.looseness, budget, device)
+    stream = PairStream(work_dir, run.tokens, run.seed + 1000 * budget.step + rank, new_scheduler())
     meter = Meter("unet", budget)
     saved_at, looked_at = time.monotonic() - _SAVE_EVERY_S + 120, time.monotonic() - _LOOK_EVERY_S + 180
     stop = False
@@ -176,8 +186,10 @@ def train_unet(rank: int, run: UnetRun) -> None:
 class _TrainingState:
     """The denoiser, its running average and its optimizer, with their checkpoint."""
 
-    def __init__(self, work_dir: Path, budget: Budget, device: str) -> None:
+    def __init__(self, work_dir: Path, looseness: Looseness, budget: Budget, device: str) -> None:
         self.work_dir, self.budget, self.device = work_dir, budget, device
+        self.captions = f"{looseness.share:g} {looseness.max_edits}"
+        self.earlier_steps: dict[str, int] = {}  # by captions
         self.model = new_unet().to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -189,6 +201,14 @@ class _TrainingState:
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             budget.resume(saved)
+            self.earlier_steps = saved.get("steps_by_captions", {f"{Looseness().share:g} 1": budget.step})
+        self._steps_before = budget.step
+
+    @property
+    def steps_by_captions(self) -> dict[str, int]:
+        """Steps on each kind of captions, named by their looseness's share and edits."""
+        before = self.earlier_steps.get(self.captions, 0)
+        return self.earlier_steps | {self.captions: before + self.budget.step - self._steps_before}
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -201,6 +221,7 @@ class _TrainingState:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "steps_by_captions": self.steps_by_captions,
             **self.budget.state(),
         }
         save_checkpoint(self.work_dir / "unet.pt", state)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from selma_ray.errors import CaptionError
 from selma_ray.miniature.captions import MAX_WORDS, caption_grammar, parse_caption, parse_facts, write_caption
-from selma_ray.miniature.pretrain.mixture import loosen, sample_web_scene, write_web_caption
+from selma_ray.miniature.pretrain.mixture import Looseness, loosen, sample_web_scene, write_web_caption
 from selma_ray.miniature.scenes import BACKGROUNDS, RELATIONS, STYLES, Group, Scene
 from selma_ray.miniature.skills import SKILLS, is_test_caption, sample_caption, sample_scene
 from selma_ray.miniature.sprites import COLOURS, OBJECTS
@@ -89,7 +89,7 @@ def test_an_unknown_skill_has_no_grammar():
 def test_training_captions_are_no_test_captions(seed):
     rng = random.Random(seed)
     scene, long = sample_web_scene(rng)
-    caption = write_web_caption(scene, rng, long=long, loose_share=0.5)
+    caption = write_web_caption(scene, rng, long=long, looseness=Looseness(0.5, max_edits=3))
     assert not is_test_caption(caption)
     parse_caption(caption)
 
