@@ -1,16 +1,19 @@
 """What the command line shows: progress of each stage, the result table, the served image."""
 
 import json
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from selma_ray.errors import ConfigError
 from selma_ray.loop import STAGES, Progress, Report, Run, finished, run_stage
@@ -96,7 +99,9 @@ def show_evaluation(run: Run) -> None:
     console.print(_score_table(summary), soft_wrap=False)
     for name, scores in summary["models"].items():
         for reason, count in scores["unscored"]["reasons"].items():
-            console.print(f"[yellow]{name}: {count} of {scores['images']} images have no score: {reason}[/yellow]")
+            console.print(
+                f"[yellow]{name}: {count} of {scores['images']} images have no score: {escape(reason)}[/yellow]"
+            )
     write_report(run)
 
 
@@ -128,7 +133,10 @@ def serve(run: Run) -> None:
     try:
         console.print(f"Serving {run.recipe.merging.name} at [bold]{service.url}[/bold] (interrupt to stop)")
         body = json.dumps({"prompt": _example_prompt(run)})
-        console.print(f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'")
+        console.print(
+            f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            markup=False,
+        )
         while True:
             time.sleep(3600)
     finally:
@@ -151,7 +159,7 @@ def _fetch_one_image(run: Run) -> None:
         image = service.generate(prompt=prompt, seed=run.recipe.seed)
         run.folder.write_bytes(image, "served.png")
         console.print(
-            f"[green]✓[/green] POST {service.url}/v1/images/generations “{prompt}” → {run.folder.path('served.png')}"
+            f"[green]✓[/green] POST {service.url}/v1/images/generations “{escape(prompt)}” → {run.folder.path('served.png')}"
         )
     finally:
         service.stop()
@@ -218,15 +226,27 @@ def _progress_display() -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
-    with Bars(*columns, console=console, transient=True) as bars:
+    with _BarsAndFigures(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None, detail="starting")
 
         def report(progress: Progress) -> None:
+            bars.figures = progress.figures
             bars.update(task, completed=progress.done, total=progress.total, detail=progress.detail[:_DETAIL_CHARS])
 
         yield report
+
+
+class _BarsAndFigures(Bars):
+    """Bars with lines of figures below them."""
+
+    figures: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is drawn, from top to bottom."""
+        yield from super().get_renderables()
+        yield from map(Text, self.figures)
 
 
 def _line_reporter() -> Report:
@@ -236,7 +256,8 @@ def _line_reporter() -> Report:
         nonlocal last_s
         if time.monotonic() - last_s >= _LINE_EVERY_S or progress.done == progress.total:
             last_s = time.monotonic()
-            console.print(f"  {progress.stage} {progress.done}/{progress.total} {progress.detail[:_DETAIL_CHARS]}")
+            parts = f"{progress.done}/{progress.total}", *progress.figures, progress.detail[:_DETAIL_CHARS]
+            console.print(f"  {progress.stage} {'; '.join(filter(None, parts))}", markup=False)
 
     return report
 

@@ -46,12 +46,13 @@ _PLACEMENT_KEYS = {
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage has come: `done` of `total` units, with a detail for people."""
+    """How far a stage has come: `done` of `total` units, with a detail for people, and figures that take a line each."""
 
     stage: str
     done: int
     total: int
     detail: str = ""
+    figures: tuple[str, ...] = ()
 
 
 Report = Callable[[Progress], None]
@@ -109,6 +110,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     from selma_ray.images.card import write_card
     from selma_ray.images.stream import check_failures, follow, image_summary, render_stream
     from selma_ray.prompts.llm import llm_errors
+    from selma_ray.prompts.progress import watch_prompts
     from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
 
     recipe = run.recipe
@@ -127,9 +129,11 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
     )
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
+    prompt_words = watch_prompts(run.folder)
     with llm_errors(recipe.prompts.llm):
         for row, progress in follow(images, run.folder, recipe.images, total):
-            report(Progress("generate", progress.done, total, f"{progress.pace}; {row['skill']}: {row['prompt']}"))
+            figures = tuple(filter(None, (prompt_words(), progress.words)))
+            report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}", figures))
     summary = {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),

@@ -32,6 +32,8 @@ class RenderingProgress:
     """Images that earlier starts had finished."""
     rendered: int = 0
     """Images that this start finished, rejected ones among them."""
+    rejected: int = 0
+    """Images that this start finished and a selection did not choose."""
     failed: int = 0
     """Images that failed in this start."""
     again: int = 0
@@ -61,10 +63,13 @@ class RenderingProgress:
         return self.rendered / elapsed_s if elapsed_s > 0 else None
 
     @property
-    def pace(self) -> str:
-        """Return the rate and the failures in words."""
-        rate = "starting" if self.images_per_s is None else f"{self.images_per_s:.3g} images/s"
-        return f"{rate}, {self.failed} failed"
+    def words(self) -> str:
+        """Return rate, time left, rejections and failures in one line."""
+        rate = "images: starting" if self.images_per_s is None else f"images: {self.images_per_s:.3g}/s"
+        left = "" if self.seconds_left is None else f", {self.seconds_left / 60:.1f} min left"
+        rejected = f", {self.rejected} not chosen" if self.rejected else ""
+        reasons = "; ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        return f"{rate}{left}{rejected}, {self.failed} failed" + (f" ({reasons})" if reasons else "")
 
     @property
     def seconds_left(self) -> float | None:
@@ -125,6 +130,7 @@ def _advanced(progress: RenderingProgress, row: dict[str, Any], reasons: Counter
     return replace(
         progress,
         rendered=progress.rendered + (not failed),
+        rejected=progress.rejected + (row["split"] == "rejected"),
         failed=progress.failed + failed,
         again=progress.again + bool(row["again"]),
         first_image_at=progress.first_image_at or now,

@@ -1,6 +1,7 @@
 """The prompt pool as an actor, and the source of the stream that asks it for requests until it is full."""
 
 import asyncio
+import time
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +14,15 @@ from ray.data.block import BlockMetadata
 from selma_ray.errors import SelmaError
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.pool import Answer, PromptPool
+from selma_ray.prompts.progress import PromptProgress, write_prompt_progress
 from selma_ray.prompts.requests import PromptRequest, request_text
 from selma_ray.records import PROMPT_SCHEMA
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
 __all__ = ["DecideAnswers", "PromptFeed", "RequestSource"]
+
+_WRITE_EVERY_S = 3.0
 
 REQUEST_SCHEMA = pa.schema(
     [
@@ -50,6 +54,8 @@ class PromptFeed:
         self._blocks: list[list[PromptRequest]] = []
         self._kept_by_answer: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._failure: SelmaError | None = None
+        self._folder = folder
+        self._progress: PromptProgress | None = None
         self._changed = asyncio.Condition()
 
     async def open(self) -> int:
@@ -88,11 +94,28 @@ class PromptFeed:
 
     def _take(self, answer: Answer) -> list[dict[str, Any]]:
         try:
-            return self._pool.hand_in(answer)
+            kept = self._pool.hand_in(answer)
+            self._record_progress(len(kept))
+            return kept
         except SelmaError as error:
             self._failure = error
             self._changed.notify_all()
             raise
+
+    def _record_progress(self, newly_kept: int) -> None:
+        """Write how far the prompts are, now and then and at the end."""
+        pool, before, now = self._pool, self._progress, time.time()
+        if before and (pool.kept == before.kept or now - before.updated_at < _WRITE_EVERY_S) and pool.missing:
+            return
+        self._progress = PromptProgress(
+            wanted=pool.kept + pool.missing,
+            kept=pool.kept,
+            found=before.found if before else pool.kept - newly_kept,
+            reasons=dict(pool.rejected.most_common()),
+            first_answer_at=before.first_answer_at if before else now,
+            updated_at=now,
+        )
+        write_prompt_progress(self._folder, self._progress)
 
     def _next_block(self) -> list[PromptRequest] | None:
         """Return the next block, an empty one at the end, or None while answers must come first."""

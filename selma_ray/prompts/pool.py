@@ -82,7 +82,17 @@ class PromptPool:
     @property
     def missing(self) -> int:
         """Return how many prompts are still to be kept."""
-        return sum(self._config.per_skill - len(state.kept) for state in self._states.values())
+        return self._config.per_skill * len(self._states) - self.kept
+
+    @property
+    def kept(self) -> int:
+        """Return how many prompts are kept."""
+        return sum(len(state.kept) for state in self._states.values())
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Return how many candidates were rejected, by reason."""
+        return sum((state.rejected for state in self._states.values()), Counter())
 
     @property
     def unanswered(self) -> int:

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from selma_ray import cli, console
 from selma_ray.errors import ConfigError
+from selma_ray.loop import Progress
 from tests.unit.evaluation.finished_runs import SKILLS, write_finished_run
 
 
@@ -47,6 +48,28 @@ def test_pairs_are_exported_rated_and_counted(run, shown, tmp_path):
     assert "merged preferred in 4 of 4 pairs, base in 0, neither in 0: 100.0% of the decided ones" in shown()
     with pytest.raises(ConfigError, match="--pairs must be at least 1, got 0"):
         console.export_pairs(run, 0)
+
+
+FIGURES = "prompts: 3 of 9 kept, 1 rejected (1 duplicate)", "images: 2/s, 0.1 min left, 0 failed"
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(shown):
+    with console._progress_display() as report:
+        report(Progress("generate", 1, 9, "style: an early one", FIGURES))
+        report(Progress("generate", 9, 9, "style: a sign that says [/b]", FIGURES))
+    assert shown() == f"  generate 9/9; {FIGURES[0]}; {FIGURES[1]}; style: a sign that says [/b]\n"
+
+
+def test_progress_on_a_terminal_has_figures_below_its_bar(monkeypatch):
+    output = io.StringIO()
+    terminal = Console(file=output, width=120, force_terminal=True, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(console, "console", terminal)
+    with console._progress_display() as report:
+        report(Progress("generate", 3, 9, "style: a sign that says [/b]", FIGURES))
+    text = output.getvalue()
+    assert "3/9" in text
+    assert "a sign that says [/b]" in text
+    assert all(figure in text for figure in FIGURES)
 
 
 def test_options_of_raters_belong_to_evaluate(monkeypatch):

@@ -1,4 +1,6 @@
+import re
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +41,19 @@ def test_progress_is_handed_on_and_written(folder):
     assert written.images_per_s > 0
     assert written.seconds_left == pytest.approx(4 / written.images_per_s)
     assert abs(written.updated_at - time.time()) < 60
+
+
+def test_figures_are_words(folder):
+    steps = [
+        progress
+        for _, progress in follow(
+            Stream(None, "ValueError: no", None), folder, ImagesConfig(max_failed_fraction=1), total=8
+        )
+    ]
+    assert steps[0].words == "images: starting, 0 failed"
+    assert re.fullmatch(r"images: \S+/s, \d+\.\d min left, 1 failed \(1 ValueError: no\)", steps[-1].words)
+    chosen = replace(steps[0], rejected=3)
+    assert chosen.words == "images: starting, 3 not chosen, 0 failed"
 
 
 def test_a_new_start_counts_what_the_last_one_lost(folder):
