@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.mixture import is_mixture, load_mixture
 
 __all__ = ["CPU_LANES", "DTYPES", "Renderer", "denoiser_of", "load_pipeline", "use_scheduler"]
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_pipeline(model: ModelConfig, adapter_dir: str | Path | None = None) -> DiffusionPipeline:
-    """Load a pipeline on the best device, with a PEFT adapter folder folded into its denoiser where one is given."""
+    """Load a pipeline on the best device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
     located = locate_text_to_image(model.name, model.revision)
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
@@ -41,7 +43,9 @@ def load_pipeline(model: ModelConfig, adapter_dir: str | Path | None = None) -> 
         raise ModelNotFoundError(
             f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder"
         ) from None
-    if adapter_dir is not None:
+    if adapter_dir is not None and is_mixture(adapter_dir):
+        load_mixture(denoiser_of(pipeline), adapter_dir)
+    elif adapter_dir is not None:
         adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
         pipeline.register_modules(**{"unet" if getattr(pipeline, "unet", None) is not None else "transformer": adapted})
     pipeline.set_progress_bar_config(disable=True)
@@ -64,6 +68,7 @@ class Renderer:
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
+        self._most_rows = sys.maxsize
         use_scheduler(pipeline, sampling.scheduler)
 
     @property
@@ -73,34 +78,37 @@ class Renderer:
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return one RGB image per prompt, in order."""
-        if self.pipeline.device.type == "cpu":
-            lanes = range(0, len(prompts), CPU_LANES)
-            return [
-                image
-                for at in lanes
-                for image in self._filled_up(prompts[at : at + CPU_LANES], seeds[at : at + CPU_LANES])
-            ]
-        return self._halving(prompts, seeds)
+        if self.pipeline.device.type != "cpu":
+            return self._fitting(prompts, seeds)
+        images: list[Image.Image] = []
+        for start in range(0, len(prompts), CPU_LANES):
+            images += self._filled_up(prompts[start : start + CPU_LANES], seeds[start : start + CPU_LANES])
+        return images
 
     def _filled_up(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Render up to CPU_LANES rows as that many, by repeating the last."""
         missing = CPU_LANES - len(prompts)
         all_prompts, all_seeds = list(prompts), list(seeds)
-        return self._halving(all_prompts + all_prompts[-1:] * missing, all_seeds + all_seeds[-1:] * missing)[
+        return self._fitting(all_prompts + all_prompts[-1:] * missing, all_seeds + all_seeds[-1:] * missing)[
             : len(prompts)
         ]
 
-    def _halving(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        try:
-            return self._render(prompts, seeds)
-        except RuntimeError as error:
-            if len(prompts) == 1 or not _is_out_of_memory(error):
-                raise
-            logger.warning("%d images at once do not fit the memory; they are halved", len(prompts))
-        gc.collect()
-        torch.cuda.empty_cache()
-        half = len(prompts) // 2
-        return self._halving(prompts[:half], seeds[:half]) + self._halving(prompts[half:], seeds[half:])
+    def _fitting(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Render as many rows at once as fit the memory; what did not fit once is not tried again."""
+        images: list[Image.Image] = []
+        while len(images) < len(prompts):
+            rows = slice(len(images), len(images) + self._most_rows)
+            try:
+                images += self._render(prompts[rows], seeds[rows])
+            except RuntimeError as error:
+                size = len(prompts[rows])
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                self._most_rows = size // 2
+                logger.warning("%d images at once do not fit the memory; from now on it is %d", size, self._most_rows)
+                gc.collect()
+                torch.cuda.empty_cache()
+        return images
 
     @torch.inference_mode()
     def _render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:

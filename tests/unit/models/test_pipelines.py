@@ -47,7 +47,9 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(renderer, monkeypatch
 
     monkeypatch.setattr(renderer, "_render", draw)
     assert renderer.render(["a", "b", "c"], [1, 2, 3]) == ["a 1", "b 2", "c 3"]
-    assert sizes == [CPU_LANES, 2, 1, 1, 2, 1, 1]
+    assert sizes == [CPU_LANES, 2, 1, 1, 1, 1]
+    renderer.render(["d"], [4])
+    assert sizes[6:] == [1] * CPU_LANES, "what did not fit is not tried again"
 
 
 def test_other_errors_and_single_rows_are_not_halved(renderer, monkeypatch):
