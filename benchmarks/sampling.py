@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from benchmarks.common import machine, print_result, print_table
+from selma_ray.evaluation.config import JudgeConfig
+from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.questions import PromptWithQuestions, load_suite
+from selma_ray.evaluation.scoring import score_images
 from selma_ray.evaluation.statistics import paired_difference
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline, use_scheduler
-from selma_ray.service import open_scorer
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoisers import denoiser_for
 from selma_ray.serving.requests import ImageRequest
@@ -59,13 +61,13 @@ def main() -> None:
     print(machine())
     torch.set_num_threads(1)
     suite = load_suite("miniature", options["prompts"])
-    scorer = open_scorer("miniature")
+    judge = open_judge(JudgeConfig())
     rows, result = [], {}
     reference_s, reference_dsg = 0.0, np.zeros(0)
     for way in WAYS:
         seconds, images = _draw(way, suite)
-        judged = scorer.score(images, [prompt.questions for prompt in suite])
-        dsg = np.array([each.scores["dsg"] or 0.0 for each in judged])
+        judged = score_images(judge, images, [prompt.questions for prompt in suite])
+        dsg = np.array([each.score or 0.0 for each in judged])
         if way == REFERENCE:
             reference_s, reference_dsg = seconds, dsg
         ones = np.ones(len(dsg))

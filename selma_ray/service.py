@@ -1,62 +1,100 @@
 """The merged model of a run as an HTTP service: the generator beside an evaluator that holds the run's judge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 
-from PIL import Image
-
-from selma_ray.evaluation.dsg import SCORERS, Answered, mean_score
+from selma_ray.evaluation.config import JudgeConfig
+from selma_ray.evaluation.judges.asking import ask_images
 from selma_ray.evaluation.judges.interface import Judge
+from selma_ray.evaluation.metrics import ANSWER_METRICS, ImageMetric, metrics_of_answers, open_metric
 from selma_ray.evaluation.questions import Question, questions_for_prompt
-from selma_ray.evaluation.scoring import ImageScore, score_images
-from selma_ray.evaluation.soft import soft_dsg, soft_tifa_am
+from selma_ray.evaluation.scoring import score_answers
 from selma_ray.loop import Run
-from selma_ray.serving.evaluator import Judged
+from selma_ray.models.locate import locate_judge
+from selma_ray.serving.config import JUDGE_METRICS, ModelMetric, ServingConfig
+from selma_ray.serving.evaluator import Asked, Judged
 from selma_ray.serving.experts import Expert, LowRank
 from selma_ray.serving.run import Service, start_service
 from selma_ray.serving.served import ServedModels
 
-__all__ = ["ServiceScorer", "open_experts", "open_scorer", "served_models", "start_merged"]
+__all__ = ["ServiceScorer", "open_experts", "open_scorer", "scorer_of", "served_models", "start_merged"]
 
 _DEPTH_OF_EXPERTS = 3  # experts/NAME/adapter_config.json; checkpoints lie deeper
-_DSG = {"dsg": "official", "dsg_dpg": "dpg", "dsg_selma": "selma"}
 
 
 class ServiceScorer:
-    """A judge asked as offline evaluation asks it; every metric is computed from the same answers.
+    """A judge, and models of other scores, asked as offline evaluation asks them.
 
-    `dsg`, `dsg_dpg` and `dsg_selma` are evaluation's three scorers, `soft_dsg` and `soft_tifa_am` its means of P(yes).
+    Everything that `metrics_of_answers` computes comes from one pass of a prompt's questions; `vqascore` and the scores with models
+    of their own need no questions.
     """
 
-    metrics = (*_DSG, "soft_dsg", "soft_tifa_am")
+    metrics_of_questions = frozenset(ANSWER_METRICS)
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge | None, models: Mapping[str, ImageMetric]) -> None:
         self._judge = judge
-        self.judge = judge.name
+        self._single: dict[str, ImageMetric] = dict(models)
+        if judge is not None:
+            self._single["vqascore"] = open_metric("vqascore", judge)
+        self.judge = None if judge is None else _shown(judge.name)
+        self.metrics = (*(JUDGE_METRICS if judge else ()), *models)
 
     def questions(self, prompt: str) -> tuple[Question, ...]:
         """Return the questions about a prompt; raises CaptionError for a prompt that has none."""
         return questions_for_prompt(prompt)
 
-    def score(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Question]]) -> list[Judged]:
-        """Judge each image by its own questions."""
-        return [Judged(_metrics(score), score.questions) for score in score_images(self._judge, images, questions)]
+    def score(self, asked: Sequence[Asked]) -> list[Judged]:
+        """Score each image by the metrics that are wanted of it."""
+        judged = self._judged(asked)
+        for name, metric in self._single.items():
+            rows = [row for row, each in enumerate(asked) if name in each.metrics]
+            scores = (
+                metric.score([asked[row].image for row in rows], [asked[row].prompt for row in rows]) if rows else []
+            )
+            for row, score in zip(rows, scores, strict=True):
+                judged[row].scores[name] = score.value
+                if score.reason is not None:
+                    judged[row].reasons[name] = score.reason
+        return judged
+
+    def _judged(self, asked: Sequence[Asked]) -> list[Judged]:
+        """Return every score that comes from the answers to questions; nothing about an image without any."""
+        judged = [Judged({}) for _ in asked]
+        rows = [row for row, each in enumerate(asked) if each.questions]
+        if self._judge is None or not rows:
+            return judged
+        questions = [[each.question for each in asked[row].questions] for row in rows]
+        answers = ask_images(self._judge, [asked[row].image for row in rows], questions)
+        for row, given in zip(rows, answers, strict=True):
+            scored = score_answers(self._judge.name, asked[row].questions, given)
+            judged[row] = Judged(metrics_of_answers(asked[row].questions, given), scored.questions)
+        return judged
 
 
-def _metrics(score: ImageScore) -> dict[str, float | None]:
-    answered = [Answered(each.id, each.answer, each.parents) for each in score.questions]
-    p_yes = [each.p_yes for each in score.questions]
-    hard = {metric: mean_score(SCORERS[scorer](answered)) for metric, scorer in _DSG.items()}
-    return hard | {"soft_dsg": soft_dsg(p_yes), "soft_tifa_am": soft_tifa_am(p_yes)}
+def _shown(name: str) -> str:
+    """Return the name of a judge as strangers may see it: without the folders it lies in."""
+    return name.rpartition("/")[2] if name.startswith("/") else name
 
 
-def open_scorer(judge: str) -> ServiceScorer:
-    """Load a judge by name for the evaluator; called on the replica that holds it."""
-    from selma_ray.evaluation.config import JudgeConfig
+def open_scorer(
+    judge: str | None = "miniature", score_models: Mapping[ModelMetric, str] | None = None
+) -> ServiceScorer:
+    """Load a judge, and models of other scores by name, for the evaluator; called on the replica that holds them."""
     from selma_ray.evaluation.judges.opening import open_judge
 
-    return ServiceScorer(open_judge(JudgeConfig(name=judge)))
+    models: dict[str, ImageMetric] = {
+        name: open_metric(name, model=model) for name, model in (score_models or {}).items()
+    }
+    return ServiceScorer(None if judge is None else open_judge(JudgeConfig(name=judge)), models)
+
+
+def scorer_of(config: ServingConfig) -> Callable[[], ServiceScorer]:
+    """Return what loads the scorer of a service; raises ModelNotFoundError here, before replicas are started, for what is missing."""
+    if config.evaluator_replicas:
+        for name in (*((config.judge,) if config.judge else ()), *config.score_models.values()):
+            locate_judge(name)
+    return partial(open_scorer, config.judge, config.score_models)
 
 
 def open_experts(folders: Mapping[str, str]) -> dict[str, Expert]:
@@ -86,6 +124,6 @@ def start_merged(run: Run) -> Service:
         served_models(run, recipe.serving.experts),
         recipe.serving,
         recipe.cluster,
-        partial(open_scorer, recipe.serving.judge),
+        scorer_of(recipe.serving),
         open_experts,
     )

@@ -2,7 +2,6 @@
 
 # Ray Serve reads the type of `build`'s argument from its annotation: annotations must not be postponed here.
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ray import serve
@@ -12,9 +11,9 @@ from selma_ray.config import validate
 from selma_ray.errors import ConfigError
 from selma_ray.loop import Run
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.locate import locate_judge, locate_text_to_image
+from selma_ray.models.locate import locate_text_to_image
 from selma_ray.recipe import load_recipe
-from selma_ray.service import open_experts, open_scorer, served_models
+from selma_ray.service import open_experts, scorer_of, served_models
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
 from selma_ray.serving.served import ServedModels
@@ -48,9 +47,7 @@ def build(args: ServeArgs) -> serve.Application:
     config = validate(ServingConfig, given, source="serve arguments")
     # Checked here, before replicas are started that would fail one after the other.
     locate_text_to_image(models.merged.name, models.merged.revision)
-    if config.evaluator_replicas:
-        locate_judge(config.judge)
-    return application(models, config, args.cluster, partial(open_scorer, config.judge), open_experts)
+    return application(models, config, args.cluster, scorer_of(config), open_experts)
 
 
 def _finished_run(run_dir: str) -> Run:

@@ -5,17 +5,14 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from selma_ray.errors import CaptionError
 from selma_ray.serving.backend import Drawn
-from selma_ray.serving.encoding import OutputFormat, decode_upload
-from selma_ray.serving.errors import invalid_request
-from selma_ray.serving.evaluator import Scorer
+from selma_ray.serving.encoding import OutputFormat
+from selma_ray.serving.evaluator import Scorer, answer_of, prepare
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.requests import ImageRequest
 
@@ -36,22 +33,8 @@ class LocalBackend:
         return self._generator.stream(requests, output_format)
 
     async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
-        if unknown := set(metrics) - set(self._scorer.metrics):
-            raise invalid_request(f"metrics must be known, got {unknown.pop()!r}", "metrics")
-        try:
-            questions = self._scorer.questions(prompt)
-        except CaptionError as error:
-            raise invalid_request(str(error), "prompt", "unsupported_caption", status=422) from None
-        pictures = [decode_upload(image, 10**6) for image in images]
-        judged = await asyncio.to_thread(self._scorer.score, pictures, [questions] * len(pictures))
-        data = [
-            {
-                "scores": {metric: each.scores[metric] for metric in metrics},
-                "questions": list(map(asdict, each.questions)),
-            }
-            for each in judged
-        ]
-        return {"judge": self._scorer.judge, "data": data}
+        asked = prepare(self._scorer, prompt, images, metrics, max_pixels=10**6)
+        return answer_of(self._scorer, asked, await asyncio.to_thread(self._scorer.score, asked))
 
     async def check_ready(self) -> None:
         self._generator.check_health()

@@ -10,7 +10,7 @@ from selma_ray.evaluation.judges.asking import as_yes_or_no, ask_images
 from selma_ray.evaluation.judges.interface import Answer, Judge
 from selma_ray.evaluation.questions import Question, questions_for_prompt
 
-__all__ = ["ImageScore", "ImageScorer", "ScoredQuestion", "answered", "score_images"]
+__all__ = ["ImageScore", "ImageScorer", "ScoredQuestion", "answered", "score_answers", "score_images"]
 
 _REASON_CHARS = 200
 
@@ -64,7 +64,7 @@ def score_images(
     """Ask each image its questions and score the answers; an image that is None or unreadable is null and spares the others."""
     choices = [[each.choices for each in asked] for asked in questions]
     answers = ask_images(judge, images, [[each.question for each in asked] for asked in questions], choices)
-    return [_score(judge.name, asked, given, scorer) for asked, given in zip(questions, answers, strict=True)]
+    return [score_answers(judge.name, asked, given, scorer) for asked, given in zip(questions, answers, strict=True)]
 
 
 def answered(question: Question, answer: str | None) -> Answered:
@@ -81,7 +81,10 @@ def _as_choice(answer: Answer, choices: Sequence[str]) -> Answer:
     return Answer(None, answer.p_yes, reason, answer.probabilities)
 
 
-def _score(judge: str, questions: Sequence[Question], answers: Sequence[Answer], scorer: str) -> ImageScore:
+def score_answers(
+    judge: str, questions: Sequence[Question], answers: Sequence[Answer], scorer: str = "official"
+) -> ImageScore:
+    """Score what the judge of that name has answered about one image."""
     answers = [
         _as_choice(answer, each.choices) if each.choices else as_yes_or_no(answer)
         for each, answer in zip(questions, answers, strict=True)

@@ -11,7 +11,16 @@ from starlette.responses import JSONResponse, Response
 
 from selma_ray import __version__
 from selma_ray.serving.backend import Backend
-from selma_ray.serving.bodies import Generation, GenerationBody, Model, ModelList, ScoreBody, Scores, image_requests
+from selma_ray.serving.bodies import (
+    Generation,
+    GenerationBody,
+    Model,
+    ModelList,
+    ScoreBody,
+    Scores,
+    image_requests,
+    wanted_metrics,
+)
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import bytes_of_base64
 from selma_ray.serving.errors import RequestError, invalid_request
@@ -93,7 +102,10 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         requests = image_requests(body, config, names)
         if body.stream:
             return await event_stream(backend, requests, body.output_format or "png")
-        generation = await draw(backend, body, requests, names.merged)
+        best_by = None
+        if body.best_of is not None:
+            (best_by,) = wanted_metrics(body.metric and [body.metric], config, "metric")
+        generation = await draw(backend, body, requests, names.merged, best_by)
         metrics.images.inc(len(generation.candidates or generation.data))
         for candidate in generation.candidates or ():
             metrics.count_scores(candidate.scores)
@@ -106,7 +118,8 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
             raise invalid_request(
                 f"prompt must have at most {config.max_prompt_chars} characters", "prompt", "string_too_long"
             )
-        judged = await backend.score(body.prompt, _uploads(body, config), list(dict.fromkeys(body.metrics)))
+        metrics_wanted = wanted_metrics(body.metrics, config, "metrics")
+        judged = await backend.score(body.prompt, _uploads(body, config), metrics_wanted)
         answer = Scores(prompt=body.prompt, **judged)
         for image in answer.data:
             metrics.count_scores(image.scores)

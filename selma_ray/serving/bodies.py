@@ -1,13 +1,14 @@
 """The JSON bodies of the HTTP API: OpenAI's Images API, what diffusion models can be asked beyond it, and scores."""
 
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat
-from selma_ray.serving.errors import invalid_request
+from selma_ray.serving.errors import invalid_request, metric_not_served
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
 
@@ -23,6 +24,7 @@ __all__ = [
     "ScoredQuestion",
     "Scores",
     "image_requests",
+    "wanted_metrics",
 ]
 
 Number = TypeVar("Number", int, float)
@@ -76,8 +78,8 @@ class GenerationBody(_Body):
     """Seed of the first image; none draws one."""
     best_of: int | None = Field(default=None, ge=1)
     """Images to draw, of which the n best by `metric` are returned."""
-    metric: str = Field(default="dsg", min_length=1, max_length=64)
-    """What best_of chooses by; a metric of POST /v1/scores."""
+    metric: str | None = Field(default=None, min_length=1, max_length=64)
+    """What best_of chooses by, a metric of POST /v1/scores; none takes the first that is served, dsg where there is a judge."""
 
 
 class GeneratedImage(BaseModel):
@@ -121,10 +123,10 @@ class ScoreBody(_Body):
     """A PNG, JPEG or WebP file in base64, or as a data: URL."""
     images: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
     """Several such files, in place of `image`."""
-    metrics: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
-        default=["dsg"], min_length=1, max_length=32
+    metrics: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+        default=None, min_length=1, max_length=32
     )
-    """Which scores are wanted, by name."""
+    """Which scores are wanted, by name; none takes the first that is served, dsg where there is a judge."""
 
 
 class ScoredQuestion(BaseModel):
@@ -146,8 +148,11 @@ class ScoredImage(BaseModel):
     """How well an image follows the prompt."""
 
     scores: dict[str, float | None]
-    """By metric, in [0, 1]; none where no answer could be read."""
+    """By metric; those of a judge lie in [0, 1], the others have the scale of their publication. None where there is no score."""
+    reasons: dict[str, str] = Field(default_factory=dict)
+    """Why a score is none, by metric."""
     questions: list[ScoredQuestion]
+    """Empty where no score was asked for that needs them."""
 
 
 class Scores(BaseModel):
@@ -155,7 +160,8 @@ class Scores(BaseModel):
 
     object: Literal["list"] = "list"
     prompt: str
-    judge: str
+    judge: str | None
+    """The judge and its revision; none where none is served."""
     data: list[ScoredImage]
     """One entry an image, in the order of the request."""
 
@@ -212,6 +218,17 @@ def image_requests(body: GenerationBody, config: ServingConfig, names: ModelName
     }
     first_seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     return [ImageRequest(seed=first_seed + index, **common) for index in range(_num_images(body, config))]
+
+
+def wanted_metrics(
+    metrics: Sequence[str] | None, config: ServingConfig, param: Literal["metric", "metrics"]
+) -> list[str]:
+    """Return the scores that a body asks for, each once; raises RequestError for one that is not served."""
+    wanted = list(dict.fromkeys(metrics or config.metrics[:1]))
+    for metric in wanted or [""]:
+        if metric not in config.metrics:
+            raise metric_not_served(param, metric, config.metrics)
+    return wanted
 
 
 def _num_images(body: GenerationBody, config: ServingConfig) -> int:

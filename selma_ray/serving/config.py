@@ -1,14 +1,20 @@
 """How a merged model is served."""
 
 import ipaddress
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from selma_ray.config import StrictModel
 from selma_ray.models.config import SamplingConfig
 
-__all__ = ["ServingConfig", "is_loopback"]
+__all__ = ["JUDGE_METRICS", "ModelMetric", "ServingConfig", "is_loopback"]
+
+JUDGE_METRICS = ("dsg", "dsg_dpg", "dsg_selma", "soft_dsg", "soft_tifa_am", "soft_tifa_gm", "vqascore")
+"""Scores that need a judge, by evaluation's names."""
+
+ModelMetric = Literal["clipscore", "pickscore", "hpsv2", "hpsv2.1", "imagereward"]
+"""Scores that need a model of their own."""
 
 
 class ServingConfig(StrictModel):
@@ -54,10 +60,13 @@ class ServingConfig(StrictModel):
     """Seconds after which a request is answered 504."""
     stall_timeout_s: float = Field(default=120, gt=0)
     """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
-    judge: str = "miniature"
-    """The judge behind POST /v1/scores: `miniature`, a local folder, or a hub name."""
+    judge: str | None = "miniature"
+    """The judge behind dsg, soft_dsg, vqascore and their kin in POST /v1/scores: `miniature`, a local folder, or a hub name;
+    none serves the scores of score_models alone."""
+    score_models: dict[ModelMetric, Annotated[str, StringConstraints(min_length=1)]] = Field(default_factory=dict)
+    """More scores, each with its model, a folder or a hub name: {clipscore: openai/clip-vit-base-patch32}."""
     judge_batch_size: int = Field(default=16, ge=1)
-    """Images that are judged at once."""
+    """Images that are judged at once, of eight questions each; with more questions fewer, with fewer questions more."""
     generator_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator, the fewest where max_generator_replicas is given."""
     max_generator_replicas: int | None = Field(default=None, ge=1)
@@ -70,6 +79,8 @@ class ServingConfig(StrictModel):
     """CPUs of a replica."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of a generator replica; a fraction shares one."""
+    evaluator_num_gpus: float = Field(default=0, ge=0)
+    """GPUs of an evaluator replica; a fraction shares one."""
     num_threads: int | None = Field(default=None, ge=1)
     """Threads of a replica's numeric libraries; none takes every core of its node."""
 
@@ -88,6 +99,22 @@ class ServingConfig(StrictModel):
                 f"max_images must be at most max_batch_size + max_queued_requests; max_images is {self.max_images}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _something_to_score_with(self) -> Self:
+        if self.evaluator_replicas and not self.metrics:
+            raise ValueError(
+                "evaluator_replicas must be 0 where neither judge nor score_models is given; "
+                f"evaluator_replicas is {self.evaluator_replicas}"
+            )
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the scores that are served, the default first; none without an evaluator."""
+        if not self.evaluator_replicas:
+            return ()
+        return (*(JUDGE_METRICS if self.judge else ()), *self.score_models)
 
     @model_validator(mode="after")
     def _most_replicas_above_fewest(self) -> Self:

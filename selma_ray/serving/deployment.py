@@ -44,7 +44,8 @@ def application(
 ) -> serve.Application:
     """Return the Ray Serve application that serves `models`.
 
-    `open_scorer` opens the judge on the evaluator's replicas, `open_experts` reads the experts on the generator's.
+    `open_scorer` opens the judge and models of other scores on the evaluator's replicas, `open_experts` reads the experts
+    on the generator's.
     Raises ConfigError where the keys' file is unusable.
     """
     keys = read_keys(config.api_keys_file, config.requests_per_minute) if config.api_keys_file else ()
@@ -67,7 +68,7 @@ def application(
             name="evaluator",
             max_ongoing_requests=2 * config.judge_batch_size,
             max_queued_requests=config.max_queued_requests,
-            ray_actor_options=place,
+            ray_actor_options={**place, "num_gpus": config.evaluator_num_gpus},
             graceful_shutdown_timeout_s=config.request_timeout_s,
             **_replicas(config.evaluator_replicas, config.max_evaluator_replicas, config.judge_batch_size),
         ).bind(open_scorer, config)

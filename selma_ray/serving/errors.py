@@ -1,5 +1,6 @@
 """Refusals of a request, each with its HTTP status, in the shape of OpenAI's errors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from selma_ray.errors import ServingError
@@ -9,6 +10,7 @@ __all__ = [
     "error_body",
     "internal_error",
     "invalid_request",
+    "metric_not_served",
     "queue_full",
     "rate_limited",
     "timed_out",
@@ -18,6 +20,7 @@ __all__ = [
     "unavailable",
 ]
 
+_SHOWN_CHARS = 80
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -45,6 +48,17 @@ def invalid_request(
 ) -> RequestError:
     """Return the refusal of a request that must be changed before it can be answered."""
     return RequestError(message, status, code, param)
+
+
+def metric_not_served(param: str, metric: str, served: Sequence[str]) -> RequestError:
+    """Return the refusal of a score that nothing here gives."""
+    if not served:
+        return invalid_request("scores are not served here; set evaluator_replicas", param, "scores_not_served", 404)
+    return invalid_request(
+        f"{param}: {metric[:_SHOWN_CHARS]!r} is not served here; served are {', '.join(served)}",
+        param,
+        "metric_not_served",
+    )
 
 
 def too_large(message: str, param: str | None = None) -> RequestError:

@@ -1,9 +1,8 @@
-"""The evaluator's replica: a batched judge that scores images against their prompts."""
+"""The evaluator's replica: a judge, and models of other scores, that score images against their prompts in batches."""
 
 import asyncio
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
@@ -12,55 +11,68 @@ from ray import serve
 from selma_ray.errors import CaptionError
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import decode_upload
-from selma_ray.serving.errors import invalid_request
+from selma_ray.serving.errors import invalid_request, metric_not_served
+from selma_ray.serving.generator import use_threads
 
-__all__ = ["Evaluator", "Judged", "Scorer"]
+__all__ = ["Asked", "Evaluator", "Judged", "Scorer", "answer_of", "prepare"]
 
-logger = logging.getLogger(__name__)
+_USUAL_QUESTIONS = 8
 
-# An image is looked at once and asked all its questions: that is what it costs the judge.
-_USUAL_COST = 8
-_MAX_COST = 64
+
+@dataclass(frozen=True)
+class Asked:
+    """An image and what is to be found out about it."""
+
+    image: Image.Image
+    prompt: str
+    metrics: tuple[str, ...]
+    """The scores that are wanted, by name."""
+    questions: Sequence[Any] = ()
+    """The prompt's questions, where one of the scores is computed from their answers."""
+    cost: int = 1
+    """How often a model is asked about the image: once a question, and once for every score without questions."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge found about an image."""
+    """What was found about an image."""
 
-    scores: Mapping[str, float | None]
-    """Every metric of the scorer, by name."""
-    questions: Sequence[Any]
+    scores: dict[str, float | None]
+    """At least the scores that were asked for."""
+    questions: Sequence[Any] = ()
     """Dataclasses with the fields of bodies.ScoredQuestion."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a score is None, by its name."""
 
 
 class Scorer(Protocol):
-    """What the evaluator needs to know about judging."""
+    """What the evaluator needs to know about scoring."""
 
-    judge: str
-    """The judge and its revision."""
+    judge: str | None
+    """The judge and its revision; none where there is none."""
     metrics: tuple[str, ...]
     """Names of the scores that it gives."""
+    metrics_of_questions: frozenset[str]
+    """Those of them that are computed from the answers to a prompt's questions, all from one pass."""
 
     def questions(self, prompt: str) -> Sequence[Any]:
         """Return the questions about a prompt; raises CaptionError for a prompt it has none for."""
         ...
 
-    def score(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> Sequence[Judged]:
-        """Judge each image by its questions."""
+    def score(self, asked: Sequence[Asked]) -> Sequence[Judged]:
+        """Score each image; the scores of one do not depend on the others."""
         ...
-
-
-def _cost(items: Sequence[tuple[Image.Image, Sequence[Any]]]) -> int:
-    return sum(min(1 + len(questions), _MAX_COST) for _, questions in items)
 
 
 class Evaluator:
     """Scores images, those of concurrent requests in one batch; deployed by Ray Serve."""
 
     def __init__(self, open_scorer: Callable[[], Scorer], config: ServingConfig) -> None:
+        use_threads(config.num_threads)
         self._scorer = open_scorer()
         self._max_pixels = config.max_upload_pixels
-        self._judge.set_max_batch_size(max(_MAX_COST, _USUAL_COST * config.judge_batch_size))
+        self._max_cost = _USUAL_QUESTIONS * config.judge_batch_size
+        self._judge.set_max_batch_size(self._max_cost)
 
     async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
         """Score encoded images of one prompt.
@@ -68,27 +80,42 @@ class Evaluator:
         Raises RequestError: 400 for an unknown metric, 422 for a prompt without questions, 400 or 413 for an image
         that cannot be used.
         """
-        for metric in metrics:
-            if metric not in self._scorer.metrics:
-                raise invalid_request(
-                    f"metrics must be among {', '.join(self._scorer.metrics)}, got {metric!r}", "metrics"
-                )
+        asked = await asyncio.to_thread(prepare, self._scorer, prompt, images, metrics, self._max_pixels)
+        # An image may have more questions than a whole batch usually holds: it is then a batch of its own.
+        judged = await asyncio.gather(*(self._judge((min(each.cost, self._max_cost), each)) for each in asked))
+        return answer_of(self._scorer, asked, judged)
+
+    @serve.batch(batch_wait_timeout_s=0.005, batch_size_fn=lambda items: sum(cost for cost, _ in items))
+    async def _judge(self, items: list[tuple[int, Asked]]) -> list[Judged]:
+        return list(await asyncio.to_thread(self._scorer.score, [asked for _, asked in items]))
+
+
+def prepare(
+    scorer: Scorer, prompt: str, images: Sequence[bytes], metrics: Sequence[str], max_pixels: int
+) -> list[Asked]:
+    """Return what `scorer` is to be asked about encoded images of one prompt; raises RequestError as Evaluator.score does."""
+    for metric in metrics:
+        if metric not in scorer.metrics:
+            raise metric_not_served("metrics", metric, scorer.metrics)
+    without_questions = [metric for metric in metrics if metric not in scorer.metrics_of_questions]
+    questions: Sequence[Any] = ()
+    if len(without_questions) < len(metrics):
         try:
-            questions = self._scorer.questions(prompt)
+            questions = scorer.questions(prompt)
         except CaptionError as error:
             raise invalid_request(str(error), "prompt", "unsupported_caption", status=422) from None
-        pictures = [await asyncio.to_thread(decode_upload, image, self._max_pixels) for image in images]
-        judged = await asyncio.gather(*(self._judge((picture, questions)) for picture in pictures))
-        data = [
-            {
-                "scores": {metric: each.scores[metric] for metric in metrics},
-                "questions": [asdict(question) for question in each.questions],
-            }
-            for each in judged
-        ]
-        return {"judge": self._scorer.judge, "data": data}
+    cost = max(1, len(questions) + len(without_questions))
+    return [Asked(decode_upload(image, max_pixels), prompt, tuple(metrics), questions, cost) for image in images]
 
-    @serve.batch(batch_wait_timeout_s=0.005, batch_size_fn=_cost)
-    async def _judge(self, items: list[tuple[Image.Image, Sequence[Any]]]) -> list[Judged]:
-        images, questions = zip(*items, strict=True)
-        return list(await asyncio.to_thread(self._scorer.score, images, questions))
+
+def answer_of(scorer: Scorer, asked: Sequence[Asked], judged: Sequence[Judged]) -> dict[str, Any]:
+    """Return what bodies.Scores holds about images, without the prompt."""
+    data = [
+        {
+            "scores": {metric: found.scores[metric] for metric in each.metrics},
+            "reasons": dict(found.reasons),
+            "questions": [asdict(question) for question in found.questions],
+        }
+        for each, found in zip(asked, judged, strict=True)
+    ]
+    return {"judge": scorer.judge, "data": data}

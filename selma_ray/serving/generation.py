@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 async def draw(
-    backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], default_model: str
+    backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], default_model: str, best_by: str | None
 ) -> Generation:
-    """Draw the images of a body, or the best of them where it asks for best_of."""
+    """Draw the images of a body, or, where it asks for best_of, the best of them by the metric `best_by`."""
     output_format = body.output_format or "png"
     candidates = None
-    if body.best_of is None:
+    if best_by is None:
         images = await backend.generate(requests, output_format)
         data = [
             GeneratedImage(b64_json=base64_of(image), seed=request.seed)
             for image, request in zip(images, requests, strict=True)
         ]
     else:
-        data, candidates = await _draw_best(backend, body, requests, output_format)
+        data, candidates = await _draw_best(backend, body, requests, output_format, best_by)
     return Generation(
         created=int(time.time()),
         data=data,
@@ -45,17 +45,17 @@ async def draw(
 
 
 async def _draw_best(
-    backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], output_format: OutputFormat
+    backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], output_format: OutputFormat, metric: str
 ) -> tuple[list[GeneratedImage], list[Candidate]]:
     """Draw all, score them, keep the n best; of equal ones those with the lower seeds, and unreadable ones last."""
     # Scored without loss, whatever the client wants: the score is then the one that offline evaluation gives.
     images = await backend.generate(requests, "png")
-    judged = await backend.score(body.prompt, images, [body.metric])
+    judged = await backend.score(body.prompt, images, [metric])
     scores = [entry["scores"] for entry in judged["data"]]
     candidates = [Candidate(seed=request.seed, scores=each) for request, each in zip(requests, scores, strict=True)]
 
     def rank(index: int) -> tuple[float, int]:
-        score = scores[index][body.metric]
+        score = scores[index][metric]
         return (float("inf") if score is None else -score, index)
 
     chosen = sorted(range(len(requests)), key=rank)[: body.n or 1]

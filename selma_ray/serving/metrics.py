@@ -12,7 +12,8 @@ from selma_ray.serving.guards import App, Message, Receive, Scope, Send
 __all__ = ["MeasureRequests", "Metrics"]
 
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
-_SCORE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# A judge's scores lie in [0, 1], ImageReward's around 0, PickScore's about 20.
+_SCORE_BUCKETS = (-2, -1, -0.5, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.5, 2, 15, 17.5, 20, 22.5, 25)
 _OCCUPANCY_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 

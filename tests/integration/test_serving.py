@@ -22,7 +22,7 @@ from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.service import open_experts
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.evaluator import Judged
+from selma_ray.serving.evaluator import Asked, Judged
 from selma_ray.serving.run import Service, start_service
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import save_experts
@@ -39,16 +39,17 @@ class RednessScorer:
     """Scores an image by its first pixel's red; knows prompts about balls only."""
 
     judge = "first pixel"
-    metrics = ("dsg", "redness")
+    metrics = ("dsg", "soft_dsg")
+    metrics_of_questions = frozenset(metrics)
 
     def questions(self, prompt: str) -> str:
         if "ball" not in prompt:
             raise CaptionError(f"{prompt!r} is not about a ball")
         return prompt
 
-    def score(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Judged]:
-        reds = [image.getpixel((0, 0))[0] / 255 for image in images]
-        return [Judged({"dsg": red, "redness": red}, ()) for red in reds]
+    def score(self, asked: Sequence[Asked]) -> list[Judged]:
+        reds = [each.image.getpixel((0, 0))[0] / 255 for each in asked]
+        return [Judged({"dsg": red, "soft_dsg": red}) for red in reds]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.service import open_experts, open_scorer
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.evaluator import Asked
 from selma_ray.serving.run import APPLICATION_NAME, Service, start_service
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import save_experts
@@ -171,9 +172,10 @@ def test_online_scores_equal_offline_ones(http: httpx.Client) -> None:
     body = {"prompt": BODY["prompt"], "images": contents, "metrics": list(scorer.metrics)}
     online = http.post("/v1/scores", json=body).json()["data"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB") for content in contents]
-    offline = scorer.score(pictures, [scorer.questions(str(BODY["prompt"]))] * 3)
+    prompt, questions = str(BODY["prompt"]), scorer.questions(str(BODY["prompt"]))
+    offline = scorer.score([Asked(picture, prompt, scorer.metrics, questions) for picture in pictures])
     for mine, theirs in zip(online, offline, strict=True):
-        assert mine["scores"] == pytest.approx(dict(theirs.scores), abs=1e-4)
+        assert mine["scores"] == pytest.approx({name: theirs.scores[name] for name in scorer.metrics}, abs=1e-4)
         assert [each["answer"] for each in mine["questions"]] == [each.answer for each in theirs.questions]
 
 

@@ -287,7 +287,7 @@ def test_scores(client: TestClient, backend: Recorder) -> None:
     image = base64.b64encode(encode(picture(51), "png")).decode()
     for text in (image, "data:image/png;base64," + image):
         answer = score(client, image=text).json()
-        scored = {"scores": {"dsg": 0.2}, "questions": []}
+        scored = {"scores": {"dsg": 0.2}, "reasons": {}, "questions": []}
         assert answer == {"object": "list", "prompt": "a cat", "judge": "red", "data": [scored]}
     other = base64.b64encode(encode(picture(255), "png")).decode()
     answer = score(client, images=[image, other], metrics=["dsg", "soft_dsg", "dsg"]).json()
