@@ -49,9 +49,10 @@ def status_of(run: Run) -> dict[str, Any]:
     """Return what the folder tells of prompts and images: counts and reasons from its files, rates from the latest start."""
     from selma_ray.images.progress import read_progress
     from selma_ray.images.shards import image_summary
+    from selma_ray.prompts.progress import read_prompt_progress
     from selma_ray.prompts.store import prompt_summary
 
-    progress = read_progress(run.folder)
+    progress, written = read_progress(run.folder), read_prompt_progress(run.folder)
     status: dict[str, Any] = {
         "run": run.folder.uri,
         "state": "finished" if run.folder.done("generate") else "not started",
@@ -65,6 +66,7 @@ def status_of(run: Run) -> dict[str, Any]:
             status["state"] = "stopped" if progress.ended or silent_s > _SILENT_AFTER_S else "running"
         status["latest_start"] = {
             **asdict(progress),
+            "prompts_per_s": written.prompts_per_s if written and written.updated_at > progress.started_at else None,
             "images_per_s": progress.images_per_s,
             "seconds_left": progress.seconds_left if status["state"] == "running" else None,
             "silent_s": round(silent_s, 1),
@@ -76,7 +78,8 @@ def _show(status: dict[str, Any]) -> None:
     prompts, images, start = status["prompts"], status["images"], status.get("latest_start")
     console.print(f"[bold]{status['run']}[/bold]: {status['state']}")
     if start:
-        rate = f"{start['images_per_s']:.3g} images/s" if start["images_per_s"] else "no rate yet"
+        rates = [f"{start[f'{what}_per_s']:.3g} {what}/s" for what in ("prompts", "images") if start[f"{what}_per_s"]]
+        rate = ", ".join(rates) or "no rate yet"
         left = f", {start['seconds_left'] / 60:.1f} min left" if start["seconds_left"] is not None else ""
         console.print(
             f"{start['found'] + start['rendered']} of {start['total']} images, {rate}{left}; start {start['starts']}, "

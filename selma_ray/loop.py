@@ -123,7 +123,8 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         write_captions(run.folder, run.skill_names, recipe.prompts, recipe.seed, excluded)
     prompts = prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded)
     if recipe.data.images == "ground_truth":
-        return _draw(run, prompts, report)
+        with llm_errors(recipe.prompts.llm):
+            return _draw(run, prompts, report)
     model = recipe.data.model or recipe.model
     images = render_stream(
         prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
@@ -265,8 +266,8 @@ def _least_resources(recipe: Recipe) -> dict[str, dict[str, float]]:
     }
     if llm.engine in ("vllm", "free") and recipe.data.prompts != "ground_truth":
         demands["prompts.llm.min_replicas"] = {
-            "CPU": llm.min_replicas * llm.num_cpus,
-            "GPU": llm.min_replicas * llm.num_gpus,
+            "CPU": llm.min_replicas * llm.tensor_parallel_size * llm.num_cpus,
+            "GPU": llm.min_replicas * llm.tensor_parallel_size * llm.num_gpus,
         }
     return demands
 

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from selma_ray.images.in_flight import begin_batch
 from selma_ray.images.progress import follow
 from selma_ray.images.shards import write_shards
 from selma_ray.loop import open_run
+from selma_ray.prompts.progress import PromptProgress, write_prompt_progress
 from selma_ray.prompts.store import Candidate, write_decided
 from selma_ray.recipe import load_recipe
+from selma_ray.storage import RunFolder
 from tests.unit.images.test_progress import Stream
 from tests.unit.images.test_shards import row, table
 
@@ -28,6 +31,8 @@ def run_dir(tmp_path, tiny_pipeline_dir) -> str:
     write_shards(run.folder, table(row("a", "common"), row("b", "counting", error="ValueError: no")))
     begin_batch(run.folder, ["lost"])
     list(follow(Stream(None, "ValueError: no"), run.folder, run.recipe.images, total=100))
+    now = time.time()
+    write_prompt_progress(run.folder, PromptProgress(80, 21, 1, first_answer_at=now, updated_at=now + 10))
     return run.folder.uri
 
 
@@ -47,6 +52,14 @@ def test_the_status_is_json_for_programs(run_dir, capsys):
     assert status["prompts"]["reasons"] == {"too similar": 1}
     assert status["images"]["skills"]["counting"]["failed"] == 1
     assert status["latest_start"]["found"] == 1
+    assert status["latest_start"]["prompts_per_s"] == pytest.approx(2)
+
+
+def test_the_rate_of_an_earlier_start_is_not_shown(run_dir, capsys):
+    before = PromptProgress(wanted=80, kept=21, found=1, first_answer_at=1.0, updated_at=11.0)
+    write_prompt_progress(RunFolder(run_dir), before)
+    assert cli.main(["data", "status", run_dir, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["latest_start"]["prompts_per_s"] is None
 
 
 def test_exports_and_contact_sheets_are_files_of_the_run(run_dir, tmp_path, capsys):
