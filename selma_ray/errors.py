@@ -8,7 +8,7 @@
     ├── StorageError            the run folder cannot be read or written
     ├── PromptYieldError        a skill cannot reach its number of prompts
     ├── LLMError                the language model keeps dying, refuses or cannot be reached
-    ├── RenderError             too many images failed
+    ├── RenderError             too many images failed, or a renderer cannot start
     ├── TrainingError           an expert could not be fitted
     ├── AdapterError            a LoRA adapter cannot be read or does not fit
     ├── CaptionError            a caption is outside the miniature's grammar
@@ -17,6 +17,8 @@
 
 Each message is one line: key or file, rule, value, remedy.
 """
+
+from collections.abc import Iterator
 
 __all__ = [
     "AdapterError",
@@ -33,6 +35,7 @@ __all__ = [
     "SkillError",
     "StorageError",
     "TrainingError",
+    "causes_of",
 ]
 
 
@@ -73,7 +76,7 @@ class LLMError(SelmaError):
 
 
 class RenderError(SelmaError):
-    """More than the allowed share of images failed."""
+    """More than the allowed share of images failed, or a renderer cannot start."""
 
 
 class TrainingError(SelmaError):
@@ -94,3 +97,10 @@ class JudgeError(SelmaError):
 
 class ServingError(SelmaError):
     """The HTTP service cannot start, or refuses a request."""
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

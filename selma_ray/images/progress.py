@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.data import Dataset
 
+from selma_ray.errors import RenderError, causes_of
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.shards import drop_duplicates, existing_ids, too_many_failures
@@ -82,12 +83,12 @@ def follow(
 ) -> Iterator[tuple[dict[str, Any], RenderingProgress]]:
     """Run the stream and yield each of its rows with the progress so far; writes the progress as it goes.
 
-    Raises RenderError as soon as more images have failed than the recipe allows of all.
+    Raises RenderError as soon as more images have failed than the recipe allows of all, and where a renderer cannot start.
     """
     progress = _opened(folder, total)
     reasons = Counter[str]()
     written_s = time.monotonic()
-    for row in images.iter_rows():
+    for row in _rows(images):
         if row["error"] is not None:
             reasons[row["error"]] += 1
         progress = _advanced(progress, row, reasons)
@@ -103,6 +104,18 @@ def follow(
     if dropped := drop_duplicates(folder):
         progress = replace(progress, again=progress.again + dropped)
     _write(folder, replace(progress, ended=True, updated_at=time.time()))
+
+
+def _rows(images: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a stream; only the text of Ray's errors tells that an actor's constructor failed, and why."""
+    try:
+        yield from images.iter_rows()
+    except Exception as error:
+        for message in map(str, causes_of(error)):
+            if "creation task" in message and "RenderPrompts" in message:
+                reason = message.strip().splitlines()[-1].strip()[:300]
+                raise RenderError(f"a renderer cannot start: {reason}; mend the recipe's model or images") from error
+        raise
 
 
 def read_progress(folder: RunFolder) -> RenderingProgress | None:

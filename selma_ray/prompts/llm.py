@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from ray.data import Dataset
 
 from selma_ray.cluster import ClusterConfig
-from selma_ray.errors import ConfigError, LLMError
+from selma_ray.errors import ConfigError, LLMError, causes_of
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.free import free_stage
@@ -45,18 +45,11 @@ def llm_errors(llm: LLMConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        explanations = (_explained(llm, str(link)) for link in _chain(error))
+        explanations = (_explained(llm, str(link)) for link in causes_of(error))
         explanation = next(filter(None, explanations), None)
         if explanation is None:
             raise
         raise LLMError(explanation) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it was raised from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _explained(llm: LLMConfig, message: str) -> str | None:

@@ -64,6 +64,21 @@ def test_a_new_start_counts_what_the_last_one_lost(folder):
     assert (written.starts, written.again) == (2, 1 + 2)
 
 
+def test_a_renderer_that_cannot_start_is_one_line(folder):
+    class Failing:
+        def iter_rows(self):
+            raise RuntimeError(
+                "The actor died because of an error raised in its creation task, ray::MapWorker(MapBatches(RenderPrompts))"
+                "\n  File rendering.py\nselma_ray.errors.ConfigError: sampling.scheduler must be one that fits"
+            )
+            yield
+
+    with pytest.raises(
+        RenderError, match=r"a renderer cannot start: \S+ConfigError: sampling.scheduler must .* fits; mend"
+    ):
+        list(follow(Failing(), folder, ImagesConfig(), total=8))
+
+
 def test_too_many_failures_stop_the_stream_at_once(folder):
     stream = Stream(None, "ValueError: no", None, "ValueError: no", None, None)
     with pytest.raises(
