@@ -64,9 +64,10 @@ def plan_recipe(recipe: Recipe) -> Plan:
     sampling, lora = recipe.images.sampling, recipe.experts.lora
     cost, parameters = _traced(recipe.model, sampling, lora)
     num_skills = len(load_skills(recipe.skills))
-    images = round(recipe.prompts.per_skill * (1 - recipe.prompts.dev_fraction)) * num_skills * recipe.images.per_prompt
+    prompts = round(recipe.prompts.per_skill * (1 - recipe.prompts.dev_fraction)) * num_skills
+    images, encoded = prompts * recipe.images.per_prompt, prompts * _encoded_per_prompt(recipe)
     planned = plan_experts([str(number) for number in range(num_skills)], recipe.experts)
-    ranks = [expert.config.lora.rank / lora.rank for expert in planned]
+    ranks = [max(1, len(expert.experts)) * expert.config.lora.rank / lora.rank for expert in planned]
     examples = sum(expert.config.steps * expert.config.batch_size for expert in planned)
     tested = _models_tested(recipe, len(planned))
     weights = sum(parameters.values()) * _BYTES[recipe.model.dtype]
@@ -76,10 +77,10 @@ def plan_recipe(recipe: Recipe) -> Plan:
             images * _pixel_bytes(sampling), f"{images:,} images",
         ),
         StagePlan(
-            "cache", weights - cost.parameters * _BYTES[recipe.model.dtype], None, images * cost.cached_bytes, "encoders alone"
+            "cache", weights - cost.parameters * _BYTES[recipe.model.dtype], None, encoded * cost.cached_bytes, "encoders alone"
         ),
         StagePlan(
-            "experts", training_memory_bytes(cost, recipe.experts), examples * cost.step_flops / 1e15,
+            "experts", training_memory_bytes(cost, recipe.experts), examples * _example_flops(cost, recipe.experts) / 1e15,
             4 * cost.lora_parameters * (sum(ranks) + 3 * max(ranks) * len(planned)),
             f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints",
         ),
@@ -123,7 +124,20 @@ def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
     gradients = width * cost.lora_parameters / split[1]
     optimizer = (8 + masters) * cost.lora_parameters / split[0]
     activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
-    return weights + gradients + optimizer + micro_batch * activations * width / 4
+    images = micro_batch * (2 if config.dpo else 1)
+    return weights + gradients + optimizer + images * activations * width / 4
+
+
+def _encoded_per_prompt(recipe: Recipe) -> int:
+    """Return how many of a prompt's images are learnt from, at most."""
+    if recipe.experts.dpo:
+        return 2
+    return recipe.images.selection.keep_best if recipe.images.selection else recipe.images.per_prompt
+
+
+def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
+    """Return what an example of a step takes: of a pair, both images, each under the base model too."""
+    return 2 * (cost.step_flops + cost.forward_flops) if config.dpo else cost.step_flops
 
 
 def show_plan(recipe: Recipe, tflops: float) -> None:

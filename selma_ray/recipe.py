@@ -76,6 +76,17 @@ class Recipe(StrictModel):
             raise ValueError("experts.selection needs prompts.dev_fraction above 0, or a suite of its own")
         return self
 
+    @model_validator(mode="after")
+    def _preferences_have_pairs(self) -> "Recipe":
+        images, drawn = self.images, self.data.images == "ground_truth"
+        if self.experts.dpo and (images.selection is None or images.per_prompt < 2 or drawn):
+            got = f"images.selection={'null' if images.selection is None else 'set'}, images.per_prompt={images.per_prompt}"
+            raise ValueError(
+                "experts.dpo needs scored images to make pairs of: images.selection, images.per_prompt of at least 2 and "
+                f"data.images=model, got {got}, data.images={self.data.images}; set them, or leave experts.dpo out"
+            )
+        return self
+
     def as_yaml(self) -> str:
         """Return the resolved recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

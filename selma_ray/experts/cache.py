@@ -1,14 +1,14 @@
 """The encoded-example cache: latents and text embeddings, computed once by Ray Data before any expert trains.
 
 Layout: cache/<key>/<skill>/<shard>.safetensors, then cache/<key>/<skill>/index.json when every shard is there. The key
-names the model's content, its precision and the exact rows, so a cache of other images or of another model has another
-key and is never read.
+names the model's content, its precision and the exact rows or pairs of rows, so a cache of other images or of another model
+has another key and is never read.
 """
 
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.errors import TrainingError
 from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.preferences import preference_pairs
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
@@ -41,6 +42,8 @@ class SkillCache:
     key: str
     sources: tuple[str, ...]
     ids: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Ids of the chosen and the rejected image of each preference; none where images are learnt one by one."""
 
     @property
     def directory(self) -> str:
@@ -56,20 +59,28 @@ class SkillCache:
         return folder.exists(self.directory, "index.json")
 
 
-def skill_cache(folder: RunFolder, skill: str, model: ModelConfig) -> SkillCache:
-    """Return the cache that belongs to a skill's rendered training images; raises TrainingError where there are none."""
+def skill_cache(folder: RunFolder, skill: str, model: ModelConfig, *, in_pairs: bool = False) -> SkillCache:
+    """Return the cache that belongs to a skill's rendered training images, or to its preferences `in_pairs`.
+
+    Raises TrainingError where there are none.
+    """
     sources = folder.files("images", f"skill={skill}", suffix=".parquet")
-    used = [(source, ids) for source in sources if (ids := _training_ids(folder, source))]
+    pairs = _pairs(folder, skill, sources) if in_pairs else ()
+    paired = {row_id for pair in pairs for row_id in pair}
+    used = [
+        (source, ids) for source in sources if (ids := _ids_to_encode(folder, source, paired if in_pairs else None))
+    ]
     ids = sorted(row_id for _, source_ids in used for row_id in source_ids)
     if not ids:
         raise TrainingError(
             f"skill {skill} has no rendered training image in {folder.path('images')}; run `selma generate` first"
         )
     revision = locate_text_to_image(model.name, model.revision).revision
+    named = {"pairs": pairs} if in_pairs else {"ids": ids}
     key = content_id(
-        layout=_LAYOUT, model=model.name, revision=revision, dtype=model.dtype, variant=model.variant, ids=ids
+        layout=_LAYOUT, model=model.name, revision=revision, dtype=model.dtype, variant=model.variant, **named
     )
-    return SkillCache(skill, key, tuple(source for source, _ in used), tuple(ids))
+    return SkillCache(skill, key, tuple(source for source, _ in used), tuple(ids), tuple(pairs))
 
 
 def encode_caches(
@@ -87,22 +98,26 @@ def encode_caches(
         empty = [f"{cache.directory}/{EMPTY_CAPTION}" for cache in caches]
         items += [{"source": "", "shard": shard} for shard in empty if not folder.exists(shard)]
     if items:
-        _encode(items, folder, model, config, cluster)
+        _encode(items, _all_ids(unfinished), folder, model, config, cluster)
     for cache in unfinished:
         folder.write_json(
-            {"shards": [cache.shard(source) for source in cache.sources], "ids": cache.ids},
+            {"shards": [cache.shard(source) for source in cache.sources], "ids": cache.ids, "pairs": cache.pairs},
             cache.directory,
             "index.json",
         )
 
 
 class EncodeExamples:
-    """Turns files of rendered images into shards of encoded examples; one autoencoder and text encoder per actor."""
+    """Turns files of rendered images into shards of encoded examples; one autoencoder and text encoder per actor.
 
-    def __init__(self, folder: RunFolder, model: ModelConfig) -> None:
+    Of a file, the rows in `ids` are encoded; none takes those to train on.
+    """
+
+    def __init__(self, folder: RunFolder, model: ModelConfig, ids: Collection[str] | None = None) -> None:
         from selma_ray.models.family import open_family
 
         self._folder = folder
+        self._ids = ids
         self._encoders = open_family(model).load_encoders()
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -123,7 +138,7 @@ class EncodeExamples:
         if not source:
             self._folder.write_bytes(save(self._encoders.encode_no_caption()), shard)
             return 0
-        rows = _training_rows(self._folder.read_table([source])).to_pylist()
+        rows = _rows_to_encode(self._folder.read_table([source]), self._ids).to_pylist()
         examples = [self._encode_row(row) for row in rows]
         tensors = {name: torch.cat([example[name] for example in examples]).contiguous() for name in examples[0]}
         ids = json.dumps([row["id"] for row in rows])
@@ -141,7 +156,12 @@ class EncodeExamples:
 
 
 def _encode(
-    items: list[dict[str, str]], folder: RunFolder, model: ModelConfig, config: ExpertsConfig, cluster: ClusterConfig
+    items: list[dict[str, str]],
+    ids: frozenset[str],
+    folder: RunFolder,
+    model: ModelConfig,
+    config: ExpertsConfig,
+    cluster: ClusterConfig,
 ) -> None:
     import ray.data
     import ray.exceptions
@@ -149,7 +169,7 @@ def _encode(
     logger.info("encoding %d files of images", len(items))
     encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         EncodeExamples,
-        fn_constructor_args=(folder, model),
+        fn_constructor_args=(folder, model, ids),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(config.encoders, len(items))),
         num_cpus=1,
@@ -166,10 +186,29 @@ def _encode(
     logger.info("encoded %d examples", examples)
 
 
-def _training_ids(folder: RunFolder, source: str) -> list[str]:
+def _all_ids(caches: Sequence[SkillCache]) -> frozenset[str]:
+    return frozenset(row_id for cache in caches for row_id in cache.ids)
+
+
+def _pairs(folder: RunFolder, skill: str, sources: Sequence[str]) -> list[tuple[str, str]]:
+    columns = ["id", "prompt", "split", "error", "score"]
+    rows = folder.read_table(list(sources), columns=columns).to_pylist() if sources else []
+    pairs = preference_pairs(rows)
+    if rows and not pairs:
+        raise TrainingError(
+            f"skill {skill} has no prompt whose images differ in score, of {len({row['prompt'] for row in rows})}; "
+            "raise images.per_prompt, take another images.selection.judge, or leave experts.dpo out"
+        )
+    return pairs
+
+
+def _ids_to_encode(folder: RunFolder, source: str, ids: Collection[str] | None) -> list[str]:
     table = folder.read_table([source], columns=["id", "split", "error"])
-    return _training_rows(table).column("id").to_pylist()
+    return _rows_to_encode(table, ids).column("id").to_pylist()
 
 
-def _training_rows(table: pa.Table) -> pa.Table:
+def _rows_to_encode(table: pa.Table, ids: Collection[str] | None) -> pa.Table:
+    """Return the rows whose id is among `ids`; none takes the training images that were rendered."""
+    if ids is not None:
+        return table.filter(pa.array([row_id in ids for row_id in table["id"].to_pylist()], pa.bool_()))
     return table.filter(pc.and_(pc.equal(table["split"], "train"), pc.is_null(table["error"])))

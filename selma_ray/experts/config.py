@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from selma_ray.config import StrictModel
 
-__all__ = ["ExpertsConfig", "LoraSettings", "MixedConfig", "SelectionConfig"]
+__all__ = ["DpoConfig", "ExpertsConfig", "LoraSettings", "MixedConfig", "MoeConfig", "SelectionConfig"]
 
 
 class LoraSettings(StrictModel):
@@ -51,6 +51,22 @@ class MixedConfig(StrictModel):
         if min(ranks) < 1 or len(set(ranks)) != len(ranks):
             raise ValueError("must be different ranks of at least 1")
         return ranks
+
+
+class MoeConfig(StrictModel):
+    """The paper's MoE-LoRA: linear routers over the frozen experts, fitted to the data of all skills together (SELMA, section 5.2)."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; none takes experts.steps."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+
+
+class DpoConfig(StrictModel):
+    """Diffusion-DPO (2311.12908) in the place of denoising: of each prompt, the image of the best score against that of the worst."""
+
+    beta: float = Field(default=5000, gt=0)
+    """Strength of the pull towards the base model, 2000 to 5000 there."""
 
 
 class ExpertsConfig(StrictModel):
@@ -102,6 +118,10 @@ class ExpertsConfig(StrictModel):
     """Choice of checkpoint by dev score; none keeps the last step's."""
     mixed: MixedConfig | None = None
     """LoRAs on all skills' data together beside the experts, named mixed-r<rank>; none trains none."""
+    moe: MoeConfig | None = None
+    """A mixture of the finished experts, named moe; none fits none. It is scored beside the experts, and cannot be merged or exported."""
+    dpo: DpoConfig | None = None
+    """Fit to preferences; none fits to the images as they are. Needs images.selection, whose judge makes the pairs."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "ExpertsConfig":
@@ -114,6 +134,14 @@ class ExpertsConfig(StrictModel):
             raise ValueError(
                 f"micro_batch_size must divide a worker's share of the batch ({per_worker}), got {self.micro_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _dpo_stands_alone(self) -> "ExpertsConfig":
+        if self.dpo and self.min_snr_gamma is not None:
+            raise ValueError(f"min_snr_gamma must be left out with dpo, got {self.min_snr_gamma:g}")
+        if self.dpo and self.moe:
+            raise ValueError("moe is fitted by denoising alone and must be left out with dpo")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ __all__ = ["CurveLog", "log_scalars"]
 
 
 class CurveLog:
-    """Logs loss and learning rate of every step; what a killed start logged after its last checkpoint is hidden."""
+    """Logs the figures of every step; what a killed start logged after its last checkpoint is hidden."""
 
     def __init__(self, job: ExpertJob, steps_done: int) -> None:
         if steps_done == 0:
@@ -21,10 +21,10 @@ class CurveLog:
         directory = job.folder.local_path(job.directory, "tensorboard")
         self._writer = SummaryWriter(str(directory), purge_step=steps_done + 1 if steps_done else None)
 
-    def add(self, step: int, loss: float, learning_rate: float) -> None:
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Log one optimiser step, counted from 1."""
-        self._writer.add_scalar("train/loss", loss, step)
-        self._writer.add_scalar("train/learning_rate", learning_rate, step)
+        for name, value in figures.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -19,25 +19,36 @@ __all__ = ["EncodedExamples", "batch_positions", "dropped_captions", "example_ge
 
 
 class EncodedExamples:
-    """All encoded examples of an expert, ordered by id; the shards stay on disk, mapped into memory."""
+    """All encoded examples of an expert, ordered by id; the shards stay on disk, mapped into memory.
+
+    Where a cache holds preferences, an example is a pair of images, named by the chosen one.
+    """
 
     def __init__(self, folder: RunFolder, cache_directories: Sequence[str]) -> None:
         self._shards: list[dict[str, torch.Tensor]] = []
         self._empty_path = folder.local_path(cache_directories[0], EMPTY_CAPTION)
         places: dict[str, tuple[int, int]] = {}
+        pairs: dict[str, str] = {}
         for directory in cache_directories:
-            for path in folder.read_json(directory, "index.json")["shards"]:
+            index = folder.read_json(directory, "index.json")
+            pairs |= dict(index.get("pairs", ()))
+            for path in index["shards"]:
                 ids = self._open(str(folder.local_path(path)))
                 places |= {row_id: (len(self._shards) - 1, row) for row, row_id in enumerate(ids)}
-        self.ids = sorted(places)
+        self.ids = sorted(pairs or places)
         self._places = [places[row_id] for row_id in self.ids]
+        self._rejected = [places[pairs[row_id]] for row_id in self.ids] if pairs else []
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return the examples at `positions`, stacked by name; all must have one size."""
-        rows = [(self._shards[shard], row) for shard, row in (self._places[position] for position in positions)]
+        """Return the examples at `positions`, stacked by name; of pairs, first the chosen and then the rejected images.
+
+        All must have one size.
+        """
+        places = [of_side[position] for of_side in (self._places, self._rejected) if of_side for position in positions]
+        rows = [(self._shards[shard], row) for shard, row in places]
         return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
 
     def without(self, batch: Mapping[str, torch.Tensor], dropped: Sequence[int]) -> dict[str, torch.Tensor]:

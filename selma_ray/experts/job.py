@@ -18,12 +18,16 @@ _PLACEMENT_SETTINGS: dict[str, Any] = {
     ),
     "selection": {"max_concurrent", "num_cpus", "num_gpus"},
     "mixed": True,
+    "moe": True,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """One expert to fit: a name, the encoded examples it learns from, and all settings. Pickles, for the workers."""
+    """One expert to fit: a name, the encoded examples it learns from, and all settings. Pickles, for the workers.
+
+    `experts` are the jobs of the finished experts that a mixture weighs.
+    """
 
     name: str
     folder: RunFolder
@@ -33,12 +37,14 @@ class ExpertJob:
     config: ExpertsConfig
     seed: int
     skills: tuple[str, ...] = ()
+    experts: "tuple[ExpertJob, ...]" = ()
 
     @property
     def key(self) -> str:
         """Return a content id of all that decides the adapter's weights; another key's checkpoints are never restored."""
         settings = self.config.model_dump(mode="json", exclude=_PLACEMENT_SETTINGS)
-        return content_id(name=self.name, caches=list(self.cache_keys), settings=settings, seed=self.seed)
+        mixture = {"experts": [expert.key for expert in self.experts]} if self.experts else {}
+        return content_id(name=self.name, caches=list(self.cache_keys), settings=settings, seed=self.seed, **mixture)
 
     @property
     def directory(self) -> str:

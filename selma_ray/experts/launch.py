@@ -51,28 +51,39 @@ def train_experts(
     """Fit the planned LoRAs (SELMA, section 3.3) and return their results by name; finished ones are kept.
 
     `score` chooses among the adapters of a LoRA whose settings have a `selection`. One LoRA's failure does not stop the others;
-    raises TrainingError that names those that failed.
+    raises TrainingError that names those that failed. A mixture of experts is fitted when they are finished.
     """
-    caches = {skill: skill_cache(folder, skill, model) for expert in planned for skill in expert.skills}
-    jobs = [_job(expert, [caches[skill] for skill in expert.skills], folder, model, seed) for expert in planned]
+    in_pairs = planned[0].config.dpo is not None
+    skills = dict.fromkeys(skill for expert in planned for skill in expert.skills)
+    caches = {skill: skill_cache(folder, skill, model, in_pairs=in_pairs) for skill in skills}
+    jobs: list[ExpertJob] = []
+    for expert in planned:
+        mixed = tuple(job for job in jobs if job.name in expert.experts)
+        jobs.append(_job(expert, [caches[skill] for skill in expert.skills], mixed, folder, model, seed))
     unfinished = [job for job in jobs if finished_result(job) is None]
     if unfinished:
         folder.local_path("experts")  # refuses object stores before any work is done
         config = planned[0].config  # placement and caches are alike for all
-        slots = min(_slots(config, cluster), len(unfinished))
+        slots = _slots(config, cluster)
         needed = [cache for cache in caches.values() if any(cache.key in job.cache_keys for job in unfinished)]
         encode_caches(folder, needed, model, config, cluster)
-        scores = CandidateScores(unfinished, config.selection, score, cluster)
-        failures = _fit_all(unfinished, slots, cluster, _Reporter(jobs, on_progress, scores), scores)
-        _raise_for(failures)
+        for wave in ([job for job in unfinished if not job.experts], [job for job in unfinished if job.experts]):
+            scores = CandidateScores(wave, config.selection, score, cluster)
+            reporter = _Reporter(jobs, on_progress, scores)
+            _raise_for(_fit_all(wave, min(slots, len(wave)), cluster, reporter, scores))
     return {job.name: _result_of(job) for job in jobs}
 
 
 def _job(
-    expert: PlannedExpert, caches: Sequence[SkillCache], folder: RunFolder, model: ModelConfig, seed: int
+    expert: PlannedExpert,
+    caches: Sequence[SkillCache],
+    mixed: tuple[ExpertJob, ...],
+    folder: RunFolder,
+    model: ModelConfig,
+    seed: int,
 ) -> ExpertJob:
     directories, keys = tuple(cache.directory for cache in caches), tuple(cache.key for cache in caches)
-    return ExpertJob(expert.name, folder, directories, keys, model, expert.config, seed, expert.skills)
+    return ExpertJob(expert.name, folder, directories, keys, model, expert.config, seed, expert.skills, mixed)
 
 
 def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:

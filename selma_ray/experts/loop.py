@@ -33,7 +33,7 @@ def fit_expert(job: ExpertJob) -> None:
         step = trainer.steps_done
         if progress and curves:
             progress.update(step, loss)
-            curves.add(step, loss, trainer.curve.learning_rate[-1])
+            curves.add(step, trainer.curve.latest())
         if step in job.candidate_steps:
             trainer.export_candidate()
         if step % job.config.checkpoint_every_steps == 0 and step < job.config.steps:

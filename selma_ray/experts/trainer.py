@@ -1,6 +1,6 @@
 """One expert's training in one process: DeepSpeed around a denoiser with LoRA, fed by encoded examples. Knows no Ray."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import deepspeed
@@ -14,7 +14,9 @@ from selma_ray.experts.adapter import add_adapter, export_adapter, trainable_par
 from selma_ray.experts.examples import EncodedExamples, batch_positions, dropped_captions, example_generators
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
-from selma_ray.models.family import open_family
+from selma_ray.experts.preferences import preference_loss
+from selma_ray.models.family import Batch, open_family
+from selma_ray.models.mixture import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.records import seed_of
 
 __all__ = ["Curve", "ExpertTrainer"]
@@ -24,15 +26,21 @@ _TAG = "state"  # name of DeepSpeed's folder inside a checkpoint
 
 @dataclass
 class Curve:
-    """Loss and learning rate of every step so far."""
+    """Figures of every step so far; `preferred` is the share of pairs whose chosen image is preferred, where there are pairs."""
 
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    preferred: list[float] = field(default_factory=list)
+
+    def latest(self) -> dict[str, float]:
+        """Return the last step's figures by name."""
+        return {name: values[-1] for name, values in vars(self).items() if values}
 
     def rows(self) -> list[dict[str, float]]:
         """Return one row per step, counted from 1."""
-        pairs = zip(self.loss, self.learning_rate, strict=True)
-        return [{"step": step, "loss": loss, "learning_rate": rate} for step, (loss, rate) in enumerate(pairs, start=1)]
+        columns = {name: values for name, values in vars(self).items() if values}
+        steps = zip(*columns.values(), strict=True)
+        return [{"step": step, **dict(zip(columns, row, strict=True))} for step, row in enumerate(steps, start=1)]
 
 
 class ExpertTrainer:
@@ -65,28 +73,30 @@ class ExpertTrainer:
         share = config.batch_size // self._world_size
         micro = config.micro_batch_size or share
         first = self._rank * share
-        losses = [self._micro_step(range(start, start + micro)) for start in range(first, first + share, micro)]
-        loss = self._global_mean(torch.stack(losses).mean())
+        figures = [self._micro_step(range(start, start + micro)) for start in range(first, first + share, micro)]
+        loss, *preferred = self._global_means(torch.stack(figures).mean(0))
         self.curve.loss.append(loss)
         self.curve.learning_rate.append(learning_rate)
+        self.curve.preferred += preferred
         return loss
 
     def save(self, directory: str) -> None:
         """Write adapter, optimiser, schedule and curve to `directory`, without the frozen weights; every worker calls it."""
-        state = {"loss": self.curve.loss, "learning_rate": self.curve.learning_rate}
-        self._engine.save_checkpoint(directory, tag=_TAG, client_state=state, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(
+            directory, tag=_TAG, client_state=dict(vars(self.curve)), exclude_frozen_parameters=True
+        )
 
     def load(self, directory: str) -> None:
         """Go on from what `save` wrote; every worker calls it."""
         _, state = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
-        self.curve = Curve(loss=state["loss"], learning_rate=state["learning_rate"])
+        self.curve = Curve(**{each.name: state.get(each.name, []) for each in fields(Curve)})
 
     def export_candidate(self) -> None:
         """Leave the adapter as it is now to be chosen from, unless it is there; every worker calls it, the first one writes."""
         weights = self._full_weights()
         directory = self.job.candidate(self.steps_done)
         if self._rank == 0 and not self.job.folder.exists(directory, "adapter_config.json"):
-            export_adapter(self._engine.module, weights, self.job.folder, directory)
+            self._write_adapter(weights, directory)
 
     def export(self, seconds: float) -> None:
         """Write the adapter, its curve and its result to the expert's folder; every worker calls it, the first one writes.
@@ -105,15 +115,14 @@ class ExpertTrainer:
         job.folder.write_json(curve.rows(), job.directory, "curve.json")
         job.folder.write_json(result.as_dict(), job.directory, "result.json")
         if not job.candidate_steps:
-            export_adapter(self._engine.module, weights, job.folder, job.directory)
+            self._write_adapter(weights, job.directory)
 
     def _open_engine(self) -> Any:
         config = self.job.config
         denoiser = self._family.load_denoiser()
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        revision = self._family.located.revision
-        model = add_adapter(denoiser, config.lora, self.job.model.name, self.job.seed, revision)
+        model = self._adapted(denoiser)
         model.train()
         parameters = list(trainable_parameters(model).values())
         optimizer = torch.optim.AdamW(
@@ -137,31 +146,69 @@ class ExpertTrainer:
         )
         return engine
 
+    def _adapted(self, denoiser: torch.nn.Module) -> torch.nn.Module:
+        job = self.job
+        if job.experts:
+            add_mixture(denoiser, self._experts())
+            return denoiser
+        return add_adapter(denoiser, job.config.lora, job.model.name, job.seed, self._family.located.revision)
+
+    def _experts(self) -> dict[str, Factors]:
+        return read_experts([each.folder.local_path(each.directory) for each in self.job.experts])
+
+    def _write_adapter(self, weights: dict[str, torch.Tensor], directory: str) -> None:
+        job = self.job
+        if not job.experts:
+            export_adapter(self._engine.module, weights, job.folder, directory)
+            return
+        names = [each.name for each in job.experts]
+        revision = self._family.located.revision
+        write_mixture(job.folder, directory, names, self._experts(), weights, job.model.name, revision)
+
     def _micro_step(self, places: range) -> torch.Tensor:
-        """Accumulate the gradient of the examples at `places` of the global batch; the last of a step moves the weights."""
-        step = self.steps_done
-        positions = batch_positions(len(self._examples), self.job.config.batch_size, step, self._seed)
+        """Accumulate the gradient of the examples at `places` of the global batch; the last of a step moves the weights.
+
+        Returns the loss and, of pairs, the share that is preferred.
+        """
+        config, step = self.job.config, self.steps_done
+        positions = batch_positions(len(self._examples), config.batch_size, step, self._seed)
         batch = self._examples.batch([positions[place] for place in places])
-        dropped = dropped_captions(step, places, self._seed, self.job.config.caption_dropout)
+        dropped = dropped_captions(step, places, self._seed, config.caption_dropout)
+        if config.dpo:
+            dropped = [*dropped, *(len(places) + row for row in dropped)]
         batch = {
             name: tensor.to(self._engine.device) for name, tensor in self._examples.without(batch, dropped).items()
         }
-        generators = example_generators(step, places, self._seed)
-        loss = self._family.loss(self._engine, batch, generators, self.job.config.min_snr_gamma)
-        self._engine.backward(loss)
+        figures = self._figures(batch, step, places)
+        self._engine.backward(figures[0])
         self._engine.step()
-        return loss.detach()
+        return torch.stack(figures).detach()
 
-    def _global_mean(self, loss: torch.Tensor) -> float:
+    def _figures(self, batch: Batch, step: int, places: range) -> tuple[torch.Tensor, ...]:
+        config = self.job.config
+        if config.dpo is None:
+            generators = example_generators(step, places, self._seed)
+            return (self._family.errors(self._engine, batch, generators, config.min_snr_gamma).mean(),)
+
+        def errors_of_pairs() -> torch.Tensor:
+            # Both images of a pair, under both denoisers, at one timestep and with one noise (2311.12908, section 4).
+            generators = [each for _ in range(2) for each in example_generators(step, places, self._seed)]
+            return self._family.errors(self._engine, batch, generators)
+
+        with torch.no_grad(), self._engine.module.disable_adapter():
+            base_errors_2N = errors_of_pairs()
+        return preference_loss(errors_of_pairs(), base_errors_2N, config.dpo.beta)
+
+    def _global_means(self, figures: torch.Tensor) -> list[float]:
         if self._world_size > 1:
-            torch.distributed.all_reduce(loss)
-            loss = loss / self._world_size
-        if not torch.isfinite(loss):
+            torch.distributed.all_reduce(figures)
+            figures = figures / self._world_size
+        if not torch.isfinite(figures[0]):
             raise TrainingError(
-                f"loss of expert {self.job.name} must be finite, got {loss.item()} at step {self.steps_done + 1}; "
+                f"loss of expert {self.job.name} must be finite, got {figures[0].item()} at step {self.steps_done + 1}; "
                 "lower experts.learning_rate"
             )
-        return loss.item()
+        return figures.tolist()
 
     def _full_weights(self) -> dict[str, torch.Tensor]:
         weights = {}

@@ -62,14 +62,14 @@ def training_cost(
     batch = {name: torch.empty((1, *shape), device="meta") for name, shape in shapes.items()}
     kept = _Trace()
     with _exact_attention(), FlopCounterMode(display=False) as flops, kept.watching(denoiser):
-        loss = family.loss(adapted, batch, [torch.Generator().manual_seed(0)])
+        loss = family.errors(adapted, batch, [torch.Generator().manual_seed(0)]).mean()
         forward_flops = flops.get_total_flops()
         loss.backward()
         step_flops = flops.get_total_flops()
     denoiser.enable_gradient_checkpointing()
     checkpointed = _Trace()
     with _exact_attention(), checkpointed.watching(denoiser):
-        family.loss(adapted, batch, [torch.Generator().manual_seed(0)])
+        family.errors(adapted, batch, [torch.Generator().manual_seed(0)])
     gradients_bytes = 2 * kept.largest_bytes
     return TrainingCost(
         parameters=parameters,

@@ -53,14 +53,17 @@ class Family(Protocol):
     def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of an encoded example, without N."""
 
-    def loss(
+    def errors(
         self,
         denoiser: torch.nn.Module,
         batch: Batch,
         generators: Sequence[torch.Generator],
         min_snr_gamma: float | None = None,
     ) -> torch.Tensor:
-        """Return the mean training loss (scalar, fp32); all randomness of an example comes from its own generator."""
+        """Return each example's training error (N, fp32), whose mean is the loss of denoising.
+
+        All randomness of an example comes from its own generator.
+        """
 
 
 def open_family(model: ModelConfig) -> Family:

@@ -15,7 +15,15 @@ from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel
-from selma_ray.models.parts import latent_shape, load_config, load_denoiser, load_errors, noise_like, sample_latents
+from selma_ray.models.parts import (
+    latent_shape,
+    load_config,
+    load_denoiser,
+    load_errors,
+    noise_like,
+    sample_latents,
+    squared_errors,
+)
 
 __all__ = ["FlowMatching"]
 
@@ -71,16 +79,16 @@ class FlowMatching(ABC):
                 self.located.path, subfolder="scheduler", revision=self.model.revision
             )
 
-    def loss(
+    def errors(
         self,
         denoiser: torch.nn.Module,
         batch: Batch,
         generators: Sequence[torch.Generator],
         min_snr_gamma: float | None = None,
     ) -> torch.Tensor:
-        """Return the mean squared error of the velocity noise - latents (scalar, fp32), every noise level weighed the same.
+        """Return each example's mean squared error of the velocity noise - latents (N, fp32), every noise level weighed the same.
 
-        All randomness of an example comes from its own generator, so its loss does not depend on the batch it is in. Raises
+        All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. Raises
         ConfigError for `min_snr_gamma`, which is defined for diffusion alone.
         """
         if min_snr_gamma is not None:
@@ -95,7 +103,7 @@ class FlowMatching(ABC):
         dtype = next(denoiser.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
         velocity_NChw = self._velocity(denoiser, noisy_NChw.to(dtype), sigmas_N, conditioning)
-        return torch.nn.functional.mse_loss(velocity_NChw.float(), noise_NChw - latents_NChw)
+        return squared_errors(velocity_NChw, noise_NChw - latents_NChw)
 
     @abstractmethod
     def _velocity(

@@ -25,6 +25,7 @@ __all__ = [
     "load_errors",
     "noise_like",
     "sample_latents",
+    "squared_errors",
 ]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,6 +107,11 @@ def sample_latents(
 def noise_like(tensor: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Return standard normal noise, drawn on the CPU example by example so that devices and batches do not matter."""
     return randn_tensor(tuple(tensor.shape), generator=list(generators), device=tensor.device, dtype=torch.float32)
+
+
+def squared_errors(prediction_NChw: torch.Tensor, target_NChw: torch.Tensor) -> torch.Tensor:
+    """Return each example's mean squared error (N, fp32)."""
+    return torch.nn.functional.mse_loss(prediction_NChw.float(), target_NChw, reduction="none").flatten(1).mean(1)
 
 
 @contextmanager

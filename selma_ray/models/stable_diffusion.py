@@ -25,6 +25,7 @@ from selma_ray.models.parts import (
     load_errors,
     noise_like,
     sample_latents,
+    squared_errors,
 )
 
 __all__ = ["StableDiffusion", "StableDiffusionEncoders"]
@@ -87,16 +88,16 @@ class StableDiffusion:
             )
         return schedule
 
-    def loss(
+    def errors(
         self,
         denoiser: torch.nn.Module,
         batch: Batch,
         generators: Sequence[torch.Generator],
         min_snr_gamma: float | None = None,
     ) -> torch.Tensor:
-        """Return the mean squared error of the prediction at uniform timesteps (scalar, fp32).
+        """Return each example's mean squared error of the prediction at a uniform timestep (N, fp32).
 
-        All randomness of an example comes from its own generator, so its loss does not depend on the batch it is in. With
+        All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. With
         `min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
         """
         latents_NChw = sample_latents(batch, generators, self.latent_scale)
@@ -110,10 +111,8 @@ class StableDiffusion:
         dtype = next(denoiser.parameters()).dtype
         conditioning = self._conditioning({name: tensor.to(dtype) for name, tensor in batch.items()})
         prediction_NChw = denoiser(noisy_NChw.to(dtype), timesteps_N, **conditioning, return_dict=False)[0]
-        if min_snr_gamma is None:
-            return torch.nn.functional.mse_loss(prediction_NChw.float(), target_NChw)
-        error_N = (prediction_NChw.float() - target_NChw).square().flatten(1).mean(1)
-        return (self._min_snr_weights(timesteps_N, min_snr_gamma) * error_N).mean()
+        error_N = squared_errors(prediction_NChw, target_NChw)
+        return error_N if min_snr_gamma is None else self._min_snr_weights(timesteps_N, min_snr_gamma) * error_N
 
     def _min_snr_weights(self, timesteps_N: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return the weights that make the loss one of the clean latents' error times min(SNR, gamma)."""

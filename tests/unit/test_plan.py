@@ -50,6 +50,23 @@ def test_work_and_storage_grow_with_the_recipe(recipe, tiny_pipeline_dir):
     assert after["evaluation"].pflop > 0
 
 
+def test_preferences_take_both_images_of_a_pair_and_the_base_model(recipe, tiny_pipeline_dir):
+    plain = {stage.name: stage for stage in plan_recipe(recipe).stages}
+    fitted_to_pairs = load_recipe(
+        DEMO,
+        [
+            f"model.name={tiny_pipeline_dir}",
+            "images.per_prompt=4",
+            "images.selection={judge: miniature}",
+            "experts.dpo={}",
+        ],
+    )
+    after = {stage.name: stage for stage in plan_recipe(fitted_to_pairs).stages}
+    assert 2 < after["experts"].pflop / plain["experts"].pflop < 4
+    assert after["cache"].storage_bytes == pytest.approx(2 * plain["cache"].storage_bytes)
+    assert after["experts"].memory_bytes > plain["experts"].memory_bytes
+
+
 def test_the_plan_is_shown(recipe, capsys):
     show_plan(recipe, tflops=28)
     shown = capsys.readouterr().out

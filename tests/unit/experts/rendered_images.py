@@ -1,6 +1,7 @@
 """Rendered images as the images stage leaves them in a run's folder."""
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,18 @@ def write_images(folder: RunFolder, skill: str, count: int, shard: int = 0, spli
         pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), f"images/skill={skill}/part-{shard}-{split}.parquet"
     )
     return ids
+
+
+def write_scored_images(folder: RunFolder, skill: str, scores: Mapping[str, Sequence[float | None]]) -> None:
+    """Write one file of noise images, some of each prompt, as a choice of the best leaves them: one is trained on."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for prompt, of_prompt in scores.items():
+        best = max(range(len(of_prompt)), key=lambda index: of_prompt[index] or 0.0)
+        for index, score in enumerate(of_prompt):
+            row = _row(f"{prompt}-{index}", skill, prompt, "train" if index == best else "rejected", _png(rng))
+            rows.append(row | {"image_index": index, "score": score})
+    folder.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), f"images/skill={skill}/scored.parquet")
 
 
 def write_failed_image(folder: RunFolder, skill: str) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 
 import numpy as np
 import pytest
@@ -7,50 +6,16 @@ import torch
 from safetensors.torch import load_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.cache import EMPTY_CAPTION, EncodeExamples, skill_cache
-from selma_ray.experts.config import ExpertsConfig, LoraSettings, SelectionConfig
+from selma_ray.experts.config import SelectionConfig
 from selma_ray.experts.job import ExpertJob, finished_result
 from selma_ray.experts.selection import is_fitted
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
-from tests.unit.experts.rendered_images import write_images
+from tests.unit.experts.fitting import BASE, adapter, assert_same_bits, encoded_job, fit
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
 from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
-BASE = ExpertsConfig(
-    lora=LoraSettings(rank=4, alpha=4),
-    steps=6,
-    batch_size=4,
-    learning_rate=5e-3,
-    warmup_steps=2,
-    schedule="cosine",
-    precision="fp32",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "file"
-    before = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def encoded_job(folder: RunFolder, model: ModelConfig, name: str, config: ExpertsConfig) -> ExpertJob:
-    """Return a job whose seven images are encoded."""
-    if not folder.files("images"):
-        write_images(folder, "counting", 7)
-    cache = skill_cache(folder, "counting", model)
-    if not cache.is_complete(folder):
-        shards = [cache.shard(source) for source in cache.sources]
-        sources, empty = [*cache.sources, ""], f"{cache.directory}/{EMPTY_CAPTION}"
-        EncodeExamples(folder, model)({"source": np.array(sources), "shard": np.array([*shards, empty])})
-        folder.write_json({"shards": shards}, cache.directory, "index.json")
-    return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +27,6 @@ def make_job(tiny_pipeline_dir, tmp_path_factory):
         return encoded_job(folder, model, name, BASE.model_copy(update=changes))
 
     return make
-
-
-def fit(job: ExpertJob, stop_at: int | None = None, start_from: str | None = None, save_to: str | None = None):
-    from selma_ray.experts.trainer import ExpertTrainer
-
-    trainer = ExpertTrainer(job)
-    if start_from:
-        trainer.load(start_from)
-    while trainer.steps_done < (stop_at or job.config.steps):
-        trainer.step()
-    if save_to:
-        trainer.save(save_to)
-    else:
-        trainer.export(seconds=1.0)
-    return trainer
-
-
-def adapter(job: ExpertJob) -> dict[str, torch.Tensor]:
-    return load_file(job.folder.local_path(job.directory, "adapter_model.safetensors"))
-
-
-def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def peak_bytes(model, denoiser) -> int:
     batch = {name: torch.rand((BATCH, *shape)) for name, shape in family.example_shapes(64, 64).items()}
 
     def step():
-        family.loss(denoiser, batch, [torch.Generator().manual_seed(seed) for seed in range(BATCH)]).backward()
+        family.errors(denoiser, batch, [torch.Generator().manual_seed(seed) for seed in range(BATCH)]).mean().backward()
 
     step()
     denoiser.zero_grad()

@@ -77,7 +77,7 @@ def test_the_velocity_leads_from_latents_to_noise(name, family, batch):
     sigma = 3 * uniform / (1 + 2 * uniform) if name == "sd3" else uniform
     noisy = (1 - sigma) * latents + sigma * noise
     recorder = Recorder(family.load_denoiser())
-    loss = family.loss(recorder, row, [torch.Generator().manual_seed(5)])
+    loss = family.errors(recorder, row, [torch.Generator().manual_seed(5)]).mean()
     torch.testing.assert_close(loss, ((noisy - (noise - latents)) ** 2).mean(), rtol=1e-4, atol=1e-5)
     told = recorder.called["timestep"] / (1000 if name == "sd3" else 1)
     torch.testing.assert_close(told, sigma, rtol=1e-4, atol=1e-5)
@@ -101,7 +101,7 @@ def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family,
     optimizer = torch.optim.AdamW(trainable_parameters(adapted).values(), lr=2e-2)
     losses = []
     for _ in range(40):
-        loss = family.loss(adapted, batch, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+        loss = family.errors(adapted, batch, [torch.Generator().manual_seed(seed) for seed in (1, 2)]).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -131,4 +131,4 @@ def test_a_dropped_caption_is_the_empty_prompt(family):
 
 def test_min_snr_weighting_is_refused(family, batch):
     with pytest.raises(ConfigError, match=r"experts.min_snr_gamma must be left out for .* flow matching, got 5"):
-        family.loss(family.load_denoiser(), batch, [torch.Generator()] * 2, min_snr_gamma=5.0)
+        family.errors(family.load_denoiser(), batch, [torch.Generator()] * 2, min_snr_gamma=5.0)

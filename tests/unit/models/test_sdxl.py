@@ -49,7 +49,7 @@ def test_loss_equals_the_formula(sdxl_dir, batch):
     added = {"text_embeds": row["pooled_NP"], "time_ids": row["time_ids_N6"]}
     with torch.no_grad():
         prediction = unet(noisy, timestep, encoder_hidden_states=row["text_NTD"], added_cond_kwargs=added).sample
-        loss = family.loss(unet, row, [torch.Generator().manual_seed(5)])
+        loss = family.errors(unet, row, [torch.Generator().manual_seed(5)]).mean()
     torch.testing.assert_close(loss, ((prediction - noise) ** 2).mean(), rtol=1e-4, atol=1e-5)
 
 

@@ -61,7 +61,7 @@ def test_loss_equals_the_formula(tiny_dir):
     family = open_family(ModelConfig(name=str(folder)))
     unet, batch, seeds = family.load_denoiser().eval(), random_batch(3), (11, 12, 13)
     with torch.no_grad():
-        loss = family.loss(unet, batch, generators(*seeds))
+        loss = family.errors(unet, batch, generators(*seeds)).mean()
         expected = loss_by_formula(unet, batch, seeds, prediction_type, family.latent_scale)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -74,8 +74,8 @@ def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir):
     kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2, 0)
     for seed in (11, 12, 13, 14):
         with torch.no_grad():
-            plain = family.loss(unet, batch, generators(seed))
-            weighted = family.loss(unet, batch, generators(seed), min_snr_gamma=gamma)
+            plain = family.errors(unet, batch, generators(seed)).mean()
+            weighted = family.errors(unet, batch, generators(seed), min_snr_gamma=gamma).mean()
         draw = generators(seed)[0]
         for _ in range(2):
             torch.randn((1, 4, 16, 16), generator=draw)
@@ -88,9 +88,11 @@ def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir):
 def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(epsilon_family):
     unet, batch = epsilon_family.load_denoiser().eval(), random_batch(4)
     with torch.no_grad():
-        whole = epsilon_family.loss(unet, batch, generators(1, 2, 3, 4))
+        whole = epsilon_family.errors(unet, batch, generators(1, 2, 3, 4)).mean()
         halves = [
-            epsilon_family.loss(unet, {name: tensor[part] for name, tensor in batch.items()}, generators(*seeds))
+            epsilon_family.errors(
+                unet, {name: tensor[part] for name, tensor in batch.items()}, generators(*seeds)
+            ).mean()
             for part, seeds in ((slice(0, 2), (1, 2)), (slice(2, 4), (3, 4)))
         ]
     torch.testing.assert_close(whole, torch.stack(halves).mean(), rtol=1e-4, atol=1e-5)
@@ -107,7 +109,7 @@ def test_fitting_lora_on_a_few_examples_lowers_the_loss(tiny_dir):
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
     batch, losses = random_batch(4), []
     for _ in range(40):
-        loss = family.loss(model, batch, generators(1, 2, 3, 4))
+        loss = family.errors(model, batch, generators(1, 2, 3, 4)).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -163,7 +165,7 @@ def test_an_unknown_prediction_type_is_refused(tmp_path):
     save_tiny_stable_diffusion(tmp_path / "sd", prediction_type="sample")
     family = open_family(ModelConfig(name=str(tmp_path / "sd")))
     with pytest.raises(ConfigError, match="must be epsilon or v_prediction, got 'sample'"):
-        family.loss(family.load_denoiser(), random_batch(1), generators(0))
+        family.errors(family.load_denoiser(), random_batch(1), generators(0))
 
 
 def test_a_missing_part_is_named(tmp_path):
