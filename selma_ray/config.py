@@ -50,7 +50,9 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
         *parents, leaf = key_path.strip().split(".")
         node = result
         for depth, key in enumerate(parents):
-            node = node.setdefault(key, {})
+            if node.get(key) is None:  # a section that is off
+                node[key] = {}
+            node = node[key]
             if not isinstance(node, dict):
                 raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a single value, so {key_path} cannot be set")
         node[leaf] = value

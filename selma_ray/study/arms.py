@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,25 @@ __all__ = ["arm_recipe", "check_study", "reuse", "study_folder"]
 
 STUDY = "study"
 
-# What a run's folder holds of each stage, and the parts of a recipe that decide it, beyond those of the stage before.
-_STAGES: tuple[tuple[str | None, tuple[str, ...], tuple[str, ...]], ...] = (
-    (None, ("prompts",), ("skills", "seed", "prompts", "data.prompts", "evaluation.suite")),
-    ("generate", ("images",), ("model", "data", "images")),
-    ("train", ("cache", "experts"), ("experts", "evaluation")),
+_BASELINES = ("mixed", "moe")  # what is fitted beside the experts, and does not change them
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A folder of a run, the stage that makes it, and the parts of a recipe that decide it, beyond those of the part before."""
+
+    name: str
+    stage: str
+    keys: tuple[str, ...]
+    is_last: bool = True
+    """Whether its stage is finished with it."""
+
+
+_PARTS = (
+    _Part("prompts", "generate", ("skills", "seed", "prompts", "data.prompts", "evaluation.suite"), is_last=False),
+    _Part("images", "generate", ("model", "data", "images")),
+    _Part("cache", "train", (), is_last=False),
+    _Part("experts", "train", ("experts", "evaluation")),
 )
 
 
@@ -47,43 +62,56 @@ def check_study(recipe: Recipe) -> StudyConfig:
 
 
 def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
-    """Return the recipe of an experiment; raises ConfigError where its changes do not fit."""
+    """Return the recipe of an experiment, without what it does not score; raises ConfigError where its changes do not fit."""
     assert recipe.study is not None
+    arm = recipe.study.arms[name]
     run_dir = f"{recipe.run_dir}/{STUDY}/{name}/seed={seed}"
     whole = recipe.model_dump(mode="json") | {"study": None, "run_dir": run_dir}
-    changes = [f"{key}={json.dumps(value)}" for key, value in recipe.study.arms[name].changes.items()]
+    changes = [f"{key}={json.dumps(value)}" for key, value in arm.changes.items()]
     fixed = {change.partition("=")[0].partition(".")[0] for change in changes} & {"seed", "run_dir", "study", "cluster"}
     if fixed:
         raise ConfigError(
             f"study.arms.{name}.changes must not set {sorted(fixed)[0]}, which the study sets; leave it out"
         )
-    return validate(Recipe, apply_overrides(whole, [*changes, f"seed={seed}"]), source=f"study.arms.{name}.changes")
+    made = validate(Recipe, apply_overrides(whole, [*changes, f"seed={seed}"]), source=f"study.arms.{name}.changes")
+    missing = [kind for kind in _BASELINES if kind in arm.models and getattr(made.experts, kind) is None]
+    if missing:
+        raise ConfigError(
+            f"study.arms.{name}.models names {missing[0]}, which experts.{missing[0]} does not ask for; add it to its changes"
+        )
+    left_out = {kind: None for kind in _BASELINES if kind not in arm.models}
+    return made.model_copy(update={"experts": made.experts.model_copy(update=left_out)})
 
 
 def reuse(run: Run, earlier: Sequence[Run]) -> None:
-    """Give a run every finished stage of an earlier run that was made by the same values; files are linked, not copied."""
+    """Give a run whatever earlier runs have made by the same values; files are linked, not copied."""
     target = run.folder.local_path()
-    for depth, (stage, parts, _) in enumerate(_STAGES, start=1):
-        if all((target / part).exists() for part in parts):
+    for depth, part in enumerate(_PARTS, start=1):
+        if (target / part.name).exists():
             continue
         wanted = _values(run.recipe, depth)
-        source = next((each for each in earlier if _made(each, stage) and _values(each.recipe, depth) == wanted), None)
+        source = next((each for each in earlier if _made(each, part) and _values(each.recipe, depth) == wanted), None)
         if source is None:
             return
-        for part in parts:
-            _link_tree(source.folder.local_path(part), target / part)
-        if stage is not None:
-            run.folder.mark_done(stage, source.folder.done(stage) or {})
+        _link_tree(source.folder.local_path(part.name), target / part.name)
+        if part.is_last and _has_baselines(source.recipe, run.recipe):
+            run.folder.mark_done(part.stage, source.folder.done(part.stage) or {})
 
 
-def _made(run: Run, stage: str | None) -> bool:
-    return run.folder.done(stage or "generate") is not None
+def _made(run: Run, part: _Part) -> bool:
+    return run.folder.done(part.stage) is not None and run.folder.exists(part.name)
+
+
+def _has_baselines(source: Recipe, wanted: Recipe) -> bool:
+    """Tell whether one recipe fits the baselines that another asks for."""
+    kinds = ((getattr(source.experts, kind), getattr(wanted.experts, kind)) for kind in _BASELINES)
+    return all(asked is None or made == asked for made, asked in kinds)
 
 
 def _values(recipe: Recipe, depth: int) -> list[Any]:
     whole = recipe.model_dump(mode="json")
-    keys = [key for _, _, keys in _STAGES[:depth] for key in keys]
-    return [_value(whole, key) for key in keys]
+    whole["experts"] = {key: value for key, value in whole["experts"].items() if key not in _BASELINES}
+    return [_value(whole, key) for part in _PARTS[:depth] for key in part.keys]
 
 
 def _value(mapping: Any, key_path: str) -> Any:

@@ -6,7 +6,9 @@ from pydantic import Field, field_validator
 
 from selma_ray.config import StrictModel
 
-__all__ = ["ArmConfig", "StudyConfig"]
+__all__ = ["ArmConfig", "Kind", "StudyConfig"]
+
+Kind = Literal["experts", "mixed", "moe", "merged"]
 
 _NAME = r"^[a-z0-9][a-z0-9_-]*$"
 
@@ -18,8 +20,8 @@ class ArmConfig(StrictModel):
     """What the tables call it."""
     changes: dict[str, Any] = Field(default_factory=dict)
     """Values that replace the recipe's, by key.path."""
-    models: tuple[Literal["experts", "merged"], ...] = Field(default=("merged",), min_length=1)
-    """Which of its models are scored: `experts` are the skills' and the mixed LoRAs."""
+    models: tuple[Kind, ...] = Field(default=("merged",), min_length=1)
+    """Which of its models are scored, and made: the skills' experts, the mixed LoRAs, the mixture of experts, the merged model."""
 
 
 class StudyConfig(StrictModel):

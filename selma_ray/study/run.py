@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from selma_ray.cluster import connect
+from selma_ray.experts.plan import MIXED_PREFIX, MIXTURE
 from selma_ray.loop import Progress, Report, Run, models_under_test, open_run, run_stage
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse, study_folder
-from selma_ray.study.config import ArmConfig, StudyConfig
+from selma_ray.study.config import ArmConfig, Kind, StudyConfig
 from selma_ray.study.tables import StudyScores, write_tables
 
 __all__ = ["StudyStep", "study_steps"]
@@ -80,12 +81,17 @@ def _score(run: Run, arms: dict[str, Run], seed: int, guidance_scale: float, rep
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
     """Return an experiment's models that are to be scored."""
-    models = {name: tested for name, tested in models_under_test(arm).items() if name != BASE}
     return {
-        name: tested
-        for name, tested in models.items()
-        if ("merged" if name == "merged" else "experts") in config.models
+        name: tested for name, tested in models_under_test(arm).items() if name != BASE and _kind(name) in config.models
     }
+
+
+def _kind(model: str) -> Kind:
+    if model == "merged":
+        return "merged"
+    if model == MIXTURE:
+        return "moe"
+    return "mixed" if model.startswith(MIXED_PREFIX) else "experts"
 
 
 def _study(run: Run) -> StudyConfig:

@@ -10,6 +10,7 @@ from typing import Any
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import PromptWithQuestions
 from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores, summarise
+from selma_ray.experts.plan import MIXTURE
 from selma_ray.loop import Run
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import STUDY, study_folder
@@ -122,13 +123,13 @@ def _joined(one: ModelScores, other: ModelScores) -> ModelScores:
 
 
 def _titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return what the tables call each model: an experiment's merged model by the experiment's title alone."""
+    """Return what the tables call each model: an experiment's merged or mixture model by the experiment's title alone."""
     titles = {}
     for name in names:
         arm, _, model = name.partition(".")
         if model:
             title = study.arms[arm].title
-            titles[name] = title if model == MERGED else f"{title}: {model}"
+            titles[name] = title if model in (MERGED, MIXTURE) else f"{title}: {model}"
     return {BASE: BASE, **titles}
 
 

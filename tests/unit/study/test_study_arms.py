@@ -3,7 +3,8 @@ import json
 import pytest
 
 from selma_ray.config import validate
-from selma_ray.errors import ConfigError
+from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.experts.config import ExpertsConfig, MixedConfig
 from selma_ray.loop import Run, open_run
 from selma_ray.recipe import Recipe, load_recipe
 from selma_ray.study.arms import arm_recipe, check_study, reuse
@@ -13,6 +14,9 @@ ARMS = {
     "factors": {"title": "mean of factors", "changes": {"merging.method": "average_factors"}},
     "longer": {"title": "longer", "changes": {"experts.steps": 7}},
     "guided": {"title": "images at guidance 1", "changes": {"images.sampling.guidance_scale": 1.0}},
+    "all": {"title": "all", "changes": {"experts.mixed": {"ranks": [4]}}, "models": ["experts", "mixed", "merged"]},
+    "mixed": {"title": "one LoRA", "changes": {"experts.mixed": {"ranks": [4]}}, "models": ["mixed"]},
+    "moe": {"title": "MoE-LoRA", "changes": {"experts.moe": {"steps": 3}}, "models": ["moe"]},
 }
 
 
@@ -82,7 +86,7 @@ def test_what_an_earlier_experiment_made_by_the_same_values_is_linked(opened):
     assert run.folder.done("train") == {"made_by": earlier.folder.uri}
 
 
-@pytest.mark.parametrize(("name", "shared"), [("longer", {"prompts", "images"}), ("guided", {"prompts"})])
+@pytest.mark.parametrize(("name", "shared"), [("longer", {"prompts", "images", "cache"}), ("guided", {"prompts"})])
 def test_what_other_values_would_change_is_made_again(opened, name, shared):
     earlier, run = opened("selma"), opened(name)
     finish(earlier, "generate", "train")
@@ -106,3 +110,54 @@ def test_own_work_stays_when_an_experiment_goes_on(opened):
     finish(run, "generate")
     reuse(run, [earlier])
     assert json.loads(json.dumps(run.folder.done("generate"))) == {"made_by": run.folder.uri}
+
+
+def test_baselines_are_made_only_where_they_are_scored(recipe):
+    with_mixed = recipe().model_copy(update={"experts": ExpertsConfig(mixed=MixedConfig(ranks=(4,)))})
+    assert arm_recipe(with_mixed, "selma", 0).experts.mixed is None
+    assert arm_recipe(with_mixed, "mixed", 0).experts.mixed is not None
+    with pytest.raises(ConfigError, match=r"study\.arms\.new\.models names moe, which experts\.moe does not ask for"):
+        check_study(recipe(arms=ARMS | {"new": {"title": "x", "models": ["moe"]}}))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "finished"),
+    [("all", "selma", True), ("all", "mixed", True), ("selma", "moe", False), ("selma", "all", False)],
+)
+def test_experts_are_shared_and_baselines_that_are_not_there_are_fitted(opened, source, name, finished):
+    earlier, run = opened(source), opened(name)
+    finish(earlier, "generate", "train")
+    reuse(run, [earlier])
+    assert run.folder.local_path("experts", "common", "file").samefile(
+        earlier.folder.local_path("experts", "common", "file")
+    )
+    assert (run.folder.done("train") is not None) == finished
+
+
+def test_encoded_examples_are_shared_where_the_images_are(opened):
+    earlier, run = opened("selma"), opened("longer")
+    finish(earlier, "generate", "train")
+    reuse(run, [earlier])
+    assert run.folder.exists("cache")
+    assert not run.folder.exists("experts")
+
+
+def test_an_experiment_that_was_stopped_while_it_took_over_goes_on(opened):
+    earlier, run = opened("selma"), opened("factors")
+    finish(earlier, "generate", "train")
+    reuse(run, [earlier])
+    run.folder.delete("experts")
+    run.folder.delete("done", "train.json")
+    reuse(run, [earlier])
+    assert run.folder.done("train") == {"made_by": earlier.folder.uri}
+
+
+def test_images_may_come_from_another_model(recipe, tiny_pipeline_dir, tmp_path):
+    arms = ARMS | {
+        "weak": {"title": "images of a weaker model", "changes": {"data.model.name": str(tiny_pipeline_dir)}}
+    }
+    made = arm_recipe(recipe(arms=arms), "weak", 0)
+    assert made.data.model.name == str(tiny_pipeline_dir)
+    nowhere = ARMS | {"weak": {"title": "x", "changes": {"data.model": {"name": str(tmp_path / "nowhere")}}}}
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        open_run(arm_recipe(recipe(arms=nowhere), "weak", 0))
