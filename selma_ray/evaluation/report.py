@@ -67,6 +67,7 @@ def _facts(
     merged = folder.read_json(*merge_report) if folder.exists(*merge_report) else None
     if merged:
         merged = {key: value for key, value in merged.items() if key not in ("modules", "key")}
+    fitted = list(dict.fromkeys([*skills, *(folder.done("train") or ())]))  # with what is fitted to all skills together
     return {
         "run": folder.uri,
         "recipe": recipe,
@@ -74,8 +75,8 @@ def _facts(
         "evaluation": {key: value for key, value in evaluation.items() if key != "files"},
         "generation": folder.done("generate"),
         "merging": merged,
-        "curves": _of_experts(folder, skills, "curve.json"),
-        "dev_scores": _of_experts(folder, skills, "dev_scores.json"),
+        "curves": _of_experts(folder, fitted, "curve.json"),
+        "dev_scores": _of_experts(folder, fitted, "dev_scores.json"),
         "image_metrics": [folder.read_json(path) for path in folder.files("evaluation", "metrics", suffix=".json")],
         "ratings": folder.read_json("pairs", "result.json") if folder.exists("pairs", "result.json") else None,
         "command": f"selma run {folder.path('recipe.yaml')} run_dir=runs/again",
@@ -83,9 +84,11 @@ def _facts(
     }
 
 
-def _of_experts(folder: RunFolder, skills: Sequence[str], name: str) -> dict[str, Any]:
+def _of_experts(folder: RunFolder, experts: Sequence[str], name: str) -> dict[str, Any]:
     return {
-        skill: folder.read_json("experts", skill, name) for skill in skills if folder.exists("experts", skill, name)
+        expert: folder.read_json("experts", expert, name)
+        for expert in experts
+        if folder.exists("experts", expert, name)
     }
 
 

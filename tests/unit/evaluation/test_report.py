@@ -1,11 +1,13 @@
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
 from selma_ray.evaluation.report import write_report
+from selma_ray.storage import RunFolder
 from tests.unit.evaluation.finished_runs import SKILLS, write_finished_run
 
 
@@ -143,6 +145,18 @@ def test_dev_scores_and_the_checkpoint_that_was_kept_are_shown(run, page):
     best = max(points, key=lambda point: point["dsg"])
     assert f"best dev {100 * best['dsg']:.1f}% at step {best['step']}" in text_of(page)
     assert run.read_bytes("report.html").count(b'class="devdot"') == len(SKILLS) * len(points)
+
+
+def test_the_curve_of_every_expert_is_drawn_and_that_of_what_is_fitted_to_all_skills(run, tmp_path):
+    shutil.copytree(run.local_path(), tmp_path / "run")
+    folder = RunFolder(str(tmp_path / "run"))
+    html = folder.read_bytes("report.html").decode()
+    assert re.findall(r'aria-label="loss of ([^"]+)"', html) == SKILLS
+    folder.write_json(folder.read_json("experts", "style", "curve.json"), "experts", "mixed-r80", "curve.json")
+    folder.mark_done("train", dict.fromkeys([*SKILLS, "mixed-r80"]))
+    write_report(folder, SKILLS)
+    html = folder.read_bytes("report.html").decode()
+    assert re.findall(r'aria-label="loss of ([^"]+)"', html) == [*SKILLS, "mixed-r80"]
 
 
 def test_the_command_to_reproduce_names_the_runs_own_recipe(run, page):
