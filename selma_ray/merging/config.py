@@ -49,10 +49,18 @@ class MergingConfig(StrictModel):
     """Share of each expert's entries that `ties`, `dare` and `knots` keep."""
     exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")
     """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`, `kohya` in ComfyUI and A1111."""
+    export_experts: bool = False
+    """Write the same files for every expert too, to experts/<skill>/ in the merged model's folder."""
     search: SearchConfig = SearchConfig()
     """How `method: search` searches."""
     name: str = Field(default="merged", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the merged model's folder."""
+
+    @model_validator(mode="after")
+    def _experts_have_exports(self) -> "MergingConfig":
+        if self.export_experts and not self.exports:
+            raise ValueError("export_experts needs a file format in exports, which is empty")
+        return self
 
     @model_validator(mode="after")
     def _weights_fit_the_method(self) -> "MergingConfig":

@@ -143,7 +143,12 @@ def _build(
     # What is low-rank stands in the adapter, exactly; what is dense is made again.
     baked = merged if config.method in DENSE_METHODS else adapter.factors
     bake_pipeline(source, part / "pipeline", shapes, baked, _DTYPES[model.dtype], model.variant)
-    _export(part, adapter, shapes, denoiser_name(source), config, weights)
+    denoiser = denoiser_name(source)
+    merge = {"merge_method": config.method, "merge_scale": f"{config.scale:g}", "merge_weights": json.dumps(weights)}
+    _export(part, adapter, shapes, denoiser, config, merge)
+    if config.export_experts:
+        for name, expert in adapters.items():
+            _export(part / "experts" / name, expert, shapes, denoiser, config, {"skill": name})
     return report.as_dict()
 
 
@@ -167,25 +172,20 @@ def _adapter_rank(experts: Sequence[Adapter], cut_rank: int, method: str) -> int
 
 
 def _export(
-    part: Path,
+    target: Path,
     adapter: Adapter,
     shapes: Mapping[str, tuple[int, int]],
     denoiser: str,
     config: MergingConfig,
-    weights: Weights,
+    described: Mapping[str, str],
 ) -> None:
-    metadata = {
-        "base_model": adapter.base_model or "",
-        "base_revision": adapter.revision or "",
-        "merge_method": config.method,
-        "merge_scale": f"{config.scale:g}",
-        "merge_weights": json.dumps(weights),
-    }
+    metadata = {"base_model": adapter.base_model or "", "base_revision": adapter.revision or "", **described}
+    target.mkdir(parents=True, exist_ok=True)
     if "diffusers" in config.exports:
-        write_diffusers(part / EXPORT_FILES["diffusers"], adapter, shapes, denoiser, metadata)
+        write_diffusers(target / EXPORT_FILES["diffusers"], adapter, shapes, denoiser, metadata)
     if "kohya" in config.exports:
         if denoiser == "unet":
-            write_kohya(part / EXPORT_FILES["kohya"], adapter, shapes, metadata)
+            write_kohya(target / EXPORT_FILES["kohya"], adapter, shapes, metadata)
         else:
             logger.warning("merging.exports: kohya is written for a unet alone, this model has a %s", denoiser)
 
@@ -217,7 +217,9 @@ def _content_key(
     return content_id(
         experts=hashes,
         weights=weights,
-        settings=config.model_dump(mode="json", include={"method", "scale", "rank", "density", "exports"}),
+        settings=config.model_dump(
+            mode="json", include={"method", "scale", "rank", "density", "exports", "export_experts"}
+        ),
         seed=seed,
         base=[model.name, located.revision],
         dtype=model.dtype,

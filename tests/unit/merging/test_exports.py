@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from selma_ray.errors import AdapterError
+from selma_ray.config import validate
+from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.merging.adapters import Adapter, open_adapter, shapes_of
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.exports import EXPORT_FILES, write_kohya
@@ -148,6 +149,30 @@ def test_exports_are_left_out_where_the_recipe_says_so(base_dir, merged_dir):
     config = MergingConfig(name="bare", exports=())
     merge_experts(run, SKILLS, ModelConfig(name=str(base_dir)), config)
     assert {path.name for path in (merged_dir.parent / "bare").iterdir()} == {"adapter", "pipeline", "report.json"}
+
+
+@pytest.mark.parametrize("base_dir", UNETS, indirect=True)
+def test_single_experts_are_exported_where_the_recipe_says_so(base_dir, merged_dir):
+    run = RunFolder(str(merged_dir.parents[1]))
+    config = MergingConfig(name="with-experts", export_experts=True)
+    merge_experts(run, SKILLS, ModelConfig(name=str(base_dir)), config)
+    folder = merged_dir.parent / "with-experts" / "experts" / "style"
+    with_peft = DiffusionPipeline.from_pretrained(base_dir)
+    plain = image_of(with_peft)
+    PeftModel.from_pretrained(denoiser_of(with_peft), run.path("experts", "style"))
+    expected = image_of(with_peft).astype(int)
+    for name in EXPORT_FILES.values():
+        pipeline = DiffusionPipeline.from_pretrained(base_dir)
+        pipeline.load_lora_weights(folder, weight_name=name)
+        assert np.abs(image_of(pipeline) - expected).max() <= 1  # its scale is applied at another place
+        with safe_open(folder / name, framework="pt") as file:
+            assert file.metadata()["skill"] == "style"
+    assert (plain != expected).mean() > 0.01
+
+
+def test_exports_of_experts_without_a_format_are_refused():
+    with pytest.raises(ConfigError, match="export_experts needs a file format in exports, which is empty"):
+        validate(MergingConfig, {"exports": [], "export_experts": True}, "recipe.yaml")
 
 
 @pytest.mark.parametrize("base_dir", TRANSFORMERS[:1], indirect=True)
