@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
+from typing import Any
 
 from selma_ray.evaluation.config import JudgeConfig
 from selma_ray.evaluation.judges.asking import ask_images
 from selma_ray.evaluation.judges.interface import Judge
 from selma_ray.evaluation.metrics import ANSWER_METRICS, ImageMetric, metrics_of_answers, open_metric
-from selma_ray.evaluation.questions import Question, questions_for_prompt
+from selma_ray.evaluation.questions import Question, check_questions, questions_for_prompt
 from selma_ray.evaluation.scoring import score_answers
 from selma_ray.loop import Run
 from selma_ray.models.locate import locate_judge
@@ -40,9 +41,18 @@ class ServiceScorer:
         self.judge = None if judge is None else _shown(judge.name)
         self.metrics = (*(JUDGE_METRICS if judge else ()), *models)
 
-    def questions(self, prompt: str) -> tuple[Question, ...]:
-        """Return the questions about a prompt; raises CaptionError for a prompt that has none."""
-        return questions_for_prompt(prompt)
+    def questions(self, prompt: str, given: Sequence[Mapping[str, Any]] | None = None) -> tuple[Question, ...]:
+        """Return the questions about a prompt, those that are given where there are any.
+
+        Raises CaptionError for a prompt that has none, JudgeError for given ones that cannot be asked.
+        """
+        if given is None:
+            return questions_for_prompt(prompt)
+        questions = tuple(
+            Question(each["id"], each["category"], each["question"], tuple(each["parents"])) for each in given
+        )
+        check_questions(questions)
+        return questions
 
     def score(self, asked: Sequence[Asked]) -> list[Judged]:
         """Score each image by the metrics that are wanted of it."""

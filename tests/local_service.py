@@ -32,8 +32,10 @@ class LocalBackend:
     def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
         return self._generator.stream(requests, output_format)
 
-    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
-        asked = prepare(self._scorer, prompt, images, metrics, max_pixels=10**6)
+    async def score(
+        self, prompt: str, images: Sequence[bytes], metrics: Sequence[str], questions: Any = None
+    ) -> dict[str, Any]:
+        asked = prepare(self._scorer, prompt, images, metrics, 10**6, questions)
         return answer_of(self._scorer, asked, await asyncio.to_thread(self._scorer.score, asked))
 
     async def check_ready(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from selma_ray.merging.adapters import LoraFactors, write_adapter
+from selma_ray.models.rendering import denoiser_of
 
 RANKS = {"counting": 4, "style": 2, "common": 3}
 
@@ -13,7 +14,7 @@ def save_experts(pipeline, folder: Path) -> dict[str, str]:
     """Write an adapter for each name, on other modules each but for some; returns their folders."""
     linear = {
         name: module.weight.shape
-        for name, module in pipeline.unet.named_modules()
+        for name, module in denoiser_of(pipeline).named_modules()
         if isinstance(module, torch.nn.Linear) and ("attn" in name or ".ff." in name)
     }
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,14 @@ from selma_ray.miniature.heldout import heldout_by_skill
 from selma_ray.miniature.questions import questions_for
 from selma_ray.records import content_id
 
-__all__ = ["PromptWithQuestions", "Question", "load_suite", "questions_for_prompt", "spread_over_skills"]
+__all__ = [
+    "PromptWithQuestions",
+    "Question",
+    "check_questions",
+    "load_suite",
+    "questions_for_prompt",
+    "spread_over_skills",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,12 @@ def load_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQues
 def questions_for_prompt(prompt: str) -> tuple[Question, ...]:
     """Return the questions about a prompt of the miniature; raises CaptionError for a prompt outside its grammar."""
     return tuple(Question(each.id, each.category, each.question, each.parents) for each in questions_for(prompt))
+
+
+def check_questions(questions: Sequence[Question]) -> None:
+    """Raise JudgeError where ids are duplicated, a parent is missing or questions depend on one another in a circle."""
+    for kind, detail in _faults_of(PromptWithQuestions("the prompt", "", "prompt", tuple(questions)), set()):
+        raise JudgeError(f"questions: {kind}, {detail}")
 
 
 def _miniature_suite() -> list[PromptWithQuestions]:

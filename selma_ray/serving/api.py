@@ -92,6 +92,13 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         """List the models that can be asked for."""
         return ModelList(data=[Model(id=name, created=started_s, kind=names.kind(name)) for name in names.all()])
 
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Model:
+        """Describe one of them."""
+        if name not in names.all():
+            raise names.unknown(name)
+        return Model(id=name, created=started_s, kind=names.kind(name))
+
     @app.post(
         "/v1/images/generations",
         response_model=Generation,
@@ -119,7 +126,8 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
                 f"prompt must have at most {config.max_prompt_chars} characters", "prompt", "string_too_long"
             )
         metrics_wanted = wanted_metrics(body.metrics, config, "metrics")
-        judged = await backend.score(body.prompt, _uploads(body, config), metrics_wanted)
+        questions = None if body.questions is None else [each.model_dump() for each in body.questions]
+        judged = await backend.score(body.prompt, _uploads(body, config), metrics_wanted, questions)
         answer = Scores(prompt=body.prompt, **judged)
         for image in answer.data:
             metrics.count_scores(image.scores)

@@ -1,6 +1,6 @@
 """What the HTTP API stands before: whatever draws images and scores them."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,8 +31,17 @@ class Backend(Protocol):
         """Yield previews and finished images as they come."""
         ...
 
-    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
-        """Return what bodies.Scores holds about encoded images, without the prompt."""
+    async def score(
+        self,
+        prompt: str,
+        images: Sequence[bytes],
+        metrics: Sequence[str],
+        questions: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Return what bodies.Scores holds about encoded images, without the prompt.
+
+        `questions` have the fields of bodies.AskedQuestion; none asks the prompt's own.
+        """
         ...
 
     async def check_ready(self) -> None:

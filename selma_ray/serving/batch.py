@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from selma_ray.serving.denoisers import Conditions, Denoiser
+from selma_ray.serving.conditions import Conditions, Denoiser
 from selma_ray.serving.requests import MERGED, ImageRequest
 from selma_ray.serving.schedulers import Course
 

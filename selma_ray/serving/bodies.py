@@ -13,6 +13,7 @@ from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
 
 __all__ = [
+    "AskedQuestion",
     "Candidate",
     "GeneratedImage",
     "Generation",
@@ -114,6 +115,16 @@ class Generation(BaseModel):
     """Every image that best_of has drawn, in the order of seeds."""
 
 
+class AskedQuestion(_Body):
+    """A yes/no question about an image, as DSG has them."""
+
+    id: int = Field(ge=1)
+    question: str = Field(min_length=1, max_length=500)
+    category: str = Field(default="question", max_length=64)
+    parents: list[Annotated[int, Field(ge=0)]] = Field(default=[], max_length=64)
+    """Ids of the questions that it depends on; 0 stands for none."""
+
+
 class ScoreBody(_Body):
     """What POST /v1/scores takes."""
 
@@ -127,6 +138,8 @@ class ScoreBody(_Body):
         default=None, min_length=1, max_length=32
     )
     """Which scores are wanted, by name; none takes the first that is served, dsg where there is a judge."""
+    questions: list[AskedQuestion] | None = Field(default=None, min_length=1, max_length=64)
+    """What dsg and its kin ask; none asks what the miniature's grammar finds in the prompt."""
 
 
 class ScoredQuestion(BaseModel):

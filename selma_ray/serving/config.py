@@ -93,6 +93,21 @@ class ServingConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _defaults_within_bounds(self) -> Self:
+        sampling = self.sampling
+        for value, bound in (
+            ("steps", "max_steps"),
+            ("guidance_scale", "max_guidance_scale"),
+            ("width_px", "max_size_px"),
+            ("height_px", "max_size_px"),
+        ):
+            if getattr(sampling, value) > getattr(self, bound):
+                raise ValueError(
+                    f"{bound} must be at least sampling.{value}, which is {getattr(sampling, value)}; {bound} is {getattr(self, bound)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _largest_request_fits(self) -> Self:
         if self.max_images > self.max_batch_size + self.max_queued_requests:
             raise ValueError(

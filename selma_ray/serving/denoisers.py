@@ -1,114 +1,64 @@
-"""Text-to-image families as the engine sees them: encode texts, predict one step for any mix of rows, decode latents.
+"""Stable Diffusion 1.x, 2.x and XL as the engine sees them, and the choice of a family's denoiser.
 
 Shapes: N rows or images, L tokens, D features of a token, C channels, H x W positions.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from selma_ray.errors import ConfigError
-from selma_ray.serving.caching import DeepFeatures, RowMemory
+from selma_ray.serving.caching import DeepFeatures
+from selma_ray.serving.conditions import Condition, Conditions, Denoiser, Texts
 from selma_ray.serving.experts import Expert, ExpertLayers
-from selma_ray.serving.requests import ImageRequest, Mix
+from selma_ray.serving.flow_denoisers import FluxDenoiser, StableDiffusion3Denoiser
+from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.schedulers import Course
 
-__all__ = [
-    "Condition",
-    "Conditions",
-    "Denoiser",
-    "StableDiffusionDenoiser",
-    "StableDiffusionXLDenoiser",
-    "denoiser_for",
-]
-
-_CACHED_TEXTS = 256
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What one row of the denoiser's batch is told about the image."""
-
-    text: torch.Tensor
-    """The embedded text, 1 x L x D."""
-    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """SDXL's pooled text and sizes by their names in diffusers, each 1 x ..."""
-    mix: Mix = ()
-    """Experts that take part in this row."""
-    memory: RowMemory = field(default_factory=RowMemory)
-    """What step caching keeps of this row."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """The conditions of one request; `negative` is None where no guidance is asked for."""
-
-    positive: Condition
-    negative: Condition | None
-
-
-class Denoiser(Protocol):
-    """A text-to-image model, taken apart so that the rows of a step may stand at different timesteps."""
-
-    def encode(self, requests: Sequence[ImageRequest]) -> list[Conditions]:
-        """Embed the texts of each request."""
-        ...
-
-    def start(self, request: ImageRequest) -> Course:
-        """Draw the initial noise of a request."""
-        ...
-
-    def predict(
-        self, inputs_NCHW: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
-    ) -> torch.Tensor:
-        """Return the model's prediction for each row."""
-        ...
-
-    def decode(self, latents_NCHW: torch.Tensor) -> list[Image.Image]:
-        """Turn finished latents into RGB images."""
-        ...
+__all__ = ["StableDiffusionDenoiser", "StableDiffusionXLDenoiser", "denoiser_for"]
 
 
 def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1) -> Denoiser:
     """Return the denoiser of a loaded pipeline, with experts that its requests may mix, and step caching above interval 1.
 
-    Raises ConfigError for a family that cannot be served yet, AdapterError for an expert that does not fit.
+    Raises ConfigError for a family that cannot be served and for step caching without a UNet, AdapterError for an expert that
+    does not fit.
     """
     family = _FAMILIES.get(type(pipeline))
-    if family is None or pipeline.unet.config.time_cond_proj_dim is not None:
+    if family is None:
         known = ", ".join(known.__name__ for known in _FAMILIES)
-        raise ConfigError(f"the model to serve must be one of {known}, not distilled, got {type(pipeline).__name__}")
-    return family(pipeline, experts or {}, cache_interval)
+        raise ConfigError(f"the model to serve must be one of {known}, got {type(pipeline).__name__}")
+    if issubclass(family, StableDiffusionDenoiser):
+        return family(pipeline, experts or {}, cache_interval)
+    if cache_interval > 1:
+        raise ConfigError(
+            f"cache_interval must be 1 for {type(pipeline).__name__}, got {cache_interval}; step caching is for UNets"
+        )
+    return family(pipeline, experts or {})
 
 
 class StableDiffusionDenoiser:
     """Stable Diffusion 1.x and 2.x, for epsilon and v prediction."""
 
     def __init__(self, pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1) -> None:
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            raise ConfigError(
+                "the model to serve must not be distilled for guidance as latent consistency models are; serve the model it came from"
+            )
         self._pipeline = pipeline
         self._deep_features = DeepFeatures(pipeline.unet, cache_interval) if cache_interval > 1 else None
         self._experts = ExpertLayers(pipeline.unet, experts or {})
         self._device = pipeline._execution_device
         self._dtype = pipeline.unet.dtype
-        self._texts: OrderedDict[str, Condition] = OrderedDict()
+        self._texts = Texts(self._embed)
 
     def encode(self, requests: Sequence[ImageRequest]) -> list[Conditions]:
         """Embed the prompts, and the negative prompts where guidance needs them; texts seen lately are remembered."""
-        texts = [request.prompt for request in requests]
-        texts += [request.negative_prompt for request in requests if _guided(request)]
-        embedded = self._embedded(texts)
-        return [
-            Conditions(
-                _for_request(embedded[request.prompt], request),
-                _for_request(embedded[request.negative_prompt], request) if _guided(request) else None,
-            )
-            for request in requests
-        ]
+        return self._texts.conditions(requests)
 
     def start(self, request: ImageRequest) -> Course:
         """Draw the initial noise of a request as diffusers' pipeline draws it."""
@@ -152,18 +102,6 @@ class StableDiffusionDenoiser:
     def _embed(self, texts: list[str]) -> list[Condition]:
         text_NLD, _ = self._pipeline.encode_prompt(texts, self._device, 1, False)
         return [Condition(text) for text in text_NLD.split(1)]
-
-    def _embedded(self, texts: Sequence[str]) -> dict[str, Condition]:
-        unknown = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if unknown:
-            self._texts.update(zip(unknown, self._embed(unknown), strict=True))
-        found = {}
-        for text in texts:
-            self._texts.move_to_end(text)
-            found[text] = self._texts[text]
-        while len(self._texts) > _CACHED_TEXTS:
-            self._texts.popitem(last=False)
-        return found
 
 
 class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
@@ -218,19 +156,12 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         return torch.tensor([sizes], dtype=self._dtype, device=self._device)
 
 
-_FAMILIES: Mapping[type, Callable[[Any, Mapping[str, Expert], int], Denoiser]] = {
+_FAMILIES: Mapping[type, type[StableDiffusionDenoiser] | type[FluxDenoiser] | type[StableDiffusion3Denoiser]] = {
     StableDiffusionPipeline: StableDiffusionDenoiser,
     StableDiffusionXLPipeline: StableDiffusionXLDenoiser,
+    StableDiffusion3Pipeline: StableDiffusion3Denoiser,
+    FluxPipeline: FluxDenoiser,
 }
-
-
-def _guided(request: ImageRequest) -> bool:
-    return request.guidance_scale > 1
-
-
-def _for_request(condition: Condition, request: ImageRequest) -> Condition:
-    """Return a remembered condition with what is the request's own."""
-    return replace(condition, mix=request.mix or (), memory=RowMemory())
 
 
 def _with(condition: Condition, time_ids: torch.Tensor) -> Condition:

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.errors import ServingError
 from selma_ray.serving.api import build_app
 from selma_ray.serving.backend import Drawn
 from selma_ray.serving.config import ServingConfig
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 _ONGOING_API_REQUESTS = 1000
 _RETRY_AFTER_S = 2
 _STATS_TIMEOUT_S = 5.0
+_HEALTH_CHECK_PERIOD_S = 5.0
 _ATTEMPTS = 3
 
 
@@ -51,11 +54,12 @@ def application(
     keys = read_keys(config.api_keys_file, config.requests_per_minute) if config.api_keys_file else ()
     place = {"num_cpus": config.num_cpus, **role_options("serve", cluster)}
     generator = serve.deployment(
-        Generator,
+        _GeneratorReplica,
         name="generator",
         # The engine's own queue refuses what is too much; Ray Serve must not hold requests back before it.
         max_ongoing_requests=config.max_batch_size + config.max_queued_requests + 1,
         ray_actor_options={**place, "num_gpus": config.num_gpus},
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         # A replica that is replaced finishes what it has accepted.
         graceful_shutdown_timeout_s=config.request_timeout_s,
@@ -90,6 +94,22 @@ def _replicas(fewest: int, most: int | None, full_batch: int) -> dict[str, Any]:
         return {"num_replicas": fewest}
     scaling = AutoscalingConfig(min_replicas=fewest, max_replicas=most, target_ongoing_requests=full_batch)
     return {"autoscaling_config": scaling}
+
+
+class _GeneratorReplica(Generator):
+    """A generator in a process of its own, which it ends when its engine is dead or stuck.
+
+    Ray Serve then starts another one at once, and what this one had accepted is asked of another: of a process that lives,
+    Ray Serve would wait for the answers that never come, and its GPU would stay taken.
+    """
+
+    def check_health(self) -> None:
+        """Called by Ray Serve every few seconds."""
+        try:
+            super().check_health()
+        except ServingError as error:
+            logger.critical("%s", error)
+            os._exit(1)
 
 
 @serve.ingress()
@@ -144,14 +164,20 @@ class Deployments:
             # Nothing happens where it has ended; where the client has gone, its slots are freed.
             response.cancel()
 
-    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
+    async def score(
+        self,
+        prompt: str,
+        images: Sequence[bytes],
+        metrics: Sequence[str],
+        questions: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         """Return scores of encoded images, and the judge's answers."""
         evaluator = self._evaluator
         if evaluator is None:
             raise invalid_request(
                 "scores are not served here; set evaluator_replicas", code="scores_not_served", status=404
             )
-        return await self._answer(lambda: evaluator.score.remote(prompt, images, metrics), "evaluator")
+        return await self._answer(lambda: evaluator.score.remote(prompt, images, metrics, questions), "evaluator")
 
     async def check_ready(self) -> None:
         """Raise RequestError (503) unless a generator replica answers."""

@@ -12,8 +12,8 @@ from PIL import Image
 
 from selma_ray.errors import ServingError
 from selma_ray.serving.batch import Outcome, StepBatch
-from selma_ray.serving.denoisers import Denoiser
-from selma_ray.serving.errors import queue_full
+from selma_ray.serving.conditions import Denoiser
+from selma_ray.serving.errors import queue_full, unavailable
 from selma_ray.serving.requests import ImageRequest
 
 __all__ = ["Engine", "EngineStats", "OnPreview"]
@@ -78,11 +78,11 @@ class Engine:
     ) -> list[Future[Image.Image]]:
         """Accept all of `requests` or none; cancelling a future frees its slot at the next step.
 
-        Raises RequestError (429) where they do not fit, ServingError where the engine is closed.
+        Raises RequestError: 429 where they do not fit, 503 where the engine is closed.
         """
         with self._changed:
             if self._closed:
-                raise ServingError("the engine is closed; start another")
+                raise unavailable("generator")
             if self._in_flight() + len(requests) > self._max_in_flight:
                 raise queue_full(_RETRY_AFTER_S)
             promises = [_Promise(Future(), index, on_preview) for index in range(len(requests))]
@@ -114,11 +114,11 @@ class Engine:
     def check_health(self, stall_s: float) -> None:
         """Raise ServingError where the thread is dead, or has work and has not taken a step for `stall_s` seconds."""
         if not self._thread.is_alive():
-            raise ServingError("the engine's thread is dead; the replica must be replaced")
+            raise ServingError("the engine's thread is dead; its process must be replaced")
         with self._changed:
             stalled = self._in_flight() > 0 and time.monotonic() - self._moved_at_s > stall_s
         if stalled:
-            raise ServingError(f"the engine has not taken a step for {stall_s:g} s; the replica must be replaced")
+            raise ServingError(f"the engine has not taken a step for {stall_s:g} s; its process must be replaced")
 
     def close(self) -> None:
         """Stop after the step in progress; what was accepted and not finished is cancelled."""

@@ -1,14 +1,14 @@
 """The evaluator's replica: a judge, and models of other scores, that score images against their prompts in batches."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
 from ray import serve
 
-from selma_ray.errors import CaptionError
+from selma_ray.errors import CaptionError, JudgeError
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import decode_upload
 from selma_ray.serving.errors import invalid_request, metric_not_served
@@ -55,8 +55,11 @@ class Scorer(Protocol):
     metrics_of_questions: frozenset[str]
     """Those of them that are computed from the answers to a prompt's questions, all from one pass."""
 
-    def questions(self, prompt: str) -> Sequence[Any]:
-        """Return the questions about a prompt; raises CaptionError for a prompt it has none for."""
+    def questions(self, prompt: str, given: Sequence[Mapping[str, Any]] | None = None) -> Sequence[Any]:
+        """Return the questions about a prompt, those that are given where there are any.
+
+        Raises CaptionError for a prompt it has none for, JudgeError for given ones that cannot be asked.
+        """
         ...
 
     def score(self, asked: Sequence[Asked]) -> Sequence[Judged]:
@@ -74,13 +77,19 @@ class Evaluator:
         self._max_cost = _USUAL_QUESTIONS * config.judge_batch_size
         self._judge.set_max_batch_size(self._max_cost)
 
-    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
-        """Score encoded images of one prompt.
+    async def score(
+        self,
+        prompt: str,
+        images: Sequence[bytes],
+        metrics: Sequence[str],
+        questions: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Score encoded images of one prompt, by questions with the fields of bodies.AskedQuestion where they are given.
 
-        Raises RequestError: 400 for an unknown metric, 422 for a prompt without questions, 400 or 413 for an image
-        that cannot be used.
+        Raises RequestError: 400 for an unknown metric and for questions that cannot be asked, 422 for a prompt without
+        questions, 400 or 413 for an image that cannot be used.
         """
-        asked = await asyncio.to_thread(prepare, self._scorer, prompt, images, metrics, self._max_pixels)
+        asked = await asyncio.to_thread(prepare, self._scorer, prompt, images, metrics, self._max_pixels, questions)
         # An image may have more questions than a whole batch usually holds: it is then a batch of its own.
         judged = await asyncio.gather(*(self._judge((min(each.cost, self._max_cost), each)) for each in asked))
         return answer_of(self._scorer, asked, judged)
@@ -91,7 +100,12 @@ class Evaluator:
 
 
 def prepare(
-    scorer: Scorer, prompt: str, images: Sequence[bytes], metrics: Sequence[str], max_pixels: int
+    scorer: Scorer,
+    prompt: str,
+    images: Sequence[bytes],
+    metrics: Sequence[str],
+    max_pixels: int,
+    given_questions: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Asked]:
     """Return what `scorer` is to be asked about encoded images of one prompt; raises RequestError as Evaluator.score does."""
     for metric in metrics:
@@ -101,9 +115,16 @@ def prepare(
     questions: Sequence[Any] = ()
     if len(without_questions) < len(metrics):
         try:
-            questions = scorer.questions(prompt)
+            questions = scorer.questions(prompt, given_questions)
         except CaptionError as error:
-            raise invalid_request(str(error), "prompt", "unsupported_caption", status=422) from None
+            raise invalid_request(
+                f"{error}; send questions, or ask for a score that needs none",
+                "prompt",
+                "unsupported_caption",
+                status=422,
+            ) from None
+        except JudgeError as error:
+            raise invalid_request(str(error), "questions") from None
     cost = max(1, len(questions) + len(without_questions))
     return [Asked(decode_upload(image, max_pixels), prompt, tuple(metrics), questions, cost) for image in images]
 

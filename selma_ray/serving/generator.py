@@ -161,8 +161,9 @@ def use_threads(num_threads: int | None) -> None:
 
 def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None = None) -> Any:
     """Return a pipeline with the denoiser of `model` that shares everything else with `pipeline`."""
-    from selma_ray.models.rendering import load_pipeline
+    from selma_ray.models.rendering import denoiser_of, load_pipeline
 
     other = copy(pipeline)
-    other.unet = load_pipeline(model, adapter_dir).unet
+    part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    setattr(other, part, denoiser_of(load_pipeline(model, adapter_dir)))
     return other

@@ -4,6 +4,7 @@ Shapes: N images, C latent channels, H x W latent positions.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ __all__ = ["Course"]
 class Course:
     """The latents of one request and where they stand, moved on by a scheduler instance of its own.
 
+    `flow` holds what a flow-matching model's schedule depends on beside the number of steps (sigmas, mu); it is None for diffusion.
     Raises RequestError (400) for a number of steps that the scheduler cannot take.
     """
 
@@ -28,12 +30,14 @@ class Course:
         shape_NCHW: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,
+        flow: Mapping[str, Any] | None = None,
     ) -> None:
         self._scheduler = type(scheduler).from_config(scheduler.config)
+        self._is_flow = flow is not None
         # Timesteps stay on the CPU: schedulers index their tables by them, and must not wait for the device to do so.
         try:
-            self._scheduler.set_timesteps(steps, device="cpu")
-            possible = bool(self._scheduler.timesteps.max() < scheduler.config.num_train_timesteps)
+            self._scheduler.set_timesteps(steps, device="cpu", **(flow or {}))
+            possible = self._is_flow or bool(self._scheduler.timesteps.max() < scheduler.config.num_train_timesteps)
         except ValueError:
             possible = False
         if not possible:
@@ -42,7 +46,7 @@ class Course:
         # The order in which diffusers' pipelines draw: first the initial noise, then what the scheduler's steps draw.
         self._generator = torch.Generator("cpu").manual_seed(seed)
         noise_NCHW = randn_tensor(shape_NCHW, generator=self._generator, device=device, dtype=dtype)
-        self.latents_NCHW = noise_NCHW * self._scheduler.init_noise_sigma
+        self.latents_NCHW = noise_NCHW if self._is_flow else noise_NCHW * self._scheduler.init_noise_sigma
         accepted = inspect.signature(self._scheduler.step).parameters
         options = {"eta": 0.0, "generator": self._generator}
         self._step_options = {name: value for name, value in options.items() if name in accepted}
@@ -72,12 +76,20 @@ class Course:
 
     def model_input(self) -> torch.Tensor:
         """Return the latents as the denoiser wants to see them at this timestep."""
-        return self._scheduler.scale_model_input(self.latents_NCHW, self.timestep)
+        return (
+            self.latents_NCHW if self._is_flow else self._scheduler.scale_model_input(self.latents_NCHW, self.timestep)
+        )
 
     def advance(self, prediction_NCHW: torch.Tensor) -> None:
-        """Take one step along the denoiser's prediction (epsilon, v or sample, as the scheduler's config says)."""
+        """Take one step along the denoiser's prediction (epsilon, v, sample or velocity, as the scheduler's config says)."""
+        straight_NCHW = self.latents_NCHW - self._noise_level * prediction_NCHW if self._is_flow else None
         moved = self._scheduler.step(prediction_NCHW, self.timestep, self.latents_NCHW, **self._step_options)
         self.latents_NCHW = moved.prev_sample
-        estimate_NCHW = getattr(moved, "pred_original_sample", None)
+        estimate_NCHW = getattr(moved, "pred_original_sample", straight_NCHW)
         self.estimate_NCHW = moved.prev_sample if estimate_NCHW is None else estimate_NCHW
         self._position += 1
+
+    @property
+    def _noise_level(self) -> float:
+        """Return sigma of the next step of a flow: latents are (1 - sigma) image + sigma noise, the velocity leads to the noise."""
+        return float(self.timestep) / self._scheduler.config.num_train_timesteps

@@ -44,10 +44,10 @@ class ModelNames:
                 return ()
             if model in self.experts:
                 return ((model, 1.0),)
-            raise self._unknown(model, self.all())
+            raise self.unknown(model)
         for name, weight in model.items():
             if name not in self.experts:
-                raise self._unknown(name, self.experts)
+                raise self.unknown(name, self.experts)
             if not -_MAX_WEIGHT <= weight <= _MAX_WEIGHT:
                 raise invalid_request(
                     f"model: the weight of {name} must be from {-_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}, got {weight:g}",
@@ -56,8 +56,9 @@ class ModelNames:
         # Sorted, so that equal mixes are equal.
         return tuple(sorted((name, float(weight)) for name, weight in model.items() if weight))
 
-    def _unknown(self, name: str, known: tuple[str, ...]) -> RequestError:
-        names = ", ".join(known) or "none: no experts are served here"
+    def unknown(self, name: str, known: tuple[str, ...] | None = None) -> RequestError:
+        """Return the refusal (404) of a name that is not among `known`, which is all of them unless it is given."""
+        names = ", ".join(self.all() if known is None else known) or "none: no experts are served here"
         return invalid_request(
             f"model {name[:_SHOWN_CHARS]!r} is not served; names: {names}", "model", "model_not_found", status=404
         )

@@ -42,7 +42,7 @@ class RednessScorer:
     metrics = ("dsg", "soft_dsg")
     metrics_of_questions = frozenset(metrics)
 
-    def questions(self, prompt: str) -> str:
+    def questions(self, prompt: str, given: object = None) -> str:
         if "ball" not in prompt:
             raise CaptionError(f"{prompt!r} is not about a ball")
         return prompt

@@ -16,7 +16,7 @@ from selma_ray.evaluation.config import JudgeConfig
 from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.metrics import ANSWER_METRICS, MODEL_METRICS, PROMPT_METRICS, open_metric
 from selma_ray.evaluation.preferences.convert import clip_from_open_clip, image_reward_from_release
-from selma_ray.evaluation.questions import questions_for_prompt
+from selma_ray.evaluation.questions import Question, questions_for_prompt
 from selma_ray.evaluation.scoring import score_images
 from selma_ray.service import ServiceScorer, open_scorer, scorer_of
 from selma_ray.serving.api import build_app
@@ -120,6 +120,25 @@ def test_scores_without_questions_take_any_prompt_and_those_with_questions_name_
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "unsupported_caption")
     with pytest.raises(CaptionError, match="democracy"):
         scorer.questions("democracy")
+
+
+def test_questions_that_are_sent_are_asked_of_any_prompt(scorer: ServiceScorer) -> None:
+    client = client_of(scorer)
+    (image,) = noise(1)
+    questions = [
+        {"id": 1, "question": "Is there a car?"},
+        {"id": 2, "question": "Is the car red?", "category": "color", "parents": [1]},
+    ]
+    body = {"prompt": "democracy", "image": base64_png(image), "questions": questions, "metrics": ["dsg", "soft_dsg"]}
+    (found,) = client.post("/v1/scores", json=body).json()["data"]
+    asked = [Question(1, "question", "Is there a car?"), Question(2, "color", "Is the car red?", (1,))]
+    (wanted,) = score_images(scorer._judge, [image], [asked])
+    assert found["scores"]["dsg"] == wanted.score
+    assert [(each["id"], each["parents"]) for each in found["questions"]] == [(1, []), (2, [1])]
+    for wrong in ({"parents": [3]}, {"id": 1}, {"parents": [2]}):
+        answer = client.post("/v1/scores", json=body | {"questions": [questions[0], questions[1] | wrong]})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "questions")
+        assert answer.json()["error"]["message"].startswith("questions: ")
 
 
 def test_cost_counts_what_models_are_asked(scorer: ServiceScorer) -> None:

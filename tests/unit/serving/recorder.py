@@ -33,7 +33,9 @@ class Recorder:
             if self.score_error:
                 raise self.score_error
 
-    async def score(self, prompt: str, images: Sequence[bytes], metrics: Sequence[str]) -> dict[str, Any]:
+    async def score(
+        self, prompt: str, images: Sequence[bytes], metrics: Sequence[str], questions: Any = None
+    ) -> dict[str, Any]:
         if self.score_error:
             raise self.score_error
         self.scored.append((list(images), list(metrics)))

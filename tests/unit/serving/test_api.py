@@ -187,6 +187,14 @@ def test_models_are_listed_with_their_kinds(client: TestClient) -> None:
     assert {model["id"]: model["kind"] for model in listed} == kinds
 
 
+def test_a_model_is_described_by_its_name(client: TestClient) -> None:
+    assert client.get("/v1/models/style").json() | {"created": 0} == {
+        "id": "style", "created": 0, "kind": "expert", "object": "model", "owned_by": "selma_ray",
+    }  # fmt: skip
+    answer = client.get("/v1/models/dall-e-3")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
 def events(answer: Any) -> list[dict[str, Any]]:
     assert answer.headers["Content-Type"].startswith("text/event-stream")
     return [json.loads(block.split("data: ", 1)[1]) for block in answer.text.split("\n\n") if block]

@@ -32,6 +32,7 @@ SEEDS = (
     b'{"prompt": "a cat", "n": 1, "size": "64x64", "seed": 7, "model": {"counting": 0.5}, "output_format": "png"}',
     b'{"prompt": "a cat", "stream": true, "partial_images": 2, "guidance_scale": 2.5, "best_of": null}',
     b'{"prompt": "a cat", "images": ["aGVsbG8="], "metrics": ["dsg"]}',
+    b'{"prompt": "a cat", "image": "aGVsbG8=", "questions": [{"id": 1, "question": "Is there a cat?", "parents": [0]}]}',
 )
 
 

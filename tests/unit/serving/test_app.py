@@ -37,7 +37,7 @@ def test_a_model_folder_is_served_under_its_name(bound: list[tuple], tiny_pipeli
 def merged_run(folder: Path, tiny_pipeline_dir: Path) -> RunFolder:
     run = RunFolder(str(folder))
     recipe = Recipe.model_validate(
-        {"run_dir": "elsewhere", "skills": ["miniature/common"], "serving": {"max_steps": 7, "max_images": 2}}
+        {"run_dir": "elsewhere", "skills": ["miniature/common"], "serving": {"max_steps": 70, "max_images": 2}}
     )
     run.write_bytes(recipe.as_yaml().encode(), "recipe.yaml")
     folder.joinpath("merged", recipe.merging.name).mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_a_run_is_served_as_its_recipe_says_but_for_what_is_given(
     assert models.merged.name == run.path("merged", models.name, "pipeline")
     assert (models.base, models.experts) == (ModelConfig(), {"counting": run.path("experts", "counting")})
     assert alone == ServedModels("ours", models.merged)
-    assert (config.max_steps, config.max_images, config.evaluator_replicas) == (7, 3, 0)
+    assert (config.max_steps, config.max_images, config.evaluator_replicas) == (70, 3, 0)
 
 
 def test_what_cannot_be_served_is_refused_before_any_replica_starts(tmp_path: Path, tiny_pipeline_dir: Path) -> None:

@@ -3,9 +3,7 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from selma_ray.errors import ConfigError
@@ -16,59 +14,12 @@ from selma_ray.serving.denoisers import denoiser_for
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.requests import ImageRequest
 from tests.tiny_models import save_tiny_sdxl, save_tiny_stable_diffusion
-
-FULL_SIZE_PX = (64, 64)
-SIZES_PX = ((64, 64), (32, 48), (96, 64))
+from tests.unit.serving.solo import FULL_SIZE_PX, assert_equal_to_solo, random_request
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline_dir: Path) -> StableDiffusionPipeline:
     return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
-
-
-def random_request(rng: random.Random) -> ImageRequest:
-    height_px, width_px = rng.choice(SIZES_PX)
-    return ImageRequest(
-        prompt=rng.choice(["a red ball", "two blue cups", "a cat left of a dog", "x"]),
-        seed=rng.randrange(2**40),
-        steps=rng.randint(1, 6),
-        guidance_scale=rng.choice([0.0, 1.0, 2.5, 7.5]),
-        width_px=width_px,
-        height_px=height_px,
-        negative_prompt=rng.choice(["", "blurry"]),
-    )
-
-
-def solo_image(pipeline: StableDiffusionPipeline, request: ImageRequest) -> np.ndarray:
-    image = pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        width=request.width_px,
-        height=request.height_px,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-    ).images[0]
-    return np.asarray(image, dtype=int)
-
-
-def run_mix(batch: StepBatch, requests: list[ImageRequest], rng: random.Random) -> dict[int, np.ndarray]:
-    """Submit at random moments, step until all is done; returns images by position."""
-    pending, tickets, images = list(enumerate(requests)), {}, {}
-    while pending or len(batch):
-        while pending and (not len(batch) or rng.random() < 0.5):
-            index, request = pending.pop(0)
-            tickets[batch.submit(request)] = index
-        for outcome in batch.step():
-            assert outcome.error is None
-            images[tickets[outcome.ticket]] = np.asarray(outcome.image, dtype=int)
-    return images
-
-
-def assert_equal_to_solo(pipeline: StableDiffusionPipeline, requests: list[ImageRequest], rng: random.Random) -> None:
-    images = run_mix(StepBatch(denoiser_for(pipeline), rng.randint(1, 6), FULL_SIZE_PX), requests, rng)
-    for index, request in enumerate(requests):
-        assert np.abs(images[index] - solo_image(pipeline, request)).max() <= 1, request
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -11,11 +11,13 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from selma_ray.cluster import ClusterConfig
 from selma_ray.config import validate
-from selma_ray.errors import ConfigError
+from selma_ray.errors import ConfigError, ServingError
 from selma_ray.models.config import ModelConfig
+from selma_ray.serving import deployment
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import Deployments, application
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full
+from selma_ray.serving.generator import Generator
 from selma_ray.serving.served import ServedModels
 
 
@@ -189,6 +191,22 @@ def test_without_a_replica_that_answers_the_service_is_not_ready(answers: list) 
     with pytest.raises(RequestError) as refusal:
         asyncio.run(Deployments(Handle(Response(answer)), None, 60).check_ready())
     assert refusal.value.status == 503
+
+
+def test_a_generator_whose_engine_is_stuck_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    replica = object.__new__(deployment._GeneratorReplica)
+    monkeypatch.setattr(Generator, "check_health", lambda self: None)
+    replica.check_health()
+    assert not ended
+
+    def stuck(self: Generator) -> None:
+        raise ServingError("the engine has not taken a step for 120 s")
+
+    monkeypatch.setattr(Generator, "check_health", stuck)
+    replica.check_health()
+    assert ended == [1]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_closing_cancels_what_is_in_flight(pipeline) -> None:
     engine.close()
     with pytest.raises(CancelledError):
         endless.result(WAIT_S)
-    with pytest.raises(ServingError, match="closed"):
+    with pytest.raises(RequestError, match="not available") as refusal:
         engine.submit([request()])
+    assert refusal.value.status == 503
     with pytest.raises(ServingError, match="dead"):
         engine.check_health(stall_s=WAIT_S)

@@ -30,6 +30,19 @@ def test_the_largest_request_must_fit_the_queue() -> None:
         validate(ServingConfig, {"max_images": 13, "max_batch_size": 8, "max_queued_requests": 4}, "recipe")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_steps": 7}, "max_steps must be at least sampling.steps"),
+        ({"max_guidance_scale": 1, "sampling": {"guidance_scale": 2}}, "max_guidance_scale must be at least"),
+        ({"max_size_px": 512, "sampling": {"width_px": 1024}}, "max_size_px must be at least sampling.width_px"),
+    ],
+)
+def test_what_a_request_gets_by_default_must_be_within_the_bounds(config: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(ServingConfig, config, "recipe")
+
+
 def test_the_configuration_loads_no_engine() -> None:
     code = (
         "import sys, selma_ray.serving.config\n"

@@ -1,0 +1,62 @@
+"""Requests drawn together by the step-batching engine, and each alone by diffusers' own pipeline."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from selma_ray.serving.batch import StepBatch
+from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.requests import ImageRequest
+
+__all__ = ["FULL_SIZE_PX", "assert_equal_to_solo", "random_request", "run_mix", "solo_image"]
+
+FULL_SIZE_PX = (64, 64)
+SIZES_PX = ((64, 64), (32, 48), (96, 64))
+
+
+def random_request(rng: random.Random) -> ImageRequest:
+    height_px, width_px = rng.choice(SIZES_PX)
+    return ImageRequest(
+        prompt=rng.choice(["a red ball", "two blue cups", "a cat left of a dog", "x"]),
+        seed=rng.randrange(2**40),
+        steps=rng.randint(1, 6),
+        guidance_scale=rng.choice([0.0, 1.0, 2.5, 7.5]),
+        width_px=width_px,
+        height_px=height_px,
+        negative_prompt=rng.choice(["", "blurry"]),
+    )
+
+
+def solo_image(pipeline: Any, request: ImageRequest) -> np.ndarray:
+    """Draw a request by diffusers' own call."""
+    image = pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or None,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        width=request.width_px,
+        height=request.height_px,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+    ).images[0]
+    return np.asarray(image, dtype=int)
+
+
+def run_mix(batch: StepBatch, requests: list[ImageRequest], rng: random.Random) -> dict[int, np.ndarray]:
+    """Submit at random moments, step until all is done; returns images by position."""
+    pending, tickets, images = list(enumerate(requests)), {}, {}
+    while pending or len(batch):
+        while pending and (not len(batch) or rng.random() < 0.5):
+            index, request = pending.pop(0)
+            tickets[batch.submit(request)] = index
+        for outcome in batch.step():
+            assert outcome.error is None
+            images[tickets[outcome.ticket]] = np.asarray(outcome.image, dtype=int)
+    return images
+
+
+def assert_equal_to_solo(pipeline: Any, requests: list[ImageRequest], rng: random.Random) -> None:
+    images = run_mix(StepBatch(denoiser_for(pipeline), rng.randint(1, 6), FULL_SIZE_PX), requests, rng)
+    for index, request in enumerate(requests):
+        assert np.abs(images[index] - solo_image(pipeline, request)).max() <= 1, request
