@@ -11,7 +11,7 @@ from pydantic import Field
 from selma_ray.config import StrictModel
 from selma_ray.errors import ConfigError
 
-__all__ = ["ClusterConfig", "Role", "check_fit", "connect", "cpu_count", "role_options", "thread_env"]
+__all__ = ["ClusterConfig", "Role", "beside_driver", "check_fit", "connect", "cpu_count", "role_options", "thread_env"]
 
 Role = Literal["llm", "render", "train", "serve"]
 
@@ -85,6 +85,17 @@ def check_fit(demands: Mapping[str, Mapping[str, float]], config: ClusterConfig)
 def role_options(role: Role, config: ClusterConfig) -> dict[str, Any]:
     """Return the Ray options that place a task or actor of `role`; empty unless the recipe uses labels."""
     return {"label_selector": {"role": role}} if config.use_labels else {}
+
+
+def beside_driver() -> dict[str, Any]:
+    """Return the Ray options of a light actor that must live as long as the driver: the driver's node, and no CPU.
+
+    Elsewhere it may end with a node that the autoscaler or a cloud takes back.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def thread_env(num_threads: int) -> dict[str, str]:

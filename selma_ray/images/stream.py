@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.data import ActorPoolStrategy, Dataset
 
-from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.cluster import ClusterConfig, beside_driver, role_options
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import open_engine
 from selma_ray.images.plan import PlanImages
@@ -26,8 +26,8 @@ __all__ = ["check_failures", "existing_ids", "follow", "image_summary", "read_im
 
 # One batch is denoised while the one before it is encoded.
 _CALLS_PER_RENDERER = 2
-# A light stage takes whole blocks and no CPU, in an actor: starting a worker anew for its tasks can cost seconds.
-_LIGHT_STAGE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 0}
+# A light stage takes whole blocks, in an actor: starting a worker anew for its tasks can cost seconds.
+_LIGHT_STAGE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 
 
 def render_stream(
@@ -52,6 +52,7 @@ def render_stream(
         fn_constructor_args=(config, model, seed, existing_ids(folder)),
         compute=ActorPoolStrategy(size=1),
         **_LIGHT_STAGE,
+        **beside_driver(),
     )
     rendered = planned.map_batches(
         RenderPrompts,
@@ -73,5 +74,6 @@ def render_stream(
         WriteImages,
         fn_constructor_args=(folder,),
         compute=ActorPoolStrategy(min_size=1, max_size=config.max_renderers),
+        num_cpus=0,
         **_LIGHT_STAGE,
     )

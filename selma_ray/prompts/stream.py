@@ -6,7 +6,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster import ClusterConfig, beside_driver
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.feed import DecideAnswers, PromptFeed, RequestSource
 from selma_ray.prompts.llm import LLMStage, answer_stage
@@ -36,7 +36,7 @@ def prompt_stream(
     runs, a skill that cannot reach its number of prompts raises PromptYieldError.
     """
     block_size = max(1, config.requests_in_flight // 4)
-    feed = ray.remote(PromptFeed).options(num_cpus=0).remote(skills, config, seed, folder, excluded, block_size)
+    feed = ray.remote(PromptFeed).options(**beside_driver()).remote(skills, config, seed, folder, excluded, block_size)
     missing = ray.get(feed.open.remote())
     streams = []
     before = pa.concat_tables(read_prompts(folder, skill.name) for skill in skills)
@@ -64,7 +64,7 @@ def _new_prompts(feed: ray.actor.ActorHandle, answer: LLMStage, missing: int, ma
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=1),
-        num_cpus=0,
+        **beside_driver(),
     )
     return kept.limit(missing)
 
