@@ -157,9 +157,28 @@ def show_plan(recipe: Recipe, tflops: float) -> None:
     hours = sum(stage.pflop or 0 for stage in known) * 1e3 / tflops / 3600
     table.add_row("all", "", _number(hours), _gb(sum(stage.storage_bytes or 0 for stage in plan.stages)), "")
     console.print(table, soft_wrap=False)
+    if recipe.study:
+        console.print(_study_line(recipe, tflops))
     console.print(
         f"Hours at {tflops:g} TFLOP/s sustained (--tflops). Memory of rendering and encoding is that of the weights; images are counted\n"
         "uncompressed; the language model and the judge are left out."
+    )
+
+
+def _study_line(recipe: Recipe, tflops: float) -> str:
+    """Return in words what the recipe's study makes in all."""
+    from selma_ray.study.plan import plan_study
+
+    study = plan_study(recipe)
+    cost, _ = _traced(recipe.model, recipe.images.sampling, recipe.experts.lora)
+    rendered = [*study.images, *(study.scored or ())]
+    flops = sum(count * _render_flops(cost, sampling) for count, sampling in rendered)
+    flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in study.experts)
+    scored = f"{sum(count for count, _ in study.scored):,}" if study.scored else "an unknown number of"
+    return (
+        f"Its study: {study.runs} runs in all, what they share made once: {study.prompts:,} prompts, "
+        f"{sum(count for count, _ in study.images):,} training images, {len(study.experts)} LoRAs of "
+        f"{sum(each.steps for each in study.experts):,} steps, {scored} scored images, {_number(flops / tflops / 1e12 / 3600)} GPU-hours"
     )
 
 

@@ -14,7 +14,7 @@ from selma_ray.loop import Run
 from selma_ray.recipe import Recipe
 from selma_ray.study.config import StudyConfig
 
-__all__ = ["arm_recipe", "check_study", "reuse", "study_folder"]
+__all__ = ["arm_recipe", "check_study", "reuse", "shared_values", "study_folder"]
 
 STUDY = "study"
 
@@ -86,11 +86,12 @@ def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
 def reuse(run: Run, earlier: Sequence[Run]) -> None:
     """Give a run whatever earlier runs have made by the same values; files are linked, not copied."""
     target = run.folder.local_path()
-    for depth, part in enumerate(_PARTS, start=1):
+    for part in _PARTS:
         if (target / part.name).exists():
             continue
-        wanted = _values(run.recipe, depth)
-        source = next((each for each in earlier if _made(each, part) and _values(each.recipe, depth) == wanted), None)
+        wanted = shared_values(run.recipe, part.name)
+        made = (each for each in earlier if _made(each, part))
+        source = next((each for each in made if shared_values(each.recipe, part.name) == wanted), None)
         if source is None:
             return
         _link_tree(source.folder.local_path(part.name), target / part.name)
@@ -108,10 +109,12 @@ def _has_baselines(source: Recipe, wanted: Recipe) -> bool:
     return all(asked is None or made == asked for made, asked in kinds)
 
 
-def _values(recipe: Recipe, depth: int) -> list[Any]:
+def shared_values(recipe: Recipe, part: str) -> list[Any]:
+    """Return the values of a recipe that decide a part of its run's folder (prompts, images, cache or experts)."""
+    depth = [each.name for each in _PARTS].index(part) + 1
     whole = recipe.model_dump(mode="json")
     whole["experts"] = {key: value for key, value in whole["experts"].items() if key not in _BASELINES}
-    return [_value(whole, key) for part in _PARTS[:depth] for key in part.keys]
+    return [_value(whole, key) for each in _PARTS[:depth] for key in each.keys]
 
 
 def _value(mapping: Any, key_path: str) -> Any:

@@ -1,0 +1,42 @@
+from selma_ray.config import validate
+from selma_ray.recipe import Recipe
+from selma_ray.study.plan import plan_study
+
+CHOICE = {"images.per_prompt": 4, "images.selection": {"judge": "miniature"}}
+ARMS = {
+    "selma": {"title": "SELMA", "models": ["experts", "mixed", "merged"]},
+    "factors": {"title": "factors", "changes": {"merging.method": "average_factors"}},
+    "drawn": {"title": "drawn", "changes": {"data.prompts": "ground_truth", "data.images": "ground_truth"}},
+    "chosen": {"title": "chosen", "changes": CHOICE},
+    "dpo": {"title": "DPO", "changes": CHOICE | {"experts.dpo": {}}},
+    "moe": {"title": "MoE", "models": ["moe"], "changes": {"experts.moe": {"steps": 7}}},
+}
+
+
+def recipe(**changes) -> Recipe:
+    whole = {
+        "run_dir": "runs/x", "skills": ["miniature/common", "miniature/counting"],
+        "prompts": {"per_skill": 40, "dev_fraction": 0.05}, "experts": {"steps": 100, "mixed": {"ranks": [4, 8], "steps": 50}},
+        "evaluation": {"suite": "miniature"}, "study": {"seeds": [0, 1, 2], "guidance_scales": [1, 2], "max_prompts": 10, "arms": ARMS},
+    }  # fmt: skip
+    return validate(Recipe, whole | changes, "test")
+
+
+def test_what_experiments_share_is_counted_once():
+    plan = plan_study(recipe())
+    assert plan.runs == 3 * 6
+    assert plan.prompts == 3 * 2 * 40, "all experiments but the drawn one have the same prompts"
+    assert sorted(count for count, _ in plan.images) == [3 * 2 * 38, 3 * 2 * 38 * 4]
+    assert len(plan.experts) == 3 * (2 * 4 + 2 + 1), (
+        "experts of selma, drawn, chosen and dpo; two mixed LoRAs; a mixture"
+    )
+    assert sum(each.steps for each in plan.experts) == 3 * (2 * 4 * 100 + 2 * 50 + 7)
+    models = 1 + (2 + 2 + 1) + 1 + 1 + 1 + 1 + 1
+    assert [(count, sampling.guidance_scale) for count, sampling in plan.scored] == [
+        (3 * models * 10, 1),
+        (3 * models * 10, 2),
+    ]
+
+
+def test_a_suite_that_cannot_be_read_is_left_open():
+    assert plan_study(recipe(evaluation={"suite": "nowhere.jsonl"})).scored is None
