@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from selma_ray.errors import ModelNotFoundError
 
-__all__ = ["judge_dir", "llm_dir", "text_to_image_dir"]
+__all__ = ["judge_dir", "llm_dir", "text_to_image_dir", "weak_text_to_image_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,15 @@ def text_to_image_dir() -> Path:
         ModelNotFoundError: when the package was built without its weights.
     """
     return _shipped("text_to_image", "model_index.json")
+
+
+def weak_text_to_image_dir() -> Path:
+    """Return the folder of an earlier checkpoint of that model, for the paper's weak-to-strong experiment (section 5.5).
+
+    Raises:
+        ModelNotFoundError: when the package was built without its weights.
+    """
+    return _shipped("text_to_image_weak", "model_index.json")
 
 
 def judge_dir() -> Path:

@@ -2,15 +2,17 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from selma_ray.errors import ModelNotFoundError
-from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir
+from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
 
 __all__ = ["LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
 
+MINIATURE = "miniature"
+MINIATURE_WEAK = "miniature-weak"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FINGERPRINTED_BYTES = 1 << 16
 
@@ -25,22 +27,25 @@ class LocatedModel:
 
 def locate_text_to_image(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a text-to-image pipeline; raises ModelNotFoundError where a folder is missing or is no pipeline."""
-    return _locate(name, revision, text_to_image_dir, required_file="model_index.json")
+    shipped = {MINIATURE: text_to_image_dir, MINIATURE_WEAK: weak_text_to_image_dir}
+    return _locate(name, revision, shipped, required_file="model_index.json")
 
 
 def locate_llm(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a language model; raises ModelNotFoundError where a folder is missing or holds no model."""
-    return _locate(name, revision, llm_dir, required_file="config.json")
+    return _locate(name, revision, {MINIATURE: llm_dir}, required_file="config.json")
 
 
 def locate_judge(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a judge; raises ModelNotFoundError where a folder is missing or holds no model."""
-    return _locate(name, revision, judge_dir, required_file="config.json")
+    return _locate(name, revision, {MINIATURE: judge_dir}, required_file="config.json")
 
 
-def _locate(name: str, revision: str | None, miniature_dir: Callable[[], Path], required_file: str) -> LocatedModel:
-    if name == "miniature":
-        folder = miniature_dir()
+def _locate(
+    name: str, revision: str | None, shipped: Mapping[str, Callable[[], Path]], required_file: str
+) -> LocatedModel:
+    if name in shipped:
+        folder = shipped[name]()
         return LocatedModel(str(folder), _fingerprint(folder))
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
@@ -51,7 +56,7 @@ def _locate(name: str, revision: str | None, miniature_dir: Callable[[], Path], 
         return LocatedModel(str(folder), _fingerprint(folder))
     if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(
-            f"model folder {name} does not exist; give a folder, a hub name (owner/model) or miniature"
+            f"model folder {name} does not exist; give a folder, a hub name (owner/model) or {' or '.join(shipped)}"
         )
     return LocatedModel(name, revision or "main")
 

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from selma_ray.miniature.pretrain.mixture import LOOSE_SHARE, SKILL_SHARES
+from selma_ray.miniature.pretrain.mixture import SKILL_SHARES
 from selma_ray.miniature.pretrain.progress import load_checkpoint
 
 __all__ = ["write_model_card"]
@@ -21,6 +21,7 @@ of SELMA runs offline on a laptop; they know nothing else. License: Apache-2.0, 
 _LAYOUT = """
 - `text_to_image/`: a diffusers `StableDiffusionPipeline` (CLIPTokenizer, CLIPTextModel, UNet2DConditionModel, AutoencoderKL with
   16 x 16 x 4 latents, DDIM with v-prediction). The text encoder was fitted to tell a scene from its caption and then frozen.
+- `text_to_image_weak/`: the same with a denoiser of an earlier checkpoint, for the experiment from a weak to a strong model.
 - `judge/`: `selma_ray.miniature.judge.MiniatureJudge`: encodes an image once and answers many questions about it.
 """
 
@@ -31,8 +32,7 @@ def write_model_card(work_dir: Path, target: Path) -> None:
     lines = [_INTRODUCTION, "## What is here", _LAYOUT, "## Training", ""]
     lines += [
         f"- Scenes by kind: {shares}. Natural colours, counts 1 and 2 and plain scenes dominate.",
-        f"- {LOOSE_SHARE:.0%} of the captions are loose: one count, colour, relation, object or setting is wrong or missing. "
-        "10% of the captions are dropped for classifier-free guidance.",
+        *_describe_captions(load_checkpoint(work_dir / "unet.pt") or {}),
         "- One caption in sixteen, chosen by its hash, is for tests only and was never trained on.",
         f"- Hardware: {os.cpu_count()} CPU cores ({platform.machine()}), no GPU; bf16 autocast; seed 0.",
         "- Two steps were taken by hand and no one command repeats them: the latents were standardised per channel after the autoencoder",
@@ -41,7 +41,7 @@ def write_model_card(work_dir: Path, target: Path) -> None:
         "| model | steps | hours |",
         "|---|---|---|",
     ]
-    for name in ("autoencoder", "decoder", "text_encoder", "unet", "judge"):
+    for name in ("autoencoder", "decoder", "text_encoder", "unet_weak", "unet", "judge"):
         saved = load_checkpoint(work_dir / f"{name}.pt")
         if saved:
             lines.append(f"| {name.replace('_', ' ')} | {saved['step']} | {saved['spent_s'] / 3600:.2f} |")
@@ -49,6 +49,19 @@ def write_model_card(work_dir: Path, target: Path) -> None:
     if scores.exists():
         lines += _describe_scores(json.loads(scores.read_text()))
     target.write_text("\n".join(lines) + "\n")
+
+
+def _describe_captions(denoiser: dict[str, Any]) -> list[str]:
+    """Tell how loose the captions were, and for how many steps of the denoiser."""
+    lines = []
+    for captions, steps in denoiser.get("steps_by_captions", {}).items():
+        share, edits = captions.split()
+        number = "one statement" if edits == "1" else f"one to {edits} statements"
+        lines.append(
+            f"- Denoiser, {steps} steps: {float(share):.0%} of the captions are loose: {number} (count, colour, relation, object or "
+            "setting) wrong or missing."
+        )
+    return [*lines, "- 10% of the captions are dropped for classifier-free guidance."]
 
 
 def _describe_scores(scores: dict[str, Any]) -> list[str]:

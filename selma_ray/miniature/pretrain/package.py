@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from selma_ray.miniature.judge import MiniatureJudge
 from selma_ray.miniature.pretrain.model_card import write_model_card
+from selma_ray.miniature.pretrain.progress import load_checkpoint
 from selma_ray.miniature.pretrain.samples import assemble_pipeline
 
 __all__ = ["SIZE_LIMIT_MB", "package_models"]
@@ -22,17 +23,19 @@ SIZE_LIMIT_MB = 40
 def package_models(work_dir: Path, target: Path) -> None:
     """Write `text_to_image/`, `judge/` (where there is one) and MODEL_CARD.md under `target`.
 
+    An earlier checkpoint that was put aside as `unet_weak.pt` becomes `text_to_image_weak/`.
+
     Raises:
         ValueError: when the models together are larger than `SIZE_LIMIT_MB`.
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline = assemble_pipeline(work_dir, UNet2DConditionModel.from_pretrained(work_dir / "unet"))
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(partial / "text_to_image", safe_serialization=True)
-    for config in (partial / "text_to_image").glob("*/config.json"):
-        _forget_origin(config)
-    _load_in_float32(partial / "text_to_image" / "text_encoder" / "config.json")
+    denoiser = UNet2DConditionModel.from_pretrained(work_dir / "unet")
+    _write_pipeline(work_dir, denoiser, partial / "text_to_image")
+    weak = load_checkpoint(work_dir / "unet_weak.pt")
+    if weak:
+        denoiser.load_state_dict(weak["average"])
+        _write_pipeline(work_dir, denoiser, partial / "text_to_image_weak")
     if (work_dir / "judge" / "config.json").exists():
         judge = MiniatureJudge.from_pretrained(work_dir / "judge")
         judge.model.half()
@@ -46,6 +49,15 @@ def package_models(work_dir: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     logger.info("package: %s, %.1f MB", target, size_mb)
+
+
+def _write_pipeline(work_dir: Path, denoiser: UNet2DConditionModel, target: Path) -> None:
+    pipeline = assemble_pipeline(work_dir, denoiser.float())
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(target, safe_serialization=True)
+    for config in target.glob("*/config.json"):
+        _forget_origin(config)
+    _load_in_float32(target / "text_encoder" / "config.json")
 
 
 def _forget_origin(config: Path) -> None:
