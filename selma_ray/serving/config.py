@@ -62,7 +62,8 @@ class ServingConfig(StrictModel):
     """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
     judge: str | None = "miniature"
     """The judge behind dsg, soft_dsg, vqascore and their kin in POST /v1/scores: `miniature`, a local folder, or a hub name;
-    none serves the scores of score_models alone."""
+    none serves the scores of score_models alone. The miniature's was not taught vqascore's question ("Does this figure show
+    ...?"): of it, that score says nothing."""
     score_models: dict[ModelMetric, Annotated[str, StringConstraints(min_length=1)]] = Field(default_factory=dict)
     """More scores, each with its model, a folder or a hub name: {clipscore: openai/clip-vit-base-patch32}."""
     judge_batch_size: int = Field(default=16, ge=1)
