@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -105,7 +106,10 @@ def thread_env(num_threads: int) -> dict[str, str]:
 
 def _configure_output(config: ClusterConfig) -> None:
     from ray.data import DataContext
+    from ray.util.annotations import RayDeprecationWarning
 
+    # Ray's version is pinned: what a later one will lack is no news for whoever runs this.
+    warnings.filterwarnings("default" if config.log_level == "DEBUG" else "ignore", category=RayDeprecationWarning)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     DataContext.get_current().enable_progress_bars = config.log_level == "DEBUG"
     for name in ("ray.data", "ray.serve", "ray.train"):

@@ -1,7 +1,10 @@
+import warnings
+
 import pytest
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
-from selma_ray.cluster import ClusterConfig, check_fit
+from selma_ray.cluster import ClusterConfig, _configure_output, check_fit
 from selma_ray.errors import ConfigError
 
 
@@ -41,3 +44,12 @@ def test_a_cluster_that_was_joined_may_grow(monkeypatch):
     check_fit({"a": {"CPU": 99}}, ClusterConfig(address="auto"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check_fit({"a": {"CPU": 99}}, ClusterConfig())
+
+
+@pytest.mark.parametrize(("log_level", "shown"), [("DEBUG", 1), ("WARNING", 0)])
+def test_what_later_versions_of_ray_will_lack_is_shown_to_developers_alone(log_level, shown, monkeypatch):
+    monkeypatch.setattr("logging.Logger.setLevel", lambda *_: None)
+    with warnings.catch_warnings(record=True) as seen:
+        _configure_output(ClusterConfig(log_level=log_level))
+        warnings.warn("an option is deprecated", RayDeprecationWarning, stacklevel=1)
+    assert len(seen) == shown
