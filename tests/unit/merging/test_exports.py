@@ -22,7 +22,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import denoiser_of
 from selma_ray.storage import RunFolder
 from tests.tiny_models import save_tiny_sdxl
-from tests.unit.merging.adapters_on_disk import save_random_adapter
+from tests.unit.merging.adapters_on_disk import MORE_TARGETS, save_random_adapter
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
 
 SKILLS = ["counting", "style"]
@@ -168,6 +168,21 @@ def test_single_experts_are_exported_where_the_recipe_says_so(base_dir, merged_d
         with safe_open(folder / name, framework="pt") as file:
             assert file.metadata()["skill"] == "style"
     assert (plain != expected).mean() > 0.01
+
+
+@pytest.mark.parametrize("base_dir", UNETS, indirect=True)
+def test_adapters_on_more_than_attention_are_read_back_from_both_files(base_dir, tmp_path):
+    for seed, skill in enumerate(SKILLS):
+        save_random_adapter(base_dir, tmp_path / "experts" / skill, seed, rank=2, target_modules=MORE_TARGETS)
+    merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(base_dir)), MergingConfig())
+    folder = tmp_path / "merged" / "merged"
+    with_peft = DiffusionPipeline.from_pretrained(base_dir)
+    PeftModel.from_pretrained(denoiser_of(with_peft), folder / "adapter")
+    expected = image_of(with_peft)
+    for name in EXPORT_FILES.values():
+        pipeline = DiffusionPipeline.from_pretrained(base_dir)
+        pipeline.load_lora_weights(folder, weight_name=name)
+        assert image_of(pipeline).tobytes() == expected.tobytes()
 
 
 def test_exports_of_experts_without_a_format_are_refused():
