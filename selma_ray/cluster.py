@@ -18,6 +18,9 @@ Role = Literal["llm", "render", "train", "serve"]
 
 logger = logging.getLogger(__name__)
 
+SPARE_WORKERS = 8
+"""Processes that Ray keeps beside one per CPU: pools and feeds would else use them up, and each short task start anew."""
+
 
 class ClusterConfig(StrictModel):
     """How a run reaches Ray and places its roles."""
@@ -40,6 +43,8 @@ def connect(config: ClusterConfig) -> None:
         return
     quiet = _quiet_libraries()
     os.environ.update(quiet)
+    if config.log_level != "DEBUG":  # the remarks of Ray's core go to the terminal, whatever the level of its loggers
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if "RAY_AUTH_MODE" not in os.environ:  # then Ray guards its ports with a token, and says so at every start
         logging.getLogger("ray._private.authentication").setLevel("ERROR")
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -54,6 +59,12 @@ def connect(config: ClusterConfig) -> None:
         options["num_cpus"] = config.num_cpus
         options["object_store_memory"] = int(config.object_store_memory_gb * 1e9)
         options["include_dashboard"] = False
+        num_cpus = config.num_cpus or os.cpu_count() or 1
+        options["_system_config"] = {
+            "num_workers_soft_limit": num_cpus + SPARE_WORKERS,
+            # Ray warns of four times as many workers, and a few pools on two cores come to that.
+            "worker_maximum_startup_concurrency": max(SPARE_WORKERS, num_cpus),
+        }
     ray.init(**options)
     _configure_output(config)
 
@@ -111,7 +122,10 @@ def _configure_output(config: ClusterConfig) -> None:
     # Ray's version is pinned: what a later one will lack is no news for whoever runs this.
     warnings.filterwarnings("default" if config.log_level == "DEBUG" else "ignore", category=RayDeprecationWarning)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    DataContext.get_current().enable_progress_bars = config.log_level == "DEBUG"
+    data = DataContext.get_current()
+    data.enable_progress_bars = config.log_level == "DEBUG"
+    # A pool grows once every actor is busy; Ray would wait for more tasks than the renderers take at a time.
+    data.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     for name in ("ray.data", "ray.serve", "ray.train"):
         # What fails is raised, and shown once; Ray would log it, with its stack, a second time.
         logging.getLogger(name).setLevel(config.log_level if config.log_level == "DEBUG" else "CRITICAL")
