@@ -43,8 +43,6 @@ def connect(config: ClusterConfig) -> None:
         return
     quiet = _quiet_libraries()
     os.environ.update(quiet)
-    if config.log_level != "DEBUG":  # the remarks of Ray's core go to the terminal, whatever the level of its loggers
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if "RAY_AUTH_MODE" not in os.environ:  # then Ray guards its ports with a token, and says so at every start
         logging.getLogger("ray._private.authentication").setLevel("ERROR")
     address = config.address or os.environ.get("RAY_ADDRESS")
