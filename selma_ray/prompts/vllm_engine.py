@@ -10,9 +10,10 @@ import ray
 from ray.data import Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from selma_ray.cluster import ClusterConfig, role_options, thread_env
+from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.locate import locate_llm
+from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.requests import chat_message
 from selma_ray.prompts.sampling import RequestSampling
@@ -33,13 +34,13 @@ def vllm_stage(
     tasks_in_flight = max(1, -(-config.requests_in_flight * len(skills) // batch_size))
     processor_config = vLLMEngineProcessorConfig(
         model_source=path,
-        engine_kwargs=_engine_options(llm),
+        engine_kwargs=engine_options(llm, seeded=True) | llm.engine_options,
         batch_size=batch_size,
         max_concurrent_batches=tasks_in_flight,
         max_tasks_in_flight_per_actor=tasks_in_flight,
         concurrency=(llm.min_replicas, llm.max_replicas),
-        placement_group_config={"bundle_per_worker": _bundle(llm)},
-        runtime_env={"env_vars": _environment(llm)},
+        placement_group_config={"bundle_per_worker": engine_bundle(llm)},
+        runtime_env={"env_vars": engine_environment(llm)},
         chat_template_stage=_template_stage(llm) if chat else False,
         tokenize_stage=False,
         detokenize_stage=False,
@@ -58,7 +59,7 @@ def vllm_stage(
     engine["max_restarts"] = llm.max_restarts
     num_workers = llm.tensor_parallel_size * llm.engine_options.get("pipeline_parallel_size", 1)
     if num_workers > 1:
-        bundles = [_bundle(llm)] * num_workers
+        bundles = [engine_bundle(llm)] * num_workers
         engine["ray_remote_args_fn"] = partial(_place_workers, bundles, role_options("llm", cluster))
     else:
         engine.update(role_options("llm", cluster))
@@ -152,29 +153,3 @@ class _Postprocess:
             "answer": "\n" + row["generated_text"] if self._chat else row["generated_text"],
             "truncated": row["num_generated_tokens"] >= self._sampling.max_tokens(row["skill"]),
         }
-
-
-def _engine_options(llm: LLMConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "dtype": llm.dtype,
-        "max_model_len": llm.max_model_len,
-        "tensor_parallel_size": llm.tensor_parallel_size,
-        "disable_log_stats": True,
-    }
-    if llm.revision:
-        options["revision"] = llm.revision
-    if not llm.num_gpus:
-        options["enforce_eager"] = True  # Compiling costs more time than it saves on the CPU.
-        # vLLM steps a seeded request's generator back after a partial prefill, which a CPU generator cannot do: the engine dies.
-        options["enable_chunked_prefill"] = False
-    return options | llm.engine_options
-
-
-def _bundle(llm: LLMConfig) -> dict[str, float]:
-    return {"CPU": llm.num_cpus} | ({"GPU": llm.num_gpus} if llm.num_gpus else {})
-
-
-def _environment(llm: LLMConfig) -> dict[str, str]:
-    if llm.num_gpus:
-        return {}
-    return {"VLLM_CPU_KVCACHE_SPACE": str(llm.kv_cache_gb), **thread_env(max(1, int(llm.num_cpus)))}

@@ -6,10 +6,11 @@ from typing import Any
 import ray
 from ray.data import TaskPoolStrategy
 
-from selma_ray.cluster import ClusterConfig, role_options, thread_env
+from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.evaluation.generation.config import QuestionLLMConfig, QuestionsConfig
 from selma_ray.evaluation.generation.rounds import Ask, Reply, Request
 from selma_ray.models.locate import locate_llm
+from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options
 
 __all__ = ["vllm_replies"]
 
@@ -38,10 +39,8 @@ def _processor(config: QuestionsConfig, cluster: ClusterConfig) -> Any:
             engine_kwargs=_engine_options(llm),
             batch_size=config.batch_size,
             concurrency=(1, llm.replicas),
-            placement_group_config={
-                "bundle_per_worker": {"CPU": llm.num_cpus} | ({"GPU": llm.num_gpus} if llm.num_gpus else {})
-            },
-            runtime_env={"env_vars": _environment(llm)},
+            placement_group_config={"bundle_per_worker": engine_bundle(llm)},
+            runtime_env={"env_vars": engine_environment(llm)},
             should_continue_on_error=True,
             chat_template_stage=False,
             tokenize_stage=False,
@@ -87,26 +86,9 @@ def _reply(row: Mapping[str, Any]) -> Reply:
 
 
 def _engine_options(llm: QuestionLLMConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "dtype": llm.dtype,
-        "max_model_len": llm.max_model_len,
-        "tensor_parallel_size": llm.tensor_parallel_size,
+    options = engine_options(llm, seeded=True) | {
         "enable_prefix_caching": True,
         # Between JSON's brackets a weak model would write white space to its token limit.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "disable_log_stats": True,
     }
-    if llm.revision:
-        options["revision"] = llm.revision
-    if not llm.num_gpus:
-        options["enforce_eager"] = True  # Compiling costs more time than it saves on the CPU.
-        # vLLM steps a seeded request's generator back after a partial prefill, which a CPU generator cannot do: the engine dies.
-        options["enable_chunked_prefill"] = False
-        options["max_num_batched_tokens"] = llm.max_model_len
-    return options
-
-
-def _environment(llm: QuestionLLMConfig) -> dict[str, str]:
-    if llm.num_gpus:
-        return {}
-    return {"VLLM_CPU_KVCACHE_SPACE": str(llm.kv_cache_gb), **thread_env(max(1, int(llm.num_cpus)))}
+    return options if llm.num_gpus else options | {"max_num_batched_tokens": llm.max_model_len}

@@ -6,12 +6,12 @@ from typing import Any
 
 from PIL import Image
 
-from selma_ray.cluster import thread_env
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.config import JudgeConfig
 from selma_ray.evaluation.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.evaluation.judges.words import AnswerTokens, p_yes, spoken
 from selma_ray.models.locate import LocatedModel
+from selma_ray.models.vllm_engine import engine_environment, engine_options
 
 __all__ = ["PROMPT_VERSION", "VllmJudge", "compose_question"]
 
@@ -111,28 +111,15 @@ def _conversation(image: Image.Image, text: str) -> list[dict[str, Any]]:
 
 
 def _engine_options(config: JudgeConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "tensor_parallel_size": config.tensor_parallel_size,
+    return engine_options(config, seeded=False) | {
         "max_num_seqs": config.batch_size,
         "limit_mm_per_prompt": {"image": 1},
         "enable_prefix_caching": True,
-        "disable_log_stats": True,
         "seed": 0,
     }
-    if config.revision:
-        options["revision"] = config.revision
-    if not config.num_gpus:
-        options["enforce_eager"] = True  # Compiling costs more time than it saves on the CPU.
-    return options
 
 
 def _cpu_environment(config: JudgeConfig) -> dict[str, str]:
     """Return what vLLM's CPU engine reads; it runs in this process and must not bind its threads to cores."""
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gb),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **thread_env(max(1, int(config.num_cpus))),
-    }
+    in_process = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return engine_environment(config) | in_process
