@@ -1,0 +1,70 @@
+"""Ray's nodes as processes of this machine, started by `ray start`: for tests in which nodes come and go."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+__all__ = ["ENVIRONMENT", "RAY", "RayNode", "free_port", "own_address"]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+# Nodes and drivers that are to find one another. On a busy machine a node takes its time to start.
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "180"}
+
+
+class RayNode:
+    """One node: `ray start WORDS… --block` and all the processes that it starts."""
+
+    def __init__(self, *words: str, log: Path, environment: Mapping[str, str] = ENVIRONMENT) -> None:
+        self._log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [RAY, "start", *words, "--block", "--disable-usage-stats"],
+                env={**environment, "PYTHONUNBUFFERED": "1"}, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes of the node, its workers among them."""
+        try:
+            first = psutil.Process(self.process.pid)
+            return [first, *first.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    @property
+    def started(self) -> bool:
+        """Tell whether the node is up."""
+        return "Ray runtime started" in self._log.read_text()
+
+    def kill(self) -> None:
+        """End the node as a power cut would: kill -9 of all its processes at once."""
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End the node in good order where that is quick, then what is left of it."""
+        family = self.processes()
+        self.process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for process in alive:
+            process.kill()
+        self.process.wait()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def own_address() -> str:
+    """Return the address of this machine by which Ray's nodes know it."""
+    import ray
+
+    return ray.util.get_node_ip_address()
