@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selma_ray import __version__
-from selma_ray.errors import SelmaError
+from selma_ray.errors import known_error
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        known = _selma_error(error)
+        known = known_error(error)
         if known is None:
             print(
                 f"selma: unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", file=sys.stderr
@@ -159,21 +159,6 @@ def _execute(options: argparse.Namespace) -> None:
         if options.ratings:
             console.show_ratings(run, options.ratings)
         console.show_evaluation(run)
-
-
-def _selma_error(error: BaseException | None) -> SelmaError | None:
-    """Return the SelmaError that an error is or was caused by; Ray wraps what tasks and actors raise."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        cause: Any = getattr(error, "cause", None)
-        if isinstance(cause, BaseException):
-            error = cause
-            continue
-        if isinstance(error, SelmaError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from ray.data import Dataset
 
 from selma_ray.cluster import ClusterConfig
-from selma_ray.errors import ConfigError, LLMError, causes_of
+from selma_ray.errors import ConfigError, LLMError, causes_of, known_error
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.free import free_stage
@@ -41,10 +41,13 @@ def answer_stage(skills: Sequence[Skill], config: PromptsConfig, cluster: Cluste
 
 @contextmanager
 def llm_errors(llm: LLMConfig) -> Iterator[None]:
-    """Raise LLMError where a stream ends because its engines died too often or its server cannot be reached."""
+    """Raise LLMError where a stream ends because its engines died too often, or its server refuses or cannot be reached."""
     try:
         yield
     except Exception as error:
+        known = known_error(error)
+        if isinstance(known, LLMError):
+            raise known from error
         explanations = (_explained(llm, str(link)) for link in causes_of(error))
         explanation = next(filter(None, explanations), None)
         if explanation is None:

@@ -169,6 +169,10 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
             "cannot start: ValueError: no memory for the cache; mend",
         ),
         ("RuntimeError: Reached maximum retries of 6 for input row", "did not answer a request that was tried 7 times"),
+        (
+            "UDF failed to process a data block.\nTraceback\nselma_ray.errors.LLMError: the server refused a request; mend the key",
+            "^the server refused a request; mend the key$",
+        ),
     ],
 )
 def test_failures_of_the_language_model_are_explained(message, match):
