@@ -4,9 +4,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
@@ -14,12 +17,13 @@ from ray.data import ActorPoolStrategy
 
 from selma_ray.cluster import ClusterConfig
 from selma_ray.errors import LLMError
+from selma_ray.miniature.captions import parse_caption
 from selma_ray.prompts import free
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.llm import llm_errors
-from selma_ray.prompts.stream import prompt_stream, read_prompts
+from selma_ray.prompts.stream import prompt_stream, prompt_summary, read_prompts
 from selma_ray.records import seed_of
-from selma_ray.skills import Skill
+from selma_ray.skills import Skill, SkillSampling, load_skill
 from selma_ray.storage import RunFolder
 
 SKILLS = [
@@ -106,3 +110,68 @@ def test_an_engine_that_keeps_dying_ends_the_stream_in_one_line(tmp_path):
 
     with pytest.raises(LLMError, match=r"died again after prompts.llm.max_restarts=1 restarts.*raise max_restarts"):
         write(RunFolder(str(tmp_path / "run")), stage, max_restarts=1)
+
+
+@pytest.mark.heavy
+def test_vllm_is_asked_in_the_chat_form_with_each_skills_own_sampling(tmp_path):
+    inside = load_skill("miniature/common").model_copy(update={"sampling": SkillSampling(top_k=50, max_tokens=300)})
+    skills = [inside, load_skill("coco")]
+    config = PromptsConfig(
+        per_skill=4, per_request=4, requests_in_flight=2, max_requests=30, llm=LLMConfig(chat=True, max_tokens=200)
+    )
+    folder = RunFolder(str(tmp_path / "run"))
+    prompt_stream(skills, config, 0, folder, ClusterConfig()).materialize()
+    captions = read_prompts(folder, "common")["prompt"].to_pylist()
+    assert len(captions) == len(read_prompts(folder, "coco")) == 4
+    for caption in captions:
+        parse_caption(caption)
+    assert "unparsed" not in prompt_summary(folder, ["common"])["reasons"]
+
+
+@pytest.mark.heavy
+def test_a_vllm_engine_that_is_killed_again_and_again_ends_the_stream(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"))
+    llm = LLMConfig(chat=False, max_tokens=120, max_restarts=1)
+    config = PromptsConfig(per_skill=400, per_request=2, requests_in_flight=2, max_requests=1000, llm=llm)
+    over = threading.Event()
+    killed: list[int] = []
+
+    def kill_engines() -> None:
+        """Kill the engine's process each time that it has answered something."""
+        answered = 0
+        while not over.wait(0.5):
+            if len(folder.files("prompts")) <= answered:
+                continue
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if process.name().startswith("VLLM::Engine"):
+                        process.kill()
+                        killed.append(process.pid)
+                        answered = len(folder.files("prompts")) + 1
+
+    killer = threading.Thread(target=kill_engines)
+    killer.start()
+    try:
+        with pytest.raises(LLMError, match="max_restarts=1 restarts"), llm_errors(llm):
+            prompt_stream([load_skill("miniature/common")], config, 0, folder, ClusterConfig()).materialize()
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 2
+
+
+@pytest.mark.heavy
+def test_two_vllm_engines_write_what_one_writes(tmp_path):
+    skill = load_skill("miniature/common")
+
+    def write_with(engines: int) -> list[dict]:
+        # In bf16 an answer is rounded otherwise in other company.
+        llm = LLMConfig(chat=False, max_tokens=160, dtype="float32", min_replicas=engines, max_replicas=engines)
+        config = PromptsConfig(per_skill=24, per_request=3, requests_in_flight=4, max_requests=100, llm=llm)
+        folder = RunFolder(str(tmp_path / f"engines-{engines}"))
+        prompt_stream([skill], config, 0, folder, ClusterConfig()).materialize()
+        return read_prompts(folder, "common").to_pylist()
+
+    alone = write_with(1)
+    assert [row["index"] for row in alone] == [*range(24)]
+    assert write_with(2) == alone
