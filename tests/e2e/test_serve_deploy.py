@@ -1,5 +1,7 @@
 """`serve deploy serve/config.yaml` against a local head, as on a cluster."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -7,15 +9,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline
@@ -28,14 +34,15 @@ PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_SERVE_PROXY_READY_CHECK_
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port")
 ENVIRONMENT = {**os.environ, **PATIENCE, "RAY_AUTH_MODE": "disabled"}
 START_TIMEOUT_S = 240
+BODY = {"prompt": "a red apple", "num_inference_steps": 2, "seed": 1}
 
 
-@pytest.fixture
-def dashboard(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a head node with its own ports and temporary folder; yields the address of its dashboard."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     temp_dir = Path(f"/tmp/ray_deploy_{os.getpid()}")
-    log = tmp_path / "head.log"
+    log = tmp_path_factory.mktemp("head") / "head.log"
     process = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=200000000",
          f"--temp-dir={temp_dir}", "--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())],
@@ -56,13 +63,15 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> tuple[Path, str]:
-    """Return the shipped configuration on a free port, and the service's address."""
+@pytest.fixture(scope="module")
+def config(dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Deploy the shipped configuration on a free port; returns its file and the service's address."""
     content = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     (content["http_options"]["port"],) = free_ports(1)
-    file = tmp_path / "config.yaml"
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text(yaml.safe_dump(content))
+    wait_until(lambda: deploy(dashboard, file), "the configuration is accepted")
+    wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs")
     return file, f"http://127.0.0.1:{content['http_options']['port']}"
 
 
@@ -71,8 +80,6 @@ def test_the_shipped_configuration_deploys_and_changes_its_weights_in_place(
     dashboard: str, config: tuple[Path, str], tmp_path: Path
 ) -> None:
     file, url = config
-    wait_until(lambda: deploy(dashboard, file), "the configuration is accepted")
-    wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs")
     assert ask(f"{url}/healthz") == {"status": "ok"}
     image = ask(f"{url}/v1/images/generations", {"prompt": "a red apple", "num_inference_steps": 2})
     assert image["size"] == "64x64"
@@ -82,12 +89,48 @@ def test_the_shipped_configuration_deploys_and_changes_its_weights_in_place(
 
     replica = engine_replicas(url)
     experts = save_experts(load_pipeline(ModelConfig()), tmp_path / "experts")
-    body = {"prompt": "a red apple", "num_inference_steps": 2, "seed": 1}
-    before = ask(f"{url}/v1/images/generations", body)["data"]
-    change(file, user_config={"adapter": experts["counting"]})
+    before = ask(f"{url}/v1/images/generations", BODY)["data"]
+    change(file, "deployments", 0, user_config={"adapter": experts["counting"]})
     assert deploy(dashboard, file)
-    wait_until(lambda: ask(f"{url}/v1/images/generations", body)["data"] != before, "the weights are changed")
+    wait_until(lambda: ask(f"{url}/v1/images/generations", BODY)["data"] != before, "the weights are changed")
     assert engine_replicas(url) == replica
+    change(file, "deployments", 0, user_config={})
+    assert deploy(dashboard, file)
+    wait_until(lambda: ask(f"{url}/v1/images/generations", BODY)["data"] == before, "the weights are changed back")
+
+
+@pytest.mark.heavy
+def test_a_redeployment_that_replaces_every_replica_loses_no_request(dashboard: str, config: tuple[Path, str]) -> None:
+    file, url = config
+    whole = pixels(ask(f"{url}/v1/images/generations", BODY))
+    old = engine_replicas(url)
+    ended = threading.Event()
+
+    def client(_: int) -> list[Any]:
+        drawn = []
+        while not ended.is_set():
+            drawn.append(pixels(ask(f"{url}/v1/images/generations", BODY)))  # raises for whatever is refused
+        return drawn
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(client, number) for number in range(3)]
+        try:
+            change(file, "args", max_batch_size=4, max_prompt_chars=1000)
+            assert deploy(dashboard, file)
+            wait_until(lambda: not old & engine_replicas(url) and engine_replicas(url), "the replicas are replaced")
+            wait_until(lambda: application_status(dashboard) == "RUNNING", "the application runs again")
+        finally:
+            ended.set()
+        drawn = [image for each in clients for image in each.result()]
+    assert drawn
+    assert all(np.abs(image - whole).max() <= 1 for image in drawn)  # other images of a batch change the last bits
+    with pytest.raises(AssertionError, match="at most 1000 characters"):
+        ask(f"{url}/v1/images/generations", BODY | {"prompt": "x" * 1001})
+
+
+def pixels(answer: dict[str, Any]) -> np.ndarray:
+    content = base64.b64decode(answer["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(content)), dtype=int)
 
 
 def engine_replicas(url: str) -> set[str]:
@@ -96,10 +139,13 @@ def engine_replicas(url: str) -> set[str]:
         return set(re.findall(r'selma_engine_start_seconds{replica="(\w+)"}', response.read().decode()))
 
 
-def change(file: Path, **changes: Any) -> None:
-    """Change the generator's part of a deployed configuration."""
+def change(file: Path, *path: str | int, **changes: Any) -> None:
+    """Change a part of a deployed application's configuration."""
     content = yaml.safe_load(file.read_text())
-    content["applications"][0]["deployments"][0].update(changes)
+    part = content["applications"][0]
+    for key in path:
+        part = part[key]
+    part.update(changes)
     file.write_text(yaml.safe_dump(content))
 
 
