@@ -32,10 +32,12 @@ __all__ = ["Deployments", "application"]
 logger = logging.getLogger(__name__)
 
 _ONGOING_API_REQUESTS = 1000
+_BURST = 8  # requests that may arrive at one moment, while a replica with room is looked up for each
 _RETRY_AFTER_S = 2
 _STATS_TIMEOUT_S = 5.0
 _HEALTH_CHECK_PERIOD_S = 5.0
 _ATTEMPTS = 3
+_WAIT_FOR_ROOM_S = 0.2
 
 
 def application(
@@ -56,8 +58,9 @@ def application(
     generator = serve.deployment(
         _GeneratorReplica,
         name="generator",
-        # The engine's own queue refuses what is too much; Ray Serve must not hold requests back before it.
-        max_ongoing_requests=config.max_batch_size + config.max_queued_requests + 1,
+        # What is beyond the engines' own queues is refused by the handle, at once: a replica that is full is asked no more.
+        max_ongoing_requests=config.max_batch_size + config.max_queued_requests,
+        max_queued_requests=max(config.max_queued_requests, _BURST),
         ray_actor_options={**place, "num_gpus": config.num_gpus},
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
@@ -198,7 +201,8 @@ class Deployments:
     async def _answer(self, ask: Callable[[], Any], what: str) -> Any:
         """Await a replica's answer; when time is up or the client goes away, the replica is told to stop."""
         deadline_s = time.monotonic() + self._timeout_s
-        for attempt in range(1, _ATTEMPTS + 1):
+        deaths = 0
+        while True:
             response = ask()
             try:
                 return await asyncio.wait_for(response, deadline_s - time.monotonic())
@@ -211,12 +215,16 @@ class Deployments:
             except RayTaskError as error:
                 raise _refusal(error, what) from None
             except RayActorError as error:
-                if attempt == _ATTEMPTS:
+                deaths += 1
+                if deaths == _ATTEMPTS:
                     raise _refusal(error, what) from None
                 logger.warning("a replica of the %s died with a request, which is asked again", what)
+            except BackPressureError as error:
+                if not deaths:
+                    raise _refusal(error, what) from None
+                await asyncio.sleep(_WAIT_FOR_ROOM_S)  # it had been accepted before its replica died
             except (RayError, RayServeException, RequestError) as error:
                 raise _refusal(error, what) from None
-        raise AssertionError("unreachable")
 
 
 def _refusal(error: Exception, what: str) -> Exception:

@@ -92,6 +92,19 @@ def test_errors_of_replicas_become_refusals(error: Exception, status: int) -> No
     assert type(refusal.value) is RequestError
 
 
+def test_what_a_replica_had_accepted_before_it_died_waits_for_room_at_another() -> None:
+    answer = Response(lambda: asyncio.sleep(0, [b"image"]))
+    handle = Handle(
+        raising(ActorDiedError()), raising(BackPressureError(1, 1)), raising(BackPressureError(1, 1)), answer
+    )
+    assert asyncio.run(Deployments(handle, None, 60).generate([], "png")) == [b"image"]
+    assert handle.asked == 4
+    full = Handle(raising(ActorDiedError()), raising(BackPressureError(1, 1)))
+    with pytest.raises(RequestError, match="longer than") as refusal:
+        asyncio.run(Deployments(full, None, 0.3).generate([], "png"))
+    assert refusal.value.status == 504
+
+
 def test_an_error_of_ours_is_not_taken_for_a_replica_that_is_down() -> None:
     with pytest.raises(ZeroDivisionError):
         asyncio.run(generate(raising(replica_error(ZeroDivisionError()))))
