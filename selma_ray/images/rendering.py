@@ -4,13 +4,13 @@ import io
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
+from selma_ray.images.batching import SharedBatches
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import ImageEngine, open_engine
 from selma_ray.images.in_flight import begin_batch, begin_row, finish_row
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 class RenderPrompts:
     """Renders batches of planned images with one engine held in memory.
 
-    May be called from several threads: the denoiser runs in a thread of its own, one batch at a time, while the callers'
-    threads judge and encode what it has rendered. A batch whose process died is rendered row by row; a row that ends the
+    May be called from several threads: the denoiser runs in a thread of its own, with full batches from all callers' rows,
+    while the callers' threads judge and encode what it has rendered. A batch whose process died is rendered row by row; a row that ends the
     process `max_attempts` times is given up.
     """
 
@@ -53,8 +53,8 @@ class RenderPrompts:
     ) -> None:
         self._config = config
         self._folder = folder
-        self._denoiser = ThreadPoolExecutor(1, "denoiser")
-        self._engine = self._denoiser.submit(open_engine, config, model).result()
+        self._denoiser = SharedBatches(self._render, config.batch_size)
+        self._engine: ImageEngine = self._denoiser.alone(open_engine, config, model)
         self._score: ScoreImages | None = open_scorer() if open_scorer else None
         self._provenance = {
             "model": model.name if config.engine == "diffusers" else config.engine,
@@ -72,14 +72,14 @@ class RenderPrompts:
         if not rows:
             return RENDERED_SCHEMA.empty_table()
         batch, again = begin_batch(self._folder, [row["id"] for row in rows])
-        render = self._render_suspects if again else self._render
-        images, seconds = self._denoiser.submit(_timed, render, rows).result()
-        common = {**self._provenance, "seconds": seconds / len(rows), "batch": batch, "again": again}
+        outcomes = self._denoiser.alone(self._render_suspects, rows) if again else self._denoiser.render(rows)
+        common = {**self._provenance, "batch": batch, "again": again}
         rendered = [
-            {**row, **common, **self._outcome(row["id"], image)} for row, image in zip(rows, images, strict=True)
+            {**row, **common, "seconds": seconds, **self._outcome(row["id"], image)}
+            for row, (image, seconds) in zip(rows, outcomes, strict=True)
         ]
         if self._config.selection:
-            self._select(rendered, images)
+            self._select(rendered, [image for image, _ in outcomes])
         return pa.Table.from_pylist(rendered, schema=RENDERED_SCHEMA)
 
     def _render(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image | Exception]:
@@ -100,10 +100,14 @@ class RenderPrompts:
                 failure = error
         return failure
 
-    def _render_suspects(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image | Exception]:
+    def _render_suspects(self, rows: Sequence[dict[str, Any]]) -> list[tuple[Image.Image | Exception, float]]:
         """Render rows of which one may have ended an earlier process; it is the one that does so alone, time and again."""
         logger.warning("a batch of %d images ended its renderer's process; its rows are tried one by one", len(rows))
-        return [self._render_suspect(row) for row in rows]
+        outcomes = []
+        for row in rows:
+            started_s = time.monotonic()
+            outcomes.append((self._render_suspect(row), time.monotonic() - started_s))
+        return outcomes
 
     def _render_suspect(self, row: dict[str, Any]) -> Image.Image | Exception:
         begun = begin_row(self._folder, row["id"], self._config.max_attempts)
@@ -136,11 +140,6 @@ def encoded(image: Image.Image, format_: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format_.upper(), **({"lossless": True} if format_ == "webp" else {}))
     return buffer.getvalue()
-
-
-def _timed(render: Callable[[Sequence[Any]], list[Any]], rows: Sequence[Any]) -> tuple[list[Any], float]:
-    started_s = time.monotonic()
-    return render(rows), time.monotonic() - started_s
 
 
 def _reason(error: Exception) -> str:

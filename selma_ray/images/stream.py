@@ -24,8 +24,8 @@ from selma_ray.storage import RunFolder
 
 __all__ = ["check_failures", "existing_ids", "follow", "image_summary", "read_images", "render_stream"]
 
-# One batch is denoised while the one before it is encoded.
-_CALLS_PER_RENDERER = 2
+# One batch is denoised while the one before it is encoded, and rows of the next are there to fill it up.
+_CALLS_PER_RENDERER = 4
 # A light stage takes whole blocks, in an actor: starting a worker anew for its tasks can cost seconds.
 _LIGHT_STAGE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 

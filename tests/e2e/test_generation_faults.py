@@ -58,8 +58,8 @@ WITH_VLLM = [
     "prompts.llm.num_cpus=1",
     "images.free.latency_s=0.5",
 ]
-# A renderer has two tasks of an answer's prompts (two batches); as many may wait to be written where a start or a node ends.
-IN_FLIGHT = 2 * 2 * BATCH
+# A renderer has four tasks of an answer's prompts (two batches); as many may wait to be written where a start or a node ends.
+IN_FLIGHT = 4 * 2 * BATCH
 MOST_AGAIN = {
     "driver": 2 * RENDERERS * IN_FLIGHT,
     "node": 2 * RENDERERS * IN_FLIGHT,

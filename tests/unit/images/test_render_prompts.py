@@ -135,8 +135,9 @@ def test_a_batch_is_encoded_while_the_next_is_denoised(tmp_path, monkeypatch, ti
         return b"png"
 
     monkeypatch.setattr(rendering, "encoded", encode_slowly)
+    one_by_one = CONFIG.model_copy(update={"batch_size": 1})
     render = RenderPrompts(
-        CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), RunFolder(str(tmp_path)), open_engine=lambda *_: engine
+        one_by_one, ModelConfig(name=str(tiny_pipeline_dir)), RunFolder(str(tmp_path)), open_engine=lambda *_: engine
     )
     with ThreadPoolExecutor(2) as threads:
         assert [table.num_rows for table in threads.map(render, [planned("a cat"), planned("a dog")])] == [1, 1]

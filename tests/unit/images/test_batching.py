@@ -1,0 +1,69 @@
+"""Rows of several callers in shared batches."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selma_ray.images.batching import SharedBatches
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_every_caller_gets_the_results_of_its_own_rows(batch_size: int, counts: list[int]) -> None:
+    batches: list[int] = []
+
+    def double(rows: Sequence[int]) -> list[int]:
+        batches.append(len(rows))
+        return [2 * row for row in rows]
+
+    shared = SharedBatches(double, batch_size)
+    tasks = [range(100 * number, 100 * number + count) for number, count in enumerate(counts)]
+    with ThreadPoolExecutor(len(tasks)) as callers:
+        results = list(callers.map(shared.render, tasks))
+    assert [[each for each, _ in result] for result in results] == [[2 * row for row in task] for task in tasks]
+    assert sum(batches) == sum(counts)
+    assert max(batches, default=0) <= batch_size
+
+
+def test_rows_of_two_callers_fill_a_batch() -> None:
+    batches: list[list[str]] = []
+    go_on = threading.Event()
+
+    def render(rows: Sequence[str]) -> Sequence[str]:
+        batches.append(list(rows))
+        assert go_on.wait(60)
+        return rows
+
+    shared = SharedBatches(render, 4)
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(shared.render, ["a1", "a2", "a3", "a4", "a5"])
+        while not batches:
+            time.sleep(0.01)
+        second = callers.submit(shared.render, ["b1", "b2", "b3"])
+        while len(shared._waiting) < 4:
+            time.sleep(0.01)
+        go_on.set()
+        assert len(first.result()) == 5
+        assert len(second.result()) == 3
+    assert batches == [["a1", "a2", "a3", "a4"], ["a5", "b1", "b2", "b3"]]
+
+
+def test_an_error_reaches_the_callers_of_its_batch_and_nobody_else() -> None:
+    def render(rows: Sequence[int]) -> Sequence[float]:
+        return [1 / row for row in rows]
+
+    shared = SharedBatches(render, 2)
+    with pytest.raises(ZeroDivisionError):
+        shared.render([1, 0])
+    assert [each for each, _ in shared.render([1, 2, 4])] == [1, 0.5, 0.25]
+
+
+def test_a_function_runs_alone_between_batches() -> None:
+    shared = SharedBatches(lambda rows: [threading.get_ident() for _ in rows], 2)
+    ((of_batch, _),) = shared.render([1])
+    assert shared.alone(lambda add: threading.get_ident() + add, 0) == of_batch
