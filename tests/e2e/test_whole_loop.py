@@ -32,7 +32,9 @@ def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma, t
     finished = selma("run", *overrides)
     assert finished.returncode == 0, finished.stderr
     images = _images(run_dir)
-    assert len(images) == len(set(images)) == 2 * 7 * 2, "every training prompt of two skills has two images, none twice"
+    assert len(images) == len(set(images)) == 2 * 7 * 2, (
+        "every training prompt of two skills has two images, none twice"
+    )
     assert set(before) <= set(images), "what was finished before the kill is kept"
     assert "merged - base" in finished.stdout
     assert (run_dir / "served.png").read_bytes().startswith(b"\x89PNG")

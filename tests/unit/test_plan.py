@@ -30,16 +30,25 @@ def test_a_worker_s_memory_is_what_it_holds(settings, expected):
     assert training_memory_bytes(COST, ExpertsConfig(batch_size=8, **settings)) == expected
 
 
+ONE_IMAGE = ["images.per_prompt=1", "images.selection=null"]
+
+
 @pytest.fixture
 def recipe(tiny_pipeline_dir):
-    return load_recipe(DEMO, [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl"])
+    return load_recipe(DEMO, [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl", *ONE_IMAGE])
 
 
 def test_work_and_storage_grow_with_the_recipe(recipe, tiny_pipeline_dir):
     stages = {stage.name: stage for stage in plan_recipe(recipe).stages}
     larger = load_recipe(
         DEMO,
-        [f"model.name={tiny_pipeline_dir}", "experts.steps=200", "images.per_prompt=3", "experts.mixed={ranks: [16]}"],
+        [
+            f"model.name={tiny_pipeline_dir}",
+            "experts.steps=200",
+            "images.per_prompt=3",
+            "images.selection=null",
+            "experts.mixed={ranks: [16]}",
+        ],
     )
     after = {stage.name: stage for stage in plan_recipe(larger).stages}
     assert after["experts"].pflop == pytest.approx(2 * 6 / 5 * stages["experts"].pflop)
