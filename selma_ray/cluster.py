@@ -18,8 +18,8 @@ Role = Literal["llm", "render", "train", "serve"]
 
 logger = logging.getLogger(__name__)
 
-SPARE_WORKERS = 8
-"""Processes that Ray keeps beside one per CPU: pools and feeds would else use them up, and each short task start anew."""
+# Idle processes that Ray keeps beside one per CPU: long-lived actors count too, and each short task would start a process anew.
+_SPARE_WORKERS = 8
 
 
 class ClusterConfig(StrictModel):
@@ -59,9 +59,9 @@ def connect(config: ClusterConfig) -> None:
         options["include_dashboard"] = False
         num_cpus = config.num_cpus or os.cpu_count() or 1
         options["_system_config"] = {
-            "num_workers_soft_limit": num_cpus + SPARE_WORKERS,
+            "num_workers_soft_limit": num_cpus + _SPARE_WORKERS,
             # Ray warns of four times as many workers, and a few pools on two cores come to that.
-            "worker_maximum_startup_concurrency": max(SPARE_WORKERS, num_cpus),
+            "worker_maximum_startup_concurrency": max(_SPARE_WORKERS, num_cpus),
         }
     ray.init(**options)
     _configure_output(config)

@@ -55,7 +55,8 @@ class ServingConfig(StrictModel):
     max_batch_size: int = Field(default=8, ge=1)
     """Images that share a denoising step; larger sizes than the default share fewer."""
     max_queued_requests: int = Field(default=64, ge=1)
-    """Images that may wait beyond those in a full batch; more are answered 429."""
+    """Images that may wait in a replica beyond those in its full batch; as many requests (at least 8) may wait for a replica with
+    room, more are answered 429."""
     request_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which a request is answered 504."""
     stall_timeout_s: float = Field(default=120, gt=0)
