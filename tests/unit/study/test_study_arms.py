@@ -68,8 +68,9 @@ def test_experiments_that_cannot_be_made_are_named_before_any_work(recipe):
         check_study(recipe(reference="none"))
 
 
-def test_the_miniature_s_experiments_can_be_made():
-    assert check_study(load_recipe("jobs/recipes/miniature.yaml")).reference == "selma"
+@pytest.mark.parametrize("recipe", ["miniature", "miniature_more"])
+def test_the_miniature_s_experiments_can_be_made(recipe):
+    assert check_study(load_recipe(f"jobs/recipes/{recipe}.yaml")).reference == "selma"
 
 
 def test_a_recipe_without_a_study_says_so(tmp_path):
