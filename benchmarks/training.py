@@ -4,8 +4,11 @@ a loop that encodes images and captions at every step, as diffusers' text-to-ima
 Run: python -m benchmarks.training [key=value …], keys and defaults as in SETTINGS
 
 The three take turns, so that what else the machine does falls on all; a figure is the median of its turns. All train a LoRA of the same
-rank with the same batch, optimiser, clipping, precision and threads. `of_bare_loop` is our rate over the bare loop's (goal: at least
-0.9), `over_uncached` ours over the encoding loop's (goal: at least 2).
+rank with the same batch, optimiser, clipping, precision and threads. The last one does at every step what that script's does: it decodes
+and normalises each image, tokenises its caption, and runs the autoencoder and the text encoder.
+
+`of_bare_loop` is our rate over the bare loop's (goal: at least 0.9), `over_uncached` ours over the encoding loop's (goal: at least 2).
+`most_over_uncached` is what a cache could give if the rest of our step were the bare loop's: the encoding loop's time over the bare one's.
 """
 
 import os
@@ -32,7 +35,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.storage import RunFolder
 
-SETTINGS = {"rounds": 7, "steps_per_round": 4, "batch_size": 16, "rank": 16, "images": 64, "threads": 1}
+SETTINGS = {"rounds": 11, "steps_per_round": 6, "batch_size": 16, "rank": 16, "images": 64, "threads": 1}
 MODEL = ModelConfig()
 SKILL = "counting"
 _LEARNING_RATE, _WEIGHT_DECAY, _CLIP = 5e-4, 1e-2, 1.0
@@ -63,6 +66,7 @@ def main() -> None:
         {
             "of_bare_loop": round(ours / rates["bare loop"], 3),
             "over_uncached": round(ours / rates["encoding at every step"], 2),
+            "most_over_uncached": round(rates["bare loop"] / rates["encoding at every step"], 2),
         }
     )
 
@@ -114,20 +118,21 @@ def _bare_steps(examples: EncodedExamples, settings: dict[str, int]) -> Iterator
 
 def _uncached_steps(folder: RunFolder, settings: dict[str, int]) -> Iterator[float]:
     rows = folder.read_table(folder.files("images", suffix=".parquet"), columns=["image", "prompt"]).to_pylist()
-    pixels = torch.stack([_pixels(row["image"]["bytes"]) for row in rows])
     vae, text_encoder, tokenizer = (_part(name) for name in ("vae", "text_encoder", "tokenizer"))
-    tokens = tokenizer(
-        [row["prompt"] for row in rows],
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
 
     def batch(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        examples = [rows[number] for number in chosen.tolist()]
+        pixels = torch.stack([_pixels(example["image"]["bytes"]) for example in examples])
+        tokens = tokenizer(
+            [example["prompt"] for example in examples],
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
         with torch.no_grad():
-            latents = vae.encode(pixels[chosen]).latent_dist.sample() * vae.config.scaling_factor
-            return latents, text_encoder(tokens[chosen])[0]
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            return latents, text_encoder(tokens)[0]
 
     return _lora_steps(batch, len(rows), settings)
 

@@ -30,7 +30,7 @@ class StudyScores:
 
     @classmethod
     def read(cls, run: Run, suite: Sequence[PromptWithQuestions], config: EvaluationConfig) -> "StudyScores":
-        """Read what has been scored so far."""
+        """Read what has been scored so far of the experiments that the recipe names now."""
         study = run.recipe.study
         assert study is not None
         pooled: dict[float, dict[str, ModelScores]] = {}
@@ -43,7 +43,7 @@ class StudyScores:
                     continue
                 seeds.add(seed)
                 of_scale = pooled.setdefault(guidance_scale, {})
-                for model in done["models"]:
+                for model in (name for name in done["models"] if _is_wanted(name, study)):
                     answers = folder.read_table(folder.files("evaluation", model, "answers", suffix=".parquet"))
                     scores = model_scores(answers.to_pylist(), config.dsg_scorer)
                     of_scale[model] = _joined(of_scale[model], scores) if model in of_scale else scores
@@ -110,6 +110,10 @@ def write_tables(run: Run, scores: StudyScores) -> str:
     )
     run.folder.write_bytes(text.encode(), STUDY, "tables.md")
     return run.folder.path(STUDY, "tables.md")
+
+
+def _is_wanted(model: str, study: StudyConfig) -> bool:
+    return model == BASE or model.partition(".")[0] in study.arms
 
 
 def _joined(one: ModelScores, other: ModelScores) -> ModelScores:

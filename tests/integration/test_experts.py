@@ -20,6 +20,7 @@ from selma_ray.experts.launch import train_experts
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
+from selma_ray.models.mixture import load_mixture
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images
 
@@ -181,6 +182,28 @@ def test_the_best_adapter_is_kept_and_a_judge_s_failure_spares_the_others(run, m
     results = train_experts(second, experts, model, 0, ClusterConfig(), score=LikesStep20())
     assert (results["style"].step, results["counting"].step) == (20, 20)
     assert results["style"].seconds == seconds, "what was fitted is scored, not fitted again"
+
+
+def test_a_mixture_is_fitted_when_its_experts_are_finished(run, model, tmp_path):
+    """The experts are those of the run, which are left as they are; a second start finds the mixture finished."""
+    folder, results, _ = run
+    second = RunFolder(str(tmp_path / "mixture"))
+    for name in ("images", "cache", "experts"):
+        shutil.copytree(folder.local_path(name), second.local_path(name))
+    before = files_of(second)
+    config = CONFIG.model_copy(update={"steps": 5})
+    experts = [*planned(mixed=True), PlannedExpert("moe", ("counting", "style"), config, ("counting", "mixed"))]
+    fitted = train_experts(second, experts, model, 0, ClusterConfig())
+    assert {name: fitted[name] for name in results} == results
+    assert (fitted["moe"].steps, fitted["moe"].examples) == (5, 14)
+    after = files_of(second)
+    assert {name: after[name] for name in before} == before
+    denoiser = open_family(model).load_denoiser()
+    base = noise_prediction(denoiser)
+    load_mixture(denoiser, second.path("experts", "moe"))
+    assert not torch.allclose(noise_prediction(denoiser), base, atol=1e-4)
+    assert train_experts(second, experts, model, 0, ClusterConfig()) == fitted
+    assert files_of(second) == after
 
 
 @pytest.mark.heavy

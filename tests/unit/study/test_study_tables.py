@@ -76,3 +76,11 @@ def test_unfinished_scores_are_left_out(run):
     scores = StudyScores.read(run, SUITE, CONFIG)
     assert scores.pooled == {}
     assert scores.seeds == ()
+
+
+def test_models_of_an_experiment_that_the_recipe_no_longer_names_are_left_out(run):
+    score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    folder = RunFolder(run.folder.path("study", "scores", "seed=0", "guidance=1"))
+    folder.mark_done("scores", {"models": [*MODELS, "gone.merged"]})
+    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
+    assert "gone" not in run.folder.read_bytes("study", "study.json").decode()

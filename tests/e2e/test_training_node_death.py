@@ -1,0 +1,104 @@
+"""A node that dies while an expert is fitted on it: another takes over from the last checkpoint, and the weights are the same."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selma_ray.storage import RunFolder
+from tests.e2e.conftest import REPOSITORY
+from tests.local_ray import ENVIRONMENT, RayNode, free_port
+from tests.unit.experts.rendered_images import write_images
+
+FIT = """
+import sys
+from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.launch import plan_experts, train_experts
+from selma_ray.models.config import ModelConfig
+from selma_ray.storage import RunFolder
+
+run_dir, model, address = sys.argv[1:]
+cluster = ClusterConfig(address=address, use_labels=True)
+connect(cluster)
+print("connected", flush=True)
+config = ExpertsConfig(
+    lora=LoraSettings(rank=4, alpha=4), steps=60, batch_size=4, learning_rate=1e-2, precision="fp32", checkpoint_every_steps=10
+)
+train_experts(RunFolder(run_dir), plan_experts(["counting"], config), ModelConfig(name=model), 0, cluster)
+"""
+ADAPTER = "experts/counting/adapter_model.safetensors"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Start a head without CPUs; yields its address and a function that starts a node for training."""
+    port, temp_dir, log = free_port(), Path(f"/tmp/ray_train_{os.getpid()}"), tmp_path / "nodes.log"
+    memory = "--object-store-memory=100000000"
+    words = ("--head", "--num-cpus=0", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temp_dir}", memory)
+    nodes = [RayNode(*words, log=log)]
+    address = f"127.0.0.1:{port}"
+
+    def add_node() -> RayNode:
+        nodes.append(RayNode(f"--address={address}", "--num-cpus=1", "--labels=role=train", memory, log=log))
+        return nodes[-1]
+
+    try:
+        yield address, add_node
+    finally:
+        for node in reversed(nodes):
+            node.stop()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.mark.heavy
+def test_an_expert_whose_node_dies_ends_with_the_same_weights(cluster, tiny_pipeline_dir, tmp_path):
+    address, add_node = cluster
+    struck, spared = (tmp_path / name for name in ("struck", "spared"))
+    write_images(RunFolder(str(struck)), "counting", 7)
+    shutil.copytree(struck, spared)
+
+    driver = start(struck, tiny_pipeline_dir, address)  # before there is a node, so that it belongs to the head
+    wait_until(lambda: "connected" in log_of(struck), driver, struck)
+    first = add_node()
+    wait_until(lambda: steps_done(struck) >= 25, driver, struck)
+    first.kill()
+    add_node()
+    assert driver.wait(timeout=300) == 0, log_of(struck)[-3000:]
+
+    assert start(spared, tiny_pipeline_dir, address).wait(timeout=300) == 0, log_of(spared)[-3000:]
+    assert (struck / ADAPTER).read_bytes() == (spared / ADAPTER).read_bytes()
+    curves = [json.loads((run / "experts/counting/curve.json").read_text()) for run in (struck, spared)]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 60
+
+
+def start(run: Path, model: Path, address: str) -> subprocess.Popen:
+    """Start a driver that fits an expert to the images of a run's folder."""
+    with run.with_suffix(".log").open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", FIT, str(run), str(model), address],
+            cwd=REPOSITORY, env=ENVIRONMENT, stdout=output, stderr=output,
+        )  # fmt: skip
+
+
+def log_of(run: Path) -> str:
+    return run.with_suffix(".log").read_text()
+
+
+def steps_done(run: Path) -> int:
+    progress = run / "experts" / "counting" / "progress.json"
+    return json.loads(progress.read_text())["step"] if progress.exists() else 0
+
+
+def wait_until(reached, driver: subprocess.Popen, run: Path) -> None:
+    deadline_s = time.monotonic() + 300
+    while not reached():
+        assert driver.poll() is None, log_of(run)[-3000:]
+        assert time.monotonic() < deadline_s, log_of(run)[-3000:]
+        time.sleep(0.2)
