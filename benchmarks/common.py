@@ -2,13 +2,25 @@
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-__all__ = ["machine", "print_result", "print_table"]
+__all__ = ["machine", "print_result", "print_table", "read_settings"]
+
+
+def read_settings(defaults: Mapping[str, int]) -> dict[str, int]:
+    """Return the settings with those that the command line replaces by key=value; ends the program where a word is none."""
+    settings = dict(defaults)
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        if key not in settings or not value.isdecimal():
+            sys.exit(f"{word} is no setting: give key=number, with a key of {', '.join(settings)}")
+        settings[key] = int(value)
+    return settings
 
 
 def machine() -> str:

@@ -3,16 +3,16 @@
 Run: python -m benchmarks.experts [key=value …], keys and defaults as in SETTINGS
 
 At once, each expert has one core, and as many run together as there are cores. One after another, each has all cores. Both read the same
-cache of encoded examples. `parallel_over_sequential` is the ratio of the wall times (goal: at most 1.0).
+cache of encoded examples. All at once goes first, so files that are read twice are warm for the other way.
+`parallel_over_sequential` is the ratio of the wall times (goal: at most 1.0).
 """
 
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from benchmarks.drawn_run import draw_run
 from selma_ray.cluster import ClusterConfig, connect, cpu_count
 from selma_ray.experts.cache import encode_caches, skill_cache
@@ -28,7 +28,7 @@ MODEL = ModelConfig()
 
 def main() -> None:
     """Measure both ways, then print a table and one JSON line."""
-    settings = SETTINGS | {key: int(value) for key, value in (word.split("=", 1) for word in sys.argv[1:])}
+    settings = read_settings(SETTINGS)
     print(machine(), settings)
     cluster = ClusterConfig()
     connect(cluster)

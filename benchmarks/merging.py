@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -30,7 +29,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.merging.adapters import LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.merging.bake import bake_pipeline
 from selma_ray.merging.methods import average_deltas, svd
@@ -43,7 +42,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def main() -> None:
     """Write random experts, merge them by turns, then print a table and one JSON line."""
-    settings = SETTINGS | {key: int(value) for key, value in (word.split("=", 1) for word in sys.argv[1:])}
+    settings = read_settings(SETTINGS)
     print(machine(), settings)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)

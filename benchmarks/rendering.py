@@ -7,7 +7,6 @@ Run: python -m benchmarks.rendering [images=160] [steps=10] [rounds=3]
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.cluster import ClusterConfig, connect
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.stream import render_stream
@@ -34,9 +33,7 @@ MODEL = ModelConfig(name="miniature")
 
 def main() -> None:
     """Take turns, print a table for people and one JSON line."""
-    options = {"images": 160, "steps": 10, "rounds": 3} | {
-        word.split("=")[0]: int(word.split("=")[1]) for word in sys.argv[1:]
-    }
+    options = read_settings({"images": 160, "steps": 10, "rounds": 3})
     print(machine())
     sampling = SamplingConfig(steps=options["steps"], guidance_scale=4.0, width_px=64, height_px=64)
     prompts = captions(options["images"])

@@ -11,9 +11,9 @@ and normalises each image, tokenises its caption, and runs the autoencoder and t
 `most_over_uncached` is what a cache could give if the rest of our step were the bare loop's: the encoding loop's time over the bare one's.
 """
 
+import io
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from benchmarks.drawn_run import draw_run
 from selma_ray.experts.cache import EncodeExamples, skill_cache
 from selma_ray.experts.config import ExpertsConfig, LoraSettings
@@ -43,7 +43,7 @@ _LEARNING_RATE, _WEIGHT_DECAY, _CLIP = 5e-4, 1e-2, 1.0
 
 def main() -> None:
     """Measure the three loops in turn, then print a table and one JSON line."""
-    settings = SETTINGS | {key: int(value) for key, value in (word.split("=", 1) for word in sys.argv[1:])}
+    settings = read_settings(SETTINGS)
     torch.set_num_threads(settings["threads"])
     print(machine(), settings)
     with tempfile.TemporaryDirectory() as path:
@@ -110,6 +110,7 @@ def _bare_steps(examples: EncodedExamples, settings: dict[str, int]) -> Iterator
     scale = _part("vae").config.scaling_factor
 
     def batch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return latents (B, C, H, W) and text (B, T, D) of cached examples."""
         mean, std = everything["latent_mean"][rows], everything["latent_std"][rows]
         return (mean + std * torch.randn_like(mean)) * scale, everything["text_NTD"][rows]
 
@@ -121,6 +122,7 @@ def _uncached_steps(folder: RunFolder, settings: dict[str, int]) -> Iterator[flo
     vae, text_encoder, tokenizer = (_part(name) for name in ("vae", "text_encoder", "tokenizer"))
 
     def batch(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return latents (B, C, H, W) and text (B, T, D) of images and captions that are encoded now."""
         examples = [rows[number] for number in chosen.tolist()]
         pixels = torch.stack([_pixels(example["image"]["bytes"]) for example in examples])
         tokens = tokenizer(
@@ -173,8 +175,6 @@ def _part(name: str) -> Any:
 
 
 def _pixels(png: bytes) -> torch.Tensor:
-    import io
-
     array = np.array(Image.open(io.BytesIO(png)).convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1.0
 

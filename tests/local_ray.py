@@ -4,12 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 
-__all__ = ["ENVIRONMENT", "RAY", "RayNode", "free_port", "own_address"]
+__all__ = ["ENVIRONMENT", "RAY", "RayNode", "free_port", "own_address", "wait_until"]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 # Nodes and drivers that are to find one another. On a busy machine a node takes its time to start.
@@ -68,3 +69,14 @@ def own_address() -> str:
     import ray
 
     return ray.util.get_node_ip_address()
+
+
+def wait_until(
+    holds: Callable[[], bool], log: Path, process: subprocess.Popen | None = None, timeout_s: float = 240
+) -> None:
+    """Wait for a condition; fails with the end of a log where it does not come in time, or the process ends before."""
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert process is None or process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline_s, f"it did not come in time: {log.read_text()[-3000:]}"
+        time.sleep(0.2)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import REPOSITORY
-from tests.local_ray import ENVIRONMENT, RAY, RayNode, free_port, own_address
+from tests.local_ray import ENVIRONMENT, RAY, RayNode, free_port, own_address, wait_until
 
 ROLES = {"llm": 2, "render": 3}  # most nodes of each
 HEAD_NODE_ID = "f" * 51 + "00000"
@@ -41,7 +41,9 @@ def head(tmp_path):
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard_port}"
     try:
-        wait_until(lambda: node.process.poll() is None and ask(f"{address}/api/version") is not None, 180, log)
+        wait_until(
+            lambda: node.process.poll() is None and ask(f"{address}/api/version") is not None, log, timeout_s=180
+        )
         yield address
     finally:
         node.stop()
@@ -72,7 +74,9 @@ def test_both_pools_grow_from_nothing_and_shrink_again(head, tmp_path):
     assert 2 <= most["render"] <= ROLES["render"]
     ids = [id_ for path in (run_dir / "images").rglob("*.parquet") for id_ in pq.read_table(path)["id"].to_pylist()]
     assert len(ids) == len(set(ids)) == 2 * (150 - 8)
-    wait_until(lambda: not any("role" in node["labels"] for node in alive_nodes(head)), 120, tmp_path / "job.log")
+    wait_until(
+        lambda: not any("role" in node["labels"] for node in alive_nodes(head)), tmp_path / "job.log", timeout_s=120
+    )
 
 
 def autoscaler_config(gcs_address: str) -> dict[str, Any]:
@@ -112,10 +116,3 @@ def ask(url: str) -> Any:
             return json.load(response)
     except OSError:
         return None
-
-
-def wait_until(holds, timeout_s: float, log: Path) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, log.read_text()[-3000:]
-        time.sleep(1)

@@ -29,7 +29,7 @@ from selma_ray.recipe import load_recipe
 from selma_ray.skills import load_skills
 from selma_ray.storage import RunFolder
 from tests.e2e.conftest import DEMO, REPOSITORY
-from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address
+from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
 
 BATCH, RENDERERS = 4, 2
 SMALL_JOB = [
@@ -104,7 +104,7 @@ class TwoNodes:
             "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", f"--temp-dir={self._temp_dir}",
             *self._common("llm"), log=folder / "head.log",
         )  # fmt: skip
-        wait_until(lambda: self._head.started, self._head.process, folder / "head.log")
+        wait_until(lambda: self._head.started, folder / "head.log", self._head.process)
         self._start_worker()
 
     def processes(self) -> list[psutil.Process]:
@@ -165,7 +165,7 @@ class Job:
 
         Where there is none of the kind any more, the driver is killed. What was finished before is noted.
         """
-        wait_until(self._has_images, self.process, self._log)
+        wait_until(self._has_images, self._log, self.process)
         time.sleep(rng.uniform(0.0, 3.0))
         found = [pid for pid, words in self._workers() if kind in words]
         self.lost.append(kind if found or kind == "node" else "driver")
@@ -219,14 +219,6 @@ def ids_of(run_dir: Path) -> list[str]:
 def inodes(run_dir: Path) -> dict[Path, int]:
     """Return what tells finished files from others written in their place."""
     return {path: path.stat().st_ino for path in (run_dir / "images").rglob("*.parquet")}
-
-
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen, log: Path, timeout_s: float = 240) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline_s, f"it did not come in time: {log.read_text()[-3000:]}"
-        time.sleep(0.2)
 
 
 def kill_and_finish(job: Job, kinds: Sequence[str], rng: random.Random, record_property: Callable) -> None:

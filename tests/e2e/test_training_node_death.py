@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from selma_ray.storage import RunFolder
 from tests.e2e.conftest import REPOSITORY
-from tests.local_ray import ENVIRONMENT, RayNode, free_port
+from tests.local_ray import ENVIRONMENT, RayNode, free_port, wait_until
 from tests.unit.experts.rendered_images import write_images
 
 FIT = """
@@ -63,10 +62,11 @@ def test_an_expert_whose_node_dies_ends_with_the_same_weights(cluster, tiny_pipe
     write_images(RunFolder(str(struck)), "counting", 7)
     shutil.copytree(struck, spared)
 
+    log = struck.with_suffix(".log")
     driver = start(struck, tiny_pipeline_dir, address)  # before there is a node, so that it belongs to the head
-    wait_until(lambda: "connected" in log_of(struck), driver, struck)
+    wait_until(lambda: "connected" in log_of(struck), log, driver)
     first = add_node()
-    wait_until(lambda: steps_done(struck) >= 25, driver, struck)
+    wait_until(lambda: steps_done(struck) >= 25, log, driver)
     first.kill()
     add_node()
     assert driver.wait(timeout=300) == 0, log_of(struck)[-3000:]
@@ -94,11 +94,3 @@ def log_of(run: Path) -> str:
 def steps_done(run: Path) -> int:
     progress = run / "experts" / "counting" / "progress.json"
     return json.loads(progress.read_text())["step"] if progress.exists() else 0
-
-
-def wait_until(reached, driver: subprocess.Popen, run: Path) -> None:
-    deadline_s = time.monotonic() + 300
-    while not reached():
-        assert driver.poll() is None, log_of(run)[-3000:]
-        assert time.monotonic() < deadline_s, log_of(run)[-3000:]
-        time.sleep(0.2)
