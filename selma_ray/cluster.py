@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -64,7 +66,14 @@ def connect(config: ClusterConfig) -> None:
             "worker_maximum_startup_concurrency": max(_SPARE_WORKERS, num_cpus),
         }
     ray.init(**options)
+    _end_on_sigterm()
     _configure_output(config)
+
+
+def _end_on_sigterm() -> None:
+    """Take SIGTERM, by which job managers stop a driver, as an interrupt; Ray's own handler prints a stack and aborts."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def cpu_count() -> int:

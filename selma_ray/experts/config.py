@@ -109,11 +109,11 @@ class ExpertsConfig(StrictModel):
     encoders: int = Field(default=1, ge=1)
     """Actors that encode images and captions before training; each holds the autoencoder and the text encoder."""
     max_concurrent: int | None = Field(default=None, ge=1)
-    """Experts fitted at once; none takes what the cluster's resources allow."""
+    """Experts fitted at once, the others in turn; none takes what the cluster's resources allow."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     max_failures: int = Field(default=2, ge=0)
-    """Restarts of an expert from its last checkpoint."""
+    """Restarts from the last checkpoint; experts that take turns share them."""
     selection: SelectionConfig | None = None
     """Choice of checkpoint by dev score; none keeps the last step's."""
     mixed: MixedConfig | None = None

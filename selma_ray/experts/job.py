@@ -52,11 +52,6 @@ class ExpertJob:
         return f"experts/{self.name}"
 
     @property
-    def checkpoints(self) -> str:
-        """Return the name of the folder of checkpoints inside the expert's."""
-        return f"checkpoints-{self.key[:12]}"
-
-    @property
     def candidates(self) -> str:
         """Return the folder of adapters to choose from, relative to the run's."""
         return f"{self.directory}/candidates-{self.key[:12]}"

@@ -1,12 +1,11 @@
-"""All experts at once: their caches, then one Ray Train run each, as many together as the cluster holds."""
+"""All experts at once: their caches, then one Ray Train run for each lane of them, as many lanes as the cluster holds."""
 
 import logging
 import os
-import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from selma_ray.errors import ConfigError, TrainingError
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.experts.lanes import Lane, divide
 from selma_ray.experts.plan import PlannedExpert, plan_experts
-from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter, is_fitted
+from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 
@@ -60,17 +60,16 @@ def train_experts(
     for expert in planned:
         mixed = tuple(job for job in jobs if job.name in expert.experts)
         jobs.append(_job(expert, [caches[skill] for skill in expert.skills], mixed, folder, model, seed))
-    unfinished = [job for job in jobs if finished_result(job) is None]
-    if unfinished:
+    if any(finished_result(job) is None for job in jobs):
         folder.local_path("experts")  # refuses object stores before any work is done
         config = planned[0].config  # placement and caches are alike for all
         slots = _slots(config, cluster)
-        needed = [cache for cache in caches.values() if any(cache.key in job.cache_keys for job in unfinished)]
-        encode_caches(folder, needed, model, config, cluster)
-        for wave in ([job for job in unfinished if not job.experts], [job for job in unfinished if job.experts]):
+        encode_caches(folder, _needed_caches(jobs, caches.values()), model, config, cluster)
+        # Finished ones keep their places, so that lanes stay the same and a rerun finds their checkpoints.
+        for wave in ([job for job in jobs if not job.experts], [job for job in jobs if job.experts]):
             scores = CandidateScores(wave, config.selection, score, cluster)
             reporter = _Reporter(jobs, on_progress, scores)
-            _raise_for(_fit_all(wave, min(slots, len(wave)), cluster, reporter, scores))
+            _raise_for(_fit_wave(wave, slots, cluster, reporter, scores))
     return {job.name: _result_of(job) for job in jobs}
 
 
@@ -84,6 +83,11 @@ def _job(
 ) -> ExpertJob:
     directories, keys = tuple(cache.directory for cache in caches), tuple(cache.key for cache in caches)
     return ExpertJob(expert.name, folder, directories, keys, model, expert.config, seed, expert.skills, mixed)
+
+
+def _needed_caches(jobs: Sequence[ExpertJob], caches: Iterable[SkillCache]) -> list[SkillCache]:
+    keys = {key for job in jobs if finished_result(job) is None for key in job.cache_keys}
+    return [cache for cache in caches if cache.key in keys]
 
 
 def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
@@ -116,32 +120,20 @@ def _worker_resources(config: ExpertsConfig) -> dict[str, float]:
     return {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
 
 
-def _fit_all(
-    jobs: Sequence[ExpertJob], slots: int, cluster: ClusterConfig, reporter: "_Reporter", scores: CandidateScores
+def _fit_wave(
+    wave: Sequence[ExpertJob], slots: int, cluster: ClusterConfig, reporter: "_Reporter", scores: CandidateScores
 ) -> dict[str, Exception]:
-    """Fit `jobs`, `slots` at a time, and choose their adapters; returns the failures by name."""
-    waiting: queue.SimpleQueue[ExpertJob] = queue.SimpleQueue()
-    for job in jobs:
-        if not is_fitted(job):
-            waiting.put(job)
+    """Fit experts, `slots` at a time, and choose their adapters; returns the failures by name."""
+    unfinished = [job for job in wave if finished_result(job) is None]
+    lanes = divide(wave, slots)
     failures: dict[str, Exception] = {}
-    if _is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per expert
+    if _is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-    def work() -> None:
-        while True:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                _fit(job, cluster)
-            except Exception as error:
-                logger.warning("expert %s failed", job.name, exc_info=error)
-                failures[job.name] = error
-
     # Daemons, so that an interrupt ends the driver, and with it Ray's controllers, without waiting for training.
-    threads = [threading.Thread(target=work, name=f"fit-experts-{slot}", daemon=True) for slot in range(slots)]
+    threads = [
+        threading.Thread(target=_fit_lane, args=(lane, cluster, failures), name=f"fit-{lane.jobs[0].name}", daemon=True)
+        for lane in lanes
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads) or not scores.is_idle:
@@ -149,30 +141,43 @@ def _fit_all(
         reporter.report()
         time.sleep(_POLL_S)
     failures |= scores.failures
-    for job in jobs:
-        if job.name not in failures:
-            _finish(job)
+    for job in unfinished:
+        if job.candidate_steps and job.name not in failures:
+            choose_adapter(job)
     reporter.report()
-    for job in jobs:
+    for job in unfinished:
         job.folder.delete(job.directory, "progress.json")
     return failures
 
 
-def _finish(job: ExpertJob) -> None:
-    if job.candidate_steps:
-        choose_adapter(job)
-    job.folder.delete(job.directory, job.checkpoints)
+def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]) -> None:
+    """Fit the experts of a lane; where one fails, those after it get a run of their own, and its checkpoints stay."""
+    while lane.unfitted():
+        try:
+            _run(lane, cluster)
+            break
+        except Exception as error:
+            unfitted = lane.unfitted()
+            if not unfitted:
+                break
+            failed, *others = unfitted
+            logger.warning("expert %s failed", failed.name, exc_info=error)
+            failures[failed.name] = error
+        if not others:
+            return
+        lane = Lane(tuple(others))
+    lane.jobs[0].folder.delete(lane.directory, lane.checkpoints)
 
 
-def _fit(job: ExpertJob, cluster: ClusterConfig) -> None:
+def _run(lane: Lane, cluster: ClusterConfig) -> None:
     """Run one Ray Train run; it goes on from its own last checkpoint, if it has one."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config = job.config
+    config = lane.jobs[0].config  # placement is alike for all
     trainer = TorchTrainer(
         _run_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"lane": lane},
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers_per_expert,
@@ -181,8 +186,8 @@ def _fit(job: ExpertJob, cluster: ClusterConfig) -> None:
             **role_options("train", cluster),
         ),
         run_config=RunConfig(
-            name=job.checkpoints,
-            storage_path=str(job.folder.local_path(job.directory)),
+            name=lane.checkpoints,
+            storage_path=str(lane.jobs[0].folder.local_path(lane.directory)),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -192,13 +197,14 @@ def _fit(job: ExpertJob, cluster: ClusterConfig) -> None:
 
 def _run_worker(settings: dict[str, Any]) -> None:
     """Import the training loop in the worker alone: neither the driver nor Ray Train's controller loads DeepSpeed."""
-    if not settings["job"].config.gpus_per_worker:
+    lane: Lane = settings["lane"]
+    if not lane.jobs[0].config.gpus_per_worker:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed decorates an optimiser that is not used here with torch.compile, which would load the compiler for seconds.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from selma_ray.experts.loop import fit_expert
+    from selma_ray.experts.loop import fit_experts
 
-    fit_expert(settings["job"])
+    fit_experts(lane)
 
 
 def _result_of(job: ExpertJob) -> ExpertResult:

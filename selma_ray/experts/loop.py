@@ -1,25 +1,38 @@
-"""What a Ray Train worker runs: an expert's training, with checkpoints that Ray Train keeps and goes on from."""
+"""What a Ray Train worker runs: the training of a lane's experts, with checkpoints that Ray Train keeps and goes on from."""
 
+import gc
 import logging
 import tempfile
 import time
+from pathlib import Path
 
 import ray.train
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 
 from selma_ray.experts.curves import CurveLog
 from selma_ray.experts.job import ExpertJob
+from selma_ray.experts.lanes import Lane
 from selma_ray.experts.trainer import ExpertTrainer
 
-__all__ = ["fit_expert"]
+__all__ = ["fit_experts"]
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 1.0
 
 
-def fit_expert(job: ExpertJob) -> None:
-    """Fit one expert from its last checkpoint, or from the start, and export its adapter; runs on every worker."""
+def fit_experts(lane: Lane) -> None:
+    """Fit the experts of a lane that are not fitted, one after another, the first from its last checkpoint; runs on every worker."""
+    # Workers must agree, and a shared folder may not show all of them the same.
+    names = broadcast_from_rank_zero([job.name for job in lane.unfitted()])
+    for job in lane.jobs:
+        if job.name in names:
+            _fit_expert(job)
+            gc.collect()  # engines hold themselves in cycles, and the next denoiser needs the memory
+
+
+def _fit_expert(job: ExpertJob) -> None:
     started_s = time.monotonic()
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     context = ray.train.get_context()
@@ -41,21 +54,30 @@ def fit_expert(job: ExpertJob) -> None:
     if curves:
         curves.close()
     trainer.export(time.monotonic() - started_s)
+    trainer.close()
 
 
 def _restore(trainer: ExpertTrainer) -> None:
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            trainer.load(directory)
-        logger.info("expert %s goes on at step %d", trainer.job.name, trainer.steps_done)
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as directory:
+        if not Path(directory, _key_file(trainer.job)).exists():
+            return  # of an expert before this one
+        trainer.load(directory)
+    logger.info("expert %s goes on at step %d", trainer.job.name, trainer.steps_done)
 
 
 def _checkpoint(trainer: ExpertTrainer) -> None:
     with tempfile.TemporaryDirectory() as directory:
         trainer.save(directory)
+        Path(directory, _key_file(trainer.job)).touch()
         metrics = {"step": trainer.steps_done, "loss": trainer.curve.loss[-1]}
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+
+def _key_file(job: ExpertJob) -> str:
+    return f"expert-{job.key}"
 
 
 class _ProgressFile:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from selma_ray.cluster import ClusterConfig, role_options
 from selma_ray.experts.config import SelectionConfig
-from selma_ray.experts.job import ExpertJob, ExpertResult
+from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
 
 __all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
 
@@ -108,9 +108,9 @@ class CandidateScores:
 
 
 def is_fitted(job: ExpertJob) -> bool:
-    """Tell whether training is over and left every adapter to choose from."""
+    """Tell whether training is over: the adapter is there, or every adapter to choose from."""
     folder = job.folder
-    return (
+    return finished_result(job) is not None or (
         bool(job.candidate_steps)
         and all(folder.exists(job.candidate(step), "adapter_config.json") for step in job.candidate_steps)
         and folder.exists(job.directory, "result.json")

@@ -117,6 +117,10 @@ class ExpertTrainer:
         if not job.candidate_steps:
             self._write_adapter(weights, job.directory)
 
+    def close(self) -> None:
+        """Give back what DeepSpeed holds, so that another expert can be fitted in this process."""
+        self._engine.destroy()
+
     def _open_engine(self) -> Any:
         config = self.job.config
         denoiser = self._family.load_denoiser()

@@ -121,19 +121,20 @@ def test_a_finished_run_does_nothing(run, model):
     assert files_of(folder) == before
 
 
-def test_an_expert_whose_worker_is_killed_ends_with_the_same_weights(run, model, tmp_path):
+def test_a_worker_killed_at_its_second_expert_ends_with_the_same_weights(run, model, tmp_path):
+    """In the run before, the experts were fitted at once; here they take turns in one process."""
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "killed")
-    killer = threading.Thread(target=_kill_worker_after_step, args=(second, "counting", 12), daemon=True)
+    killer = threading.Thread(target=_kill_worker_after_step, args=(second, "mixed", 12), daemon=True)
     killer.start()
-    train_experts(second, planned(CONFIG.model_copy(update={"max_failures": 1})), model, 0, ClusterConfig())
+    config = CONFIG.model_copy(update={"max_concurrent": 1, "max_failures": 1})
+    train_experts(second, planned(config, mixed=True), model, 0, ClusterConfig())
     killer.join(timeout=1)
     assert not killer.is_alive()
-    name = ("experts", "counting", "adapter_model.safetensors")
-    assert second.read_bytes(*name) == folder.read_bytes(*name)
-    assert second.read_json("experts", "counting", "curve.json") == folder.read_json(
-        "experts", "counting", "curve.json"
-    )
+    for name in ("counting", "mixed"):
+        for file in ("adapter_model.safetensors", "curve.json"):
+            assert second.read_bytes("experts", name, file) == folder.read_bytes("experts", name, file)
+    assert not [path for path in second.files("experts") if "checkpoints" in path]
 
 
 def test_one_expert_s_failure_does_not_stop_the_others(run, model, tmp_path):
@@ -141,7 +142,7 @@ def test_one_expert_s_failure_does_not_stop_the_others(run, model, tmp_path):
     second = copy_of(folder, tmp_path / "failing")
     shard = next(path for path in second.files("cache", suffix=".safetensors") if "/style/" in path)
     second.write_bytes(second.read_bytes(shard)[:-5], shard)
-    config = CONFIG.model_copy(update={"max_failures": 0})
+    config = CONFIG.model_copy(update={"max_concurrent": 1, "max_failures": 0})
     with pytest.raises(
         TrainingError, match=r"1 expert\(s\) could not be fitted \(style: .*whole shard.*run again"
     ) as error:

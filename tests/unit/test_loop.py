@@ -47,7 +47,7 @@ def test_a_run_may_go_on_with_other_resources(demo, override):
         ("seed=1", "seed=0"),
         ("experts.lora.rank=2", "experts.lora.rank=16"),
         ("skills=[miniature/common]", "skills="),
-        ("images.sampling.steps=3", "images.sampling.steps=20"),
+        ("images.sampling.steps=3", "images.sampling.steps=10"),
     ],
 )
 def test_a_run_of_another_recipe_is_refused(demo, override, key):
