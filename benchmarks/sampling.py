@@ -51,7 +51,7 @@ class Way:
 REFERENCE = Way(20)
 WAYS = (
     REFERENCE, Way(20, cache_interval=2), Way(20, cache_interval=3), Way(10), Way(10, "UniPCMultistepScheduler"),
-    Way(10, "UniPCMultistepScheduler", 2), Way(6, "UniPCMultistepScheduler"),
+    Way(10, "DPMSolverMultistepScheduler"), Way(10, "UniPCMultistepScheduler", 2), Way(6, "UniPCMultistepScheduler"),
 )  # fmt: skip
 
 
