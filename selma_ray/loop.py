@@ -1,7 +1,9 @@
 """The whole loop: each stage of a run in order, every one skipped where the run's folder says that it is finished."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_SHOW_EVERY_S = 1.0
 
 # Keys that say where and how fast a run works, not what comes out of it: they may change between two starts of a run.
 _PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving", "study")
@@ -131,8 +135,9 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     )
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
     prompt_words = watch_prompts(run.folder)
-    with llm_errors(recipe.prompts.llm):
+    with llm_errors(recipe.prompts.llm), _showing_prompts(run.folder, prompt_words, total, report) as images_begin:
         for row, progress in follow(images, run.folder, recipe.images, total):
+            images_begin()
             figures = tuple(filter(None, (prompt_words(), progress.words)))
             report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}", figures))
     summary = {
@@ -142,6 +147,33 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     check_failures(summary["images"], recipe.images)
     write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     return summary
+
+
+@contextmanager
+def _showing_prompts(
+    folder: RunFolder, words: Callable[[], str | None], total: int, report: Report
+) -> Iterator[Callable[[], None]]:
+    """Report the prompts from a thread until the yielded function is called: before its first image the stream says nothing."""
+    from selma_ray.images.progress import read_progress
+
+    first_image = threading.Event()
+
+    def show() -> None:
+        while not first_image.wait(_SHOW_EVERY_S):
+            if said := words():
+                images = read_progress(folder)
+                report(Progress("generate", images.done if images else 0, total, "no image yet", (said,)))
+
+    def end() -> None:
+        first_image.set()
+        thread.join()
+
+    thread = threading.Thread(target=show, name="show-prompts", daemon=True)
+    thread.start()
+    try:
+        yield end
+    finally:
+        end()
 
 
 def _draw(run: Run, prompts: Any, report: Report) -> dict[str, Any]:

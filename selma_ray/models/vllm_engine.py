@@ -41,7 +41,11 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     """Return the environment variables of an engine on the CPU: its cache and its threads; nothing on a GPU."""
     if settings.num_gpus:
         return {}
-    return {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gb), **thread_env(max(1, int(settings.num_cpus)))}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gb), **thread_env(max(1, int(settings.num_cpus)))}
+    if settings.tensor_parallel_size == 1:
+        # The model then runs in the engine's process, not in one more that imports everything again: threads are set above.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return environment
 
 
 def engine_bundle(settings: EngineSettings) -> dict[str, float]:

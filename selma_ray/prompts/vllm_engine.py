@@ -52,7 +52,7 @@ def vllm_stage(
         postprocess=_Postprocess(skills, config, chat),
         # With these options they run inside the stages beside them: the source and the stage that decides.
         preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
-        postprocess_map_kwargs={"num_cpus": 0},
+        postprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
     )
     engine = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
     # Ray Data starts dead actors anew for ever.

@@ -8,12 +8,12 @@ import pytest
 
 from tests.e2e.conftest import DEMO, REPOSITORY
 
+# No image comes before the signal.
 LONG = [
     "skills=[miniature/common]",
-    "prompts.per_skill=200",
     "prompts.llm.engine=free",
     "images.engine=free",
-    "images.free.latency_s=0.5",
+    "images.free.latency_s=600",
     "images.per_prompt=1",
     "images.selection=null",
 ]
@@ -24,8 +24,10 @@ def test_a_signal_ends_a_command_with_one_line(sent, tmp_path):
     words = [sys.executable, "-m", "selma_ray.cli", "generate", str(DEMO), f"run_dir={tmp_path / 'run'}", *LONG]
     process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout or ():
-        if line.startswith("  generate "):
+        if line.startswith("  generate 0/"):
             break
+    assert "prompts: " in line
+    assert "no image yet" in line
     process.send_signal(sent)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
