@@ -11,7 +11,6 @@ pixels and tokens that lie ready, in the same batches.
 import io
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.questions import load_suite
@@ -38,7 +37,7 @@ _ALONE_EVERY = 8  # the loop answers for one image in eight: it takes as long fo
 
 def main() -> None:
     """Measure the three in turns, then print a table and one JSON line."""
-    rounds = int(sys.argv[1].removeprefix("rounds=")) if len(sys.argv) > 1 else 5
+    rounds = read_settings({"rounds": 5})["rounds"]
     torch.set_num_threads(1)
     print(machine())
     with tempfile.TemporaryDirectory() as directory:

@@ -4,7 +4,6 @@ Run: python -m benchmarks.sampling [prompts=60]
 """
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.evaluation.config import JudgeConfig
 from selma_ray.evaluation.judges.opening import open_judge
 from selma_ray.evaluation.questions import PromptWithQuestions, load_suite
@@ -57,7 +56,7 @@ WAYS = (
 
 def main() -> None:
     """Draw and judge the same prompts from the same seeds in every way; print the table and one JSON line."""
-    options = {"prompts": 60} | {key: int(value) for key, _, value in (word.partition("=") for word in sys.argv[1:])}
+    options = read_settings({"prompts": 60})
     print(machine())
     torch.set_num_threads(1)
     suite = load_suite("miniature", options["prompts"])

@@ -30,7 +30,7 @@ from fastapi import FastAPI, Request
 from PIL import Image
 from ray import serve
 
-from benchmarks.common import machine, print_result, print_table
+from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.cluster import ClusterConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
@@ -54,8 +54,7 @@ System = Callable[[Sequence[Body]], float]
 
 def main() -> None:
     """Measure all systems in turns and print the table, and the ratios as one JSON line."""
-    options = {"requests": 32, "rounds": 3, "minutes": 3}
-    options |= {key: int(value) for key, _, value in (word.partition("=") for word in sys.argv[1:])}
+    options = read_settings({"requests": 32, "rounds": 3, "minutes": 3})
     print(machine())
     torch.set_num_threads(1)
     config = ServingConfig(

@@ -158,7 +158,7 @@ def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]
             break
         except Exception as error:
             unfitted = lane.unfitted()
-            if not unfitted:
+            if not unfitted:  # the run failed when its work was done
                 break
             failed, *others = unfitted
             logger.warning("expert %s failed", failed.name, exc_info=error)

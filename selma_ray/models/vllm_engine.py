@@ -38,7 +38,7 @@ def engine_options(settings: EngineSettings, *, seeded: bool) -> dict[str, Any]:
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
-    """Return the environment variables of an engine on the CPU: its cache and its threads; nothing on a GPU."""
+    """Return the environment variables of an engine on the CPU: its cache, threads and processes; nothing on a GPU."""
     if settings.num_gpus:
         return {}
     environment = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gb), **thread_env(max(1, int(settings.num_cpus)))}

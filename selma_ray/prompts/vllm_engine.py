@@ -50,7 +50,7 @@ def vllm_stage(
         processor_config,
         preprocess=_Preprocess(skills, config, chat),
         postprocess=_Postprocess(skills, config, chat),
-        # With these options they run inside the stages beside them: the source and the stage that decides.
+        # Requests are prepared inside the source; answers in one task at a time, as each task more would start a process.
         preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
         postprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
     )
