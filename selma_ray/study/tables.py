@@ -89,10 +89,10 @@ def write_tables(run: Run, scores: StudyScores) -> str:
     run.folder.write_json(values, STUDY, "study.json")
     text = "\n".join(
         [
-            f"Base and every model on the same {len(scores.suite)} prompts, seeds {', '.join(map(str, scores.seeds))}. DSG in percent; "
+            f"Base and every model on the same {len(scores.suite)} prompts, {_seed_words(scores.seeds)}. DSG in percent; "
             "95% intervals over prompts in brackets, ± is the deviation between seeds.",
             "",
-            *_score_rows(by_scale, titles),
+            *_score_rows(by_scale, titles, len(scores.seeds), len(scores.config.seeds)),
             "",
             "Difference to base at the same guidance, and of each at its own best guidance to base at its best:",
             "",
@@ -110,6 +110,10 @@ def write_tables(run: Run, scores: StudyScores) -> str:
     )
     run.folder.write_bytes(text.encode(), STUDY, "tables.md")
     return run.folder.path(STUDY, "tables.md")
+
+
+def _seed_words(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _is_wanted(model: str, study: StudyConfig) -> bool:
@@ -137,15 +141,19 @@ def _titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:
     return {BASE: BASE, **titles}
 
 
-def _score_rows(by_scale: Mapping[float, Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+def _score_rows(
+    by_scale: Mapping[float, Mapping[str, Any]], titles: Mapping[str, str], num_seeds: int, images_per_seed: int
+) -> list[str]:
+    def cell(scores: Mapping[str, Any] | None) -> str:
+        scored = len(scores["seeds"]["means"]) // images_per_seed if scores else num_seeds
+        return _figure(scores) + (f" ({scored} of {num_seeds} seeds)" if scored < num_seeds else "")
+
     head = ["model", *(f"guidance {scale:g}" for scale in by_scale)]
-    return _table(
-        head,
-        [
-            [titles[name], *(_figure(summary["models"].get(name)) for summary in by_scale.values())]
-            for name in _names(by_scale)
-        ],
-    )
+    rows = [
+        [titles[name], *(cell(summary["models"].get(name)) for summary in by_scale.values())]
+        for name in _names(by_scale)
+    ]
+    return _table(head, rows)
 
 
 def _difference_rows(

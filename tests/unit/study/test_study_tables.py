@@ -70,6 +70,18 @@ def test_tables_name_every_model_with_its_interval(run):
     assert any(line.startswith("| SELMA | +20.0 [") and line.endswith("(at 1, base at 1) |") for line in lines)
 
 
+def test_a_figure_of_fewer_seeds_than_others_says_so(run):
+    right = {"base": 5, "selma.merged": 7, "selma.common": 5}
+    for seed, guidance_scale in ((0, 1.0), (1, 1.0), (0, 2.0)):
+        score(run, seed, guidance_scale, right)
+    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
+    lines = run.folder.read_bytes("study", "tables.md").decode().splitlines()
+    (base,) = (line for line in lines if line.startswith("| base |"))
+    at_one, at_two = base.strip("| ").split(" | ")[1:]
+    assert "seeds)" not in at_one
+    assert at_two.endswith("(1 of 2 seeds)")
+
+
 def test_unfinished_scores_are_left_out(run):
     score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
     run.folder.delete("study", "scores", "seed=0", "guidance=1", "done")
