@@ -6,6 +6,7 @@ selma export RUN --to LAYOUT         its images, as other trainers read them
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,7 @@ _DATA_COMMANDS = ("data", "export")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
     options = _parsed(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         _execute(options)
     except KeyboardInterrupt:

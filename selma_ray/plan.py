@@ -4,7 +4,6 @@ Every figure is traced or counted from the configurations of the recipe's models
 text encoders, the language model and the judge are left out of them.
 """
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +141,6 @@ def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
 
 def show_plan(recipe: Recipe, tflops: float) -> None:
     """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     plan = plan_recipe(recipe)
     console = Console(highlight=False, soft_wrap=True)
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())

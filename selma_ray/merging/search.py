@@ -7,15 +7,17 @@ candidates, on what and where, is the caller's: this module holds no model and n
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cma
 import numpy as np
 
 from selma_ray.errors import AdapterError
 from selma_ray.merging.config import SearchConfig
 from selma_ray.merging.weights import Weights
 from selma_ray.storage import RunFolder
+
+if TYPE_CHECKING:
+    import cma
 
 __all__ = ["Candidate", "ScoreCandidates", "SearchResult", "num_candidates", "search_weights"]
 
@@ -147,7 +149,9 @@ def _weights(point: np.ndarray, groups: Sequence[str], skills: Sequence[str]) ->
     return {group: dict(zip(skills, row.tolist(), strict=True)) for group, row in zip(groups, by_group, strict=True)}
 
 
-def _strategy(dimensions: int, config: SearchConfig, seed: int) -> cma.CMAEvolutionStrategy:
+def _strategy(dimensions: int, config: SearchConfig, seed: int) -> "cma.CMAEvolutionStrategy":
+    import cma  # warns where matplotlib is missing, which no other merge needs to say
+
     draw = np.random.default_rng(seed)
     options = {
         "popsize": config.candidates,

@@ -96,7 +96,9 @@ def _convert(source: Path, target: Path) -> None:
     """Write a Hugging Face folder in bfloat16 from a quantized GGUF file, whole or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     logger.info("miniature: converting %s for first use", source.name)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
