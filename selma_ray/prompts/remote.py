@@ -36,9 +36,8 @@ def remote_stage(
         ),
         preprocess=_Preprocess(skills, config, chat),
         postprocess=_Postprocess(remote.url, chat),
-        # Answers are read in one task at a time, as each task more would start a process.
         preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
-        postprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
+        postprocess_map_kwargs={"num_cpus": 0},
     )
     processor.get_stage_by_name("HttpRequestStage").map_batches_kwargs.update(
         compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=tasks_in_flight),

@@ -49,9 +49,9 @@ def _processor(config: QuestionsConfig, cluster: ClusterConfig) -> Any:
         ),
         preprocess=_Preprocess(llm.max_tokens),
         postprocess=_postprocess,
-        # Answers are read in one task at a time, as each task more would start a process.
+        # With these options they run inside the stages beside them: the source and the stage that decides.
         preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
-        postprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
+        postprocess_map_kwargs={"num_cpus": 0},
     )
     for name in processor.list_stage_names():
         processor.get_stage_by_name(name).map_batches_kwargs.update(role_options("llm", cluster))
