@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from selma_ray.ground_truth import draw_images, write_captions
 from selma_ray.images.config import ImagesConfig
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.store import read_prompts
+from selma_ray.run.ground_truth import draw_images, write_captions
 from selma_ray.storage import RunFolder
 
 __all__ = ["draw_run"]

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from benchmarks.common import machine, print_result, print_table, read_settings
 from benchmarks.drawn_run import draw_run
-from selma_ray.cluster import ClusterConfig, connect, cpu_count
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect, cpu_count
 from selma_ray.experts.cache import encode_caches, skill_cache
-from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.launch import plan_experts, train_experts
 from selma_ray.miniature.skills import SKILLS
 from selma_ray.models.config import ModelConfig

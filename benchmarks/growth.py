@@ -12,7 +12,8 @@ import tempfile
 import time
 
 from benchmarks.common import machine, print_result, print_table
-from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.stream import prompt_stream
 from selma_ray.skills import load_skill

@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.questions import load_suite
+from selma_ray.judging.questions import load_suite
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.judge import MAX_QUESTION_TOKENS, MiniatureJudge, images_to_pixels
 from selma_ray.miniature.locate import judge_dir

@@ -30,7 +30,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import machine, print_result, print_table, read_settings
-from selma_ray.merging.adapters import LoraFactors, open_adapter, shapes_of, write_adapter
+from selma_ray.adapters.peft_format import LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.merging.bake import bake_pipeline
 from selma_ray.merging.methods import average_deltas, svd
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import machine, print_result, print_table, read_settings
-from selma_ray.loop import Progress, open_run, run_stage
-from selma_ray.recipe import load_recipe
+from selma_ray.run.opening import open_run
+from selma_ray.run.progress import Progress
+from selma_ray.run.recipe import load_recipe
+from selma_ray.run.stages import run_stage
 
 DEMO = Path(__file__).parents[1] / "jobs" / "recipes" / "demo.yaml"
 SKILLS = 5

@@ -16,7 +16,8 @@ import pyarrow as pa
 import ray
 
 from benchmarks.common import machine, print_result, print_table, read_settings
-from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.stream import render_stream
 from selma_ray.models.config import ModelConfig, SamplingConfig

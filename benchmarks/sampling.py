@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from benchmarks.common import machine, print_result, print_table, read_settings
-from selma_ray.evaluation.config import JudgeConfig
-from selma_ray.evaluation.judges.opening import open_judge
-from selma_ray.evaluation.questions import PromptWithQuestions, load_suite
-from selma_ray.evaluation.scoring import score_images
 from selma_ray.evaluation.statistics import paired_difference
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.questions import PromptWithQuestions, load_suite
+from selma_ray.judging.scoring import score_images
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline, use_scheduler
 from selma_ray.serving.batch import StepBatch

@@ -31,13 +31,13 @@ from PIL import Image
 from ray import serve
 
 from benchmarks.common import machine, print_result, print_table, read_settings
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.service import open_scorer
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import base64_of, encode
 from selma_ray.serving.run import start_service
+from selma_ray.serving.scorer import open_scorer
 from selma_ray.serving.served import ServedModels
 
 CLIENTS = 16

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from benchmarks.common import machine, print_result, print_table
 from benchmarks.rendering import bare_seconds, captions, load_bare
-from selma_ray.loop import Run, open_run, run_stage
-from selma_ray.recipe import Recipe, load_recipe
+from selma_ray.run.opening import Run, open_run
+from selma_ray.run.recipe import Recipe, load_recipe
+from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
 
 CORES = 2
@@ -119,7 +120,7 @@ def _generate(run: Run) -> None:
 
 
 def _prompts_alone(run: Run) -> None:
-    from selma_ray.cluster import connect
+    from selma_ray.cluster.connection import connect
     from selma_ray.prompts.stream import prompt_stream
 
     recipe: Recipe = run.recipe

@@ -27,8 +27,9 @@ from PIL import Image
 
 from benchmarks.common import machine, print_result, print_table, read_settings
 from benchmarks.drawn_run import draw_run
+from selma_ray.adapters.config import LoraSettings
 from selma_ray.experts.cache import EncodeExamples, skill_cache
-from selma_ray.experts.config import ExpertsConfig, LoraSettings
+from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.examples import EncodedExamples
 from selma_ray.experts.job import ExpertJob
 from selma_ray.models.config import ModelConfig

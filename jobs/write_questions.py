@@ -3,7 +3,7 @@
 python -m jobs.write_questions PROMPTS QUESTIONS.jsonl [key.path=value ...]
 
 PROMPTS is a text file of one a line, or JSON Lines of {"prompt"} with "id" and "skill" where there are any; the overrides are keys of
-`selma_ray.evaluation.generation.config.QuestionsConfig`, such as llm.name=FOLDER style=tifa. Prompts that QUESTIONS.jsonl holds
+`selma_ray.judging.writing.config.QuestionsConfig`, such as llm.name=FOLDER style=tifa. Prompts that QUESTIONS.jsonl holds
 already are not asked about again; those that fail stand in QUESTIONS.failed.jsonl.
 """
 
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect
 from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import SelmaError
-from selma_ray.evaluation.generation.config import QuestionsConfig
-from selma_ray.evaluation.generation.writing import read_prompts, write_questions
-from selma_ray.evaluation.tifa import CaptionAnswerer
+from selma_ray.judging.tifa import CaptionAnswerer
+from selma_ray.judging.writing.config import QuestionsConfig
+from selma_ray.judging.writing.files import read_prompts, write_questions
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         prompts = read_prompts(Path(prompts_path))
         cluster = ClusterConfig()
         connect(cluster)
-        from selma_ray.evaluation.generation.stage import vllm_replies
+        from selma_ray.judging.writing.engine import vllm_replies
 
         answerer = _caption_answerer(config)
         written = write_questions(prompts, config, Path(questions_path), vllm_replies(config, cluster), answerer)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 def _caption_answerer(config: QuestionsConfig) -> CaptionAnswerer | None:
     if config.caption_model is None:
         return None
-    from selma_ray.evaluation.caption_answerer import Seq2SeqAnswerer
+    from selma_ray.judging.caption_answerer import Seq2SeqAnswerer
 
     return Seq2SeqAnswerer(config.caption_model)
 

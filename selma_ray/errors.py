@@ -18,10 +18,6 @@
 Each message is one line: key or file, rule, value, remedy.
 """
 
-import re
-from collections.abc import Iterator
-from typing import Any
-
 __all__ = [
     "AdapterError",
     "CaptionError",
@@ -37,8 +33,6 @@ __all__ = [
     "SkillError",
     "StorageError",
     "TrainingError",
-    "causes_of",
-    "known_error",
 ]
 
 
@@ -100,35 +94,3 @@ class JudgeError(SelmaError):
 
 class ServingError(SelmaError):
     """The HTTP service cannot start, or refuses a request."""
-
-
-def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it was raised from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def known_error(error: BaseException | None) -> SelmaError | None:
-    """Return the SelmaError that an error is or was caused by; Ray wraps what tasks and actors raise.
-
-    Of what a stage of Ray Data raises, only the text comes out: the last line of a traceback in a longer message.
-    """
-    links, seen = [], set[int]()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        links.append(error)
-        cause: Any = getattr(error, "cause", None)
-        if isinstance(cause, BaseException):
-            error = cause
-            continue
-        if isinstance(error, SelmaError):
-            return error
-        error = error.__cause__ or error.__context__
-    return next(filter(None, (_quoted_error(str(link)) for link in links)), None)
-
-
-def _quoted_error(message: str) -> SelmaError | None:
-    found = re.search(rf"^{re.escape(__name__)}\.(?P<kind>\w+Error): (?P<line>.+)", message, re.MULTILINE)
-    kind = globals().get(found["kind"]) if found else None
-    return kind(found["line"]) if found and kind else None

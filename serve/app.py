@@ -6,16 +6,18 @@ from pathlib import Path
 
 from ray import serve
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError
-from selma_ray.loop import Run
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
-from selma_ray.recipe import load_recipe
-from selma_ray.service import open_experts, scorer_of, served_models
+from selma_ray.run.opening import Run
+from selma_ray.run.recipe import load_recipe
+from selma_ray.run.serve import served_models
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
+from selma_ray.serving.experts import open_experts
+from selma_ray.serving.scorer import scorer_of
 from selma_ray.serving.served import ServedModels
 from selma_ray.storage import RunFolder
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from selma_ray.merging.adapters import LoraFactors, write_adapter
+from selma_ray.adapters.peft_format import LoraFactors, write_adapter
 from selma_ray.models.rendering import denoiser_of
 
 RANKS = {"counting": 4, "style": 2, "common": 3}

@@ -1,7 +1,1 @@
-"""Stage: evaluation.
-
-Two ways in by name, for whoever holds images:
-
-    judges.opening.open_judge(JudgeConfig(name=...))   a judge: images and questions in, answers or reasons out
-    metrics.open_metric(NAME, judge=..., model=...)    a metric of `metrics.METRICS`: images and prompts in, values or reasons out
-"""
+"""Stage: base, experts and merged model on the same prompts and seeds, with intervals and paired differences."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from selma_ray.evaluation.judges.interface import Judge
-from selma_ray.evaluation.questions import PromptWithQuestions
+from selma_ray.judging.judges.interface import Judge
+from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.miniature.facts import Facts
 from selma_ray.miniature.parsing import parse_facts
 from selma_ray.miniature.scenes import BACKGROUNDS, INVERSE, STYLES, Scene, render_scene

@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from selma_ray.adapters.applying import load_adapted_pipeline
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.judges.opening import open_judge
-from selma_ray.evaluation.questions import PromptWithQuestions
-from selma_ray.evaluation.scoring import score_images
+from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.questions import PromptWithQuestions
+from selma_ray.judging.scoring import score_images
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.rendering import Renderer, load_pipeline
+from selma_ray.models.rendering import Renderer
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id, seed_of
 from selma_ray.storage import RunFolder
 
@@ -124,7 +125,7 @@ class RenderChunk:
             self._loaded = None  # frees the previous pipeline before the next is loaded
             tested = self._models[name]
             adapter_dir = Path(tested.adapter_dir) if tested.adapter_dir else None
-            self._loaded = (name, Renderer(load_pipeline(tested.model, adapter_dir), self._config.sampling))
+            self._loaded = (name, Renderer(load_adapted_pipeline(tested.model, adapter_dir), self._config.sampling))
         return self._loaded[1]
 
 

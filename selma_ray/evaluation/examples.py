@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from selma_ray.evaluation.dsg import mean_score
 from selma_ray.evaluation.scores import images_scored
 from selma_ray.evaluation.summary import BASE, MERGED
+from selma_ray.judging.dsg import mean_score
 from selma_ray.storage import RunFolder
 
 __all__ = ["Answered", "Example", "Verdict", "choose_examples", "paired_examples", "read_images", "training_images"]

@@ -15,11 +15,11 @@ from pydantic import Field
 
 from selma_ray.config import StrictModel
 from selma_ray.errors import JudgeError
-from selma_ray.evaluation.config import JudgeConfig
-from selma_ray.evaluation.judges.opening import open_judge
-from selma_ray.evaluation.metrics import MODEL_METRICS, PROMPT_METRICS, ImageMetric, open_metric
 from selma_ray.evaluation.statistics import figure, paired_difference
 from selma_ray.evaluation.summary import BASE
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.metrics import MODEL_METRICS, PROMPT_METRICS, ImageMetric, open_metric
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from selma_ray.errors import ConfigError, JudgeError
 from selma_ray.evaluation.config import EvaluationConfig, OtherResult
-from selma_ray.evaluation.questions import PromptWithQuestions
+from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.storage import RunFolder
 
 __all__ = ["OtherAnswers", "read_others", "refuse_other_judges"]

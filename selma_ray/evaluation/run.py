@@ -19,17 +19,19 @@ import pyarrow as pa
 import ray
 
 from selma_ray import errors
-from selma_ray.cluster import ClusterConfig, cpu_count, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import cpu_count
+from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ConfigError, RenderError
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.dsg import mean_score
 from selma_ray.evaluation.judge_error import judge_error_summary
-from selma_ray.evaluation.judges.opening import judge_identity
 from selma_ray.evaluation.others import read_others, refuse_other_judges
-from selma_ray.evaluation.questions import PromptWithQuestions
 from selma_ray.evaluation.scores import question_scores
 from selma_ray.evaluation.summary import BASE, EvaluationSummary, ModelScores, model_scores, score_table, summarise
+from selma_ray.judging.dsg import mean_score
+from selma_ray.judging.judges.opening import judge_identity
+from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -136,7 +138,7 @@ def _judge_error(
 
 def _known_answers(config: EvaluationConfig, suite: Sequence[PromptWithQuestions], seed: int) -> list[dict[str, Any]]:
     from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes
-    from selma_ray.evaluation.judges.opening import open_judge
+    from selma_ray.judging.judges.opening import open_judge
 
     scenes = draw_known_scenes(suite, config.calibration_scenes, seed)
     return ask_known_scenes(open_judge(config.judge), scenes)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from selma_ray.evaluation.dsg import SCORERS, Answered, QuestionScores
+from selma_ray.judging.dsg import SCORERS, Answered, QuestionScores
 
 __all__ = ["images_scored", "question_scores"]
 

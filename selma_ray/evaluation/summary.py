@@ -14,11 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.dsg import SCORERS
-from selma_ray.evaluation.questions import PromptWithQuestions
 from selma_ray.evaluation.scores import images_scored
-from selma_ray.evaluation.soft import soft_dsg
 from selma_ray.evaluation.statistics import Difference, Figure, figure, holm, paired_difference
+from selma_ray.judging.dsg import SCORERS
+from selma_ray.judging.questions import PromptWithQuestions
+from selma_ray.judging.soft import soft_dsg
 
 __all__ = [
     "BASE",

@@ -4,20 +4,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import StrictModel
 
-__all__ = ["DpoConfig", "ExpertsConfig", "LoraSettings", "MixedConfig", "MoeConfig", "SelectionConfig"]
-
-
-class LoraSettings(StrictModel):
-    """The adapter's shape."""
-
-    rank: int = Field(default=128, ge=1)
-    """Rank r of the adapter."""
-    alpha: float = Field(default=128, gt=0)
-    """Numerator of the adapter's scale alpha/r."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the modules that get an adapter."""
+__all__ = ["DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig", "SelectionConfig"]
 
 
 class SelectionConfig(StrictModel):

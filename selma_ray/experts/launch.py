@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ConfigError, TrainingError
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig

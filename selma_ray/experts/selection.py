@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import role_options
 from selma_ray.experts.config import SelectionConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
 

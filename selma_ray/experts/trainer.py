@@ -9,14 +9,14 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from diffusers.optimization import get_scheduler
 
+from selma_ray.adapters.mixture_of_experts import Factors, add_mixture, read_experts, write_mixture
+from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import TrainingError
-from selma_ray.experts.adapter import add_adapter, export_adapter, trainable_parameters
 from selma_ray.experts.examples import EncodedExamples, batch_positions, dropped_captions, example_generators
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
 from selma_ray.models.family import Batch, open_family
-from selma_ray.models.mixture import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.records import seed_of
 
 __all__ = ["Curve", "ExpertTrainer"]

@@ -11,7 +11,8 @@ from typing import Any
 
 from ray.data import Dataset
 
-from selma_ray.errors import RenderError, causes_of
+from selma_ray.cluster.errors import causes_of
+from selma_ray.errors import RenderError
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.shards import drop_duplicates, existing_ids, too_many_failures

@@ -4,7 +4,8 @@ from typing import Any
 
 from ray.data import ActorPoolStrategy, Dataset
 
-from selma_ray.cluster import ClusterConfig, beside_driver, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import beside_driver, role_options
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import open_engine
 from selma_ray.images.plan import PlanImages

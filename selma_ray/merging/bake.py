@@ -8,10 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from selma_ray.adapters.deltas import Delta
+from selma_ray.adapters.streaming import DTYPES, TensorSpec, write_safetensors
 from selma_ray.errors import AdapterError, ModelNotFoundError
-from selma_ray.merging.deltas import Delta
 from selma_ray.merging.pipeline_files import copy_file, pipeline_files
-from selma_ray.merging.streaming import DTYPES, TensorSpec, write_safetensors
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 

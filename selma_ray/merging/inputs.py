@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from selma_ray.adapters.peft_format import CONFIG_FILE, Adapter, open_adapter
 from selma_ray.errors import AdapterError
-from selma_ray.merging.adapters import CONFIG_FILE, Adapter, open_adapter
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.storage import RunFolder

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from selma_ray.merging.adapters import LoraFactors
-from selma_ray.merging.deltas import DenseDelta
+from selma_ray.adapters.deltas import DenseDelta
+from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.records import seed_of
 
 __all__ = ["dare", "disjoint_mean", "knots", "ties", "trimmed"]

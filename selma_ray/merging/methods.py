@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from selma_ray.adapters.deltas import Delta, truncated
+from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.errors import AdapterError
-from selma_ray.merging.adapters import LoraFactors
-from selma_ray.merging.deltas import Delta, truncated
 from selma_ray.merging.interference import dare, knots, ties
 
 __all__ = [

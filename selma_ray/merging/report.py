@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from selma_ray.merging.adapters import LoraFactors
-from selma_ray.merging.deltas import Delta, squared_singular_values
+from selma_ray.adapters.deltas import Delta, squared_singular_values
+from selma_ray.adapters.peft_format import LoraFactors
 
 __all__ = ["MergeReport", "inner_product", "sign_conflicts", "singular_values"]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from selma_ray.adapters.deltas import Delta, DenseDelta, truncated
+from selma_ray.adapters.exports import EXPORT_FILES, write_diffusers, write_kohya
+from selma_ray.adapters.peft_format import WEIGHTS_FILE, Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.errors import AdapterError
-from selma_ray.merging.adapters import WEIGHTS_FILE, Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.deltas import Delta, DenseDelta, truncated
-from selma_ray.merging.exports import EXPORT_FILES, write_diffusers, write_kohya
 from selma_ray.merging.inputs import open_experts
 from selma_ray.merging.methods import DENSE_METHODS, METHODS, MergeOptions, default_weight
 from selma_ray.merging.replacing import replace_folder

@@ -4,18 +4,15 @@ import gc
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
-from peft import PeftModel
 from PIL import Image
 
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
-from selma_ray.models.mixture import is_mixture, load_mixture
 
 __all__ = ["CPU_LANES", "DTYPES", "Renderer", "denoiser_of", "load_pipeline", "use_scheduler"]
 
@@ -27,8 +24,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
 
 
-def load_pipeline(model: ModelConfig, adapter_dir: str | Path | None = None) -> DiffusionPipeline:
-    """Load a pipeline on the best device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
+def load_pipeline(model: ModelConfig) -> DiffusionPipeline:
+    """Load a pipeline on the best device."""
     located = locate_text_to_image(model.name, model.revision)
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
@@ -43,11 +40,6 @@ def load_pipeline(model: ModelConfig, adapter_dir: str | Path | None = None) -> 
         raise ModelNotFoundError(
             f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder"
         ) from None
-    if adapter_dir is not None and is_mixture(adapter_dir):
-        load_mixture(denoiser_of(pipeline), adapter_dir)
-    elif adapter_dir is not None:
-        adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
-        pipeline.register_modules(**{"unet" if getattr(pipeline, "unet", None) is not None else "transformer": adapted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
-from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import role_options
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.skills import Skill
 

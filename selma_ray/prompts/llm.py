@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from ray.data import Dataset
 
-from selma_ray.cluster import ClusterConfig
-from selma_ray.errors import ConfigError, LLMError, causes_of, known_error
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.errors import causes_of, known_error
+from selma_ray.errors import ConfigError, LLMError
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.free import free_stage

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import LLMError
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.requests import chat_message

@@ -6,7 +6,8 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from selma_ray.cluster import ClusterConfig, beside_driver
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import beside_driver
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.feed import DecideAnswers, PromptFeed, RequestSource
 from selma_ray.prompts.llm import LLMStage, answer_stage

@@ -10,7 +10,8 @@ import ray
 from ray.data import Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.locate import locate_llm
 from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from PIL import Image
 
+from selma_ray.adapters.mixing import Mix
 from selma_ray.serving.caching import RowMemory
-from selma_ray.serving.requests import ImageRequest, Mix
+from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.schedulers import Course
 
 __all__ = ["Condition", "Conditions", "Denoiser", "Texts", "for_request"]

@@ -11,10 +11,10 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
+from selma_ray.adapters.mixing import Expert, ExpertLayers
 from selma_ray.errors import ConfigError
 from selma_ray.serving.caching import DeepFeatures
 from selma_ray.serving.conditions import Condition, Conditions, Denoiser, Texts
-from selma_ray.serving.experts import Expert, ExpertLayers
 from selma_ray.serving.flow_denoisers import FluxDenoiser, StableDiffusion3Denoiser
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.schedulers import Course

@@ -14,7 +14,8 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from selma_ray.cluster import ClusterConfig, role_options
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ServingError
 from selma_ray.serving.api import build_app
 from selma_ray.serving.backend import Drawn

@@ -1,113 +1,17 @@
-"""Experts on one base denoiser, weighed apart for each row of a batch.
+"""The experts of a service, read from their adapter folders."""
 
-A row n with weights w_nk gets the output of W x + sum_k w_nk B_k A_k x: what PEFT's `set_adapters` gives a whole batch. The
-factors of the experts in use are stacked, so that a module costs two more products, however many mixes share the batch.
+from collections.abc import Mapping
 
-Shapes: N rows, I input features, O output features, R summed ranks of the experts in use.
-"""
+from selma_ray.adapters.mixing import Expert, LowRank
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
-
-from selma_ray.errors import AdapterError
-from selma_ray.serving.requests import Mix
-
-__all__ = ["Expert", "ExpertLayers", "LowRank"]
+__all__ = ["open_experts"]
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The delta B_OR @ A_RI of one module; an adapter's scale is folded into B."""
+def open_experts(folders: Mapping[str, str]) -> dict[str, Expert]:
+    """Read experts from adapter folders, by name; called on the replica that mixes them. Raises AdapterError."""
+    from selma_ray.adapters.peft_format import open_adapter
 
-    A_RI: torch.Tensor
-    B_OR: torch.Tensor
-
-
-Expert = Mapping[str, LowRank]
-"""An expert's deltas by the names of the denoiser's modules."""
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """One module's factors of all experts in use, one above the other."""
-
-    A_RI: torch.Tensor
-    B_OR: torch.Tensor
-    experts: torch.Tensor
-    """To which of the experts in use each rank belongs."""
-
-
-class ExpertLayers:
-    """Hooks that add experts to a denoiser; until `weigh` names mixes, and for rows without experts, it is the base.
-
-    Raises AdapterError where an expert adapts a module that the denoiser does not have, or has in another shape.
-    """
-
-    def __init__(self, denoiser: torch.nn.Module, experts: Mapping[str, Expert]) -> None:
-        self._denoiser = denoiser
-        self._experts = {name: _fitted(name, expert, denoiser) for name, expert in experts.items()}
-        self._active: tuple[str, ...] = ()
-        self._stacks: dict[str, _Stack | None] = {}
-        self._weights_NK: torch.Tensor | None = None
-        for module_name in sorted({module for expert in self._experts.values() for module in expert}):
-            denoiser.get_submodule(module_name).register_forward_hook(self._hook(module_name))
-
-    def weigh(self, mixes_N: Sequence[Mix]) -> None:
-        """Set the mix of each row for the calls of the denoiser that follow."""
-        active = tuple(sorted({name for mix in mixes_N for name, weight in mix if weight}))
-        if not active:
-            self._weights_NK = None
-            return
-        if active != self._active:
-            self._active, self._stacks = active, {}
-        rows = [[dict(mix).get(name, 0.0) for name in active] for mix in mixes_N]
-        self._weights_NK = torch.tensor(rows, device=self._denoiser.device, dtype=self._denoiser.dtype)
-
-    def _hook(self, module_name: str):
-        def add_deltas(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            stack = self._stack(module_name) if self._weights_NK is not None else None
-            if stack is None or self._weights_NK is None:
-                return output
-            rows = inputs[0]
-            weights_NR = self._weights_NK[:, stack.experts]
-            weights = weights_NR.view(len(rows), *(1,) * (rows.dim() - 2), -1)
-            return output + ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
-
-        return add_deltas
-
-    def _stack(self, module_name: str) -> _Stack | None:
-        """Return the factors of the experts in use, none where none adapts the module; kept until others are in use."""
-        if module_name not in self._stacks:
-            parts = {
-                k: self._experts[name][module_name]
-                for k, name in enumerate(self._active)
-                if module_name in self._experts[name]
-            }
-            self._stacks[module_name] = _stacked(parts) if parts else None
-        return self._stacks[module_name]
-
-
-def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
-    owners = [k for k, part in parts.items() for _ in range(len(part.A_RI))]
-    A_RI = torch.cat([part.A_RI for part in parts.values()])
-    B_OR = torch.cat([part.B_OR for part in parts.values()], dim=1)
-    return _Stack(A_RI, B_OR, torch.tensor(owners, device=A_RI.device))
-
-
-def _fitted(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, LowRank]:
-    """Return the expert's factors in the denoiser's precision and on its device."""
-    modules = dict(denoiser.named_modules())
-    fitted = {}
-    for module_name, delta in expert.items():
-        shape = (len(delta.B_OR), delta.A_RI.shape[1])
-        module = modules.get(module_name)
-        if not isinstance(module, torch.nn.Linear) or tuple(module.weight.shape) != shape:
-            raise AdapterError(
-                f"expert {name}: {module_name} must be a linear module of shape {shape} in the model that is served; "
-                "serve experts with the model they were fitted to"
-            )
-        device, dtype = module.weight.device, module.weight.dtype
-        fitted[module_name] = LowRank(delta.A_RI.to(device, dtype), delta.B_OR.to(device, dtype))
-    return fitted
+    return {
+        name: {factors.module: LowRank(factors.A_RI, factors.scale * factors.B_OR) for factors in open_adapter(folder)}
+        for name, folder in folders.items()
+    }

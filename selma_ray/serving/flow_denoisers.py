@@ -13,9 +13,9 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
+from selma_ray.adapters.mixing import Expert, ExpertLayers
 from selma_ray.serving.conditions import Condition, Conditions, Texts, for_request
 from selma_ray.serving.errors import invalid_request
-from selma_ray.serving.experts import Expert, ExpertLayers
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.schedulers import Course
 

@@ -11,13 +11,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from selma_ray.adapters.mixing import Expert
 from selma_ray.config import StrictModel, validate
 from selma_ray.models.config import ModelConfig
 from selma_ray.serving.backend import Drawn
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat, encode
 from selma_ray.serving.engine import Engine
-from selma_ray.serving.experts import Expert
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ServedModels
 
@@ -161,9 +161,10 @@ def use_threads(num_threads: int | None) -> None:
 
 def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None = None) -> Any:
     """Return a pipeline with the denoiser of `model` that shares everything else with `pipeline`."""
-    from selma_ray.models.rendering import denoiser_of, load_pipeline
+    from selma_ray.adapters.applying import load_adapted_pipeline
+    from selma_ray.models.rendering import denoiser_of
 
     other = copy(pipeline)
     part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
-    setattr(other, part, denoiser_of(load_pipeline(model, adapter_dir)))
+    setattr(other, part, denoiser_of(load_adapted_pipeline(model, adapter_dir)))
     return other

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-__all__ = ["MERGED", "ImageRequest", "Mix"]
+from selma_ray.adapters.mixing import Mix
 
-Mix = tuple[tuple[str, float], ...]
-"""Experts on the base model by name, each with the weight of its delta; none is the base model itself."""
+__all__ = ["MERGED", "ImageRequest"]
 
 MERGED = None
 """In place of a mix: the merged model, whose weights are baked."""

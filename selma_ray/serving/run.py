@@ -12,7 +12,8 @@ from typing import Any
 
 from ray import serve
 
-from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect
 from selma_ray.errors import ConfigError, ServingError
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application

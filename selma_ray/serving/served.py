@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from selma_ray.adapters.mixing import Mix
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.serving.errors import RequestError, invalid_request
-from selma_ray.serving.requests import MERGED, Mix
+from selma_ray.serving.requests import MERGED
 
 __all__ = ["BASE", "ModelNames", "ServedModels"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import ConfigError
-from selma_ray.loop import Run
-from selma_ray.recipe import Recipe
+from selma_ray.run.opening import Run
+from selma_ray.run.recipe import Recipe
 from selma_ray.study.config import StudyConfig
 
 __all__ = ["arm_recipe", "check_study", "reuse", "shared_values", "study_folder"]

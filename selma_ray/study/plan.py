@@ -9,7 +9,7 @@ from selma_ray.errors import SelmaError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.plan import plan_experts
 from selma_ray.models.config import SamplingConfig
-from selma_ray.recipe import Recipe
+from selma_ray.run.recipe import Recipe
 from selma_ray.study.arms import arm_recipe, check_study, shared_values
 from selma_ray.study.config import ArmConfig
 
@@ -74,7 +74,7 @@ def _models(recipe: Recipe, arm: ArmConfig) -> int:
 
 
 def _scored(recipe: Recipe, seeds: int, models: int) -> tuple[tuple[int, SamplingConfig], ...] | None:
-    from selma_ray.evaluation.suites import open_suite
+    from selma_ray.judging.suites import open_suite
 
     study, evaluation = recipe.study, recipe.evaluation
     assert study is not None

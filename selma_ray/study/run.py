@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from selma_ray.cluster import connect
+from selma_ray.cluster.connection import connect
 from selma_ray.experts.plan import MIXED_PREFIX, MIXTURE
-from selma_ray.loop import Progress, Report, Run, models_under_test, open_run, run_stage
+from selma_ray.run.evaluate import models_under_test
+from selma_ray.run.opening import Run, open_run
+from selma_ray.run.progress import Progress, Report
+from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse, study_folder
 from selma_ray.study.config import ArmConfig, Kind, StudyConfig
@@ -54,7 +57,7 @@ def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report)
 def _score(run: Run, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
     """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
-    from selma_ray.evaluation.suites import open_suite
+    from selma_ray.judging.suites import open_suite
 
     study, evaluation = _study(run), run.recipe.evaluation
     config = evaluation.model_copy(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.questions import PromptWithQuestions
 from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores, summarise
 from selma_ray.experts.plan import MIXTURE
-from selma_ray.loop import Run
+from selma_ray.judging.questions import PromptWithQuestions
+from selma_ray.run.opening import Run
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import STUDY, study_folder
 from selma_ray.study.config import StudyConfig

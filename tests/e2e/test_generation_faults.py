@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selma_ray.evaluation.suites import open_suite
 from selma_ray.images.plan import PlanImages
+from selma_ray.judging.suites import open_suite
 from selma_ray.prompts.free import AnswerAtNoCost
 from selma_ray.prompts.pool import Answer, PromptPool
 from selma_ray.prompts.store import read_prompts
-from selma_ray.recipe import load_recipe
+from selma_ray.run.recipe import load_recipe
 from selma_ray.skills import load_skills
 from selma_ray.storage import RunFolder
 from tests.e2e.conftest import DEMO, REPOSITORY

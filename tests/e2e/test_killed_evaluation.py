@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from selma_ray.loop import STAGES
 from selma_ray.miniature.locate import text_to_image_dir
+from selma_ray.run.stages import STAGES
 from selma_ray.storage import RunFolder
 from tests.e2e.conftest import DEMO, REPOSITORY, SMALL
 

@@ -16,7 +16,8 @@ from tests.unit.experts.rendered_images import write_images
 
 FIT = """
 import sys
-from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect
 from selma_ray.experts.config import ExpertsConfig, LoraSettings
 from selma_ray.experts.launch import plan_experts, train_experts
 from selma_ray.models.config import ModelConfig

@@ -2,7 +2,8 @@
 
 import pytest
 
-from selma_ray.cluster import ClusterConfig, connect
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.connection import connect
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import ConfigError
-from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
-from selma_ray.evaluation.judges.opening import open_judge
-from selma_ray.evaluation.questions import PromptWithQuestions, Question
+from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
-from selma_ray.evaluation.scoring import ImageScorer
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.questions import PromptWithQuestions, Question
+from selma_ray.judging.scoring import ImageScorer
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
-from tests.unit.evaluation.tiny_judges import save_tiny_vilt
-from tests.unit.merging.adapters_on_disk import save_random_adapter
+from tests.unit.adapters.adapters_on_disk import save_random_adapter
+from tests.unit.judging.tiny_judges import save_tiny_vilt
 
 SEED = 5
 SUITE = [

@@ -13,14 +13,15 @@ from peft import PeftModel
 from ray import cloudpickle
 from safetensors.torch import load_file
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.adapters.mixture_of_experts import load_mixture
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import JudgeError, TrainingError
-from selma_ray.experts.config import ExpertsConfig, LoraSettings, SelectionConfig
+from selma_ray.experts.config import ExpertsConfig, SelectionConfig
 from selma_ray.experts.launch import train_experts
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
-from selma_ray.models.mixture import load_mixture
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images
 

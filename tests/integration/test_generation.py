@@ -9,7 +9,7 @@ import pytest
 from ray import cloudpickle
 from ray.data import ActorPoolStrategy
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.stream import image_summary, read_images, render_stream
 from selma_ray.models.config import ModelConfig, SamplingConfig

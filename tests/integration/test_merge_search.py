@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from selma_ray.errors import ConfigError
-from selma_ray.ground_truth import write_captions
-from selma_ray.loop import open_run, run_stage
 from selma_ray.miniature.locate import text_to_image_dir
-from selma_ray.recipe import load_recipe
-from tests.unit.merging.adapters_on_disk import save_random_adapter
+from selma_ray.run.ground_truth import write_captions
+from selma_ray.run.opening import open_run
+from selma_ray.run.recipe import load_recipe
+from selma_ray.run.stages import run_stage
+from tests.unit.adapters.adapters_on_disk import save_random_adapter
 
 DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
 OVERRIDES = [

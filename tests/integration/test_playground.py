@@ -9,11 +9,12 @@ from PIL import Image
 
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.service import open_experts, open_scorer
 from selma_ray.serving.api import build_app
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.experts import open_experts
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.keys import ApiKey, read_keys
+from selma_ray.serving.scorer import open_scorer
 from selma_ray.serving.served import ServedModels
 from tests.browser import CHROMIUM, Browser, chromium
 from tests.local_service import LocalBackend, served

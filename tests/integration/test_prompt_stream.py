@@ -15,7 +15,7 @@ import pytest
 from ray import cloudpickle
 from ray.data import ActorPoolStrategy
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import LLMError
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.prompts import free

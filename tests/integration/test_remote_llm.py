@@ -9,7 +9,8 @@ import urllib.request
 
 import pytest
 
-from selma_ray.cluster import ClusterConfig, thread_env
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.placement import thread_env
 from selma_ray.errors import LLMError
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.locate import llm_dir

@@ -9,7 +9,7 @@ import ray
 from PIL import Image
 from ray import cloudpickle
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import RenderError
 from selma_ray.images.config import ImagesConfig, SelectionConfig
 from selma_ray.images.stream import follow, image_summary, read_images, render_stream

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from ray import cloudpickle
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import CaptionError, ConfigError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.service import open_experts
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.evaluator import Asked, Judged
+from selma_ray.serving.experts import open_experts
 from selma_ray.serving.run import Service, start_service
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import save_experts

@@ -22,15 +22,16 @@ import pytest
 from PIL import Image
 from ray import cloudpickle, serve
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.adapters.mixing import Expert
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.service import open_experts, open_scorer
 from selma_ray.serving.batch import Outcome, StepBatch
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.evaluator import Asked
-from selma_ray.serving.experts import Expert
+from selma_ray.serving.experts import open_experts
 from selma_ray.serving.run import APPLICATION_NAME, Service, start_service
+from selma_ray.serving.scorer import open_scorer
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import save_experts
 

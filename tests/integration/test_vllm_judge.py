@@ -6,11 +6,11 @@ from PIL import Image
 from transformers import AutoProcessor, Idefics3ForConditionalGeneration
 
 from selma_ray.errors import JudgeError
-from selma_ray.evaluation.config import JudgeConfig
-from selma_ray.evaluation.judges.asking import Inquiry, ask, ask_images
-from selma_ray.evaluation.judges.opening import open_judge
-from selma_ray.evaluation.judges.vllm_vlm import compose_question
-from tests.unit.evaluation.tiny_judges import save_tiny_idefics3
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.judges.asking import Inquiry, ask, ask_images
+from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.judges.vllm_vlm import compose_question
+from tests.unit.judging.tiny_judges import save_tiny_idefics3
 
 pytestmark = pytest.mark.heavy  # vLLM takes half a minute to start
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from selma_ray.cluster import ClusterConfig
-from selma_ray.evaluation.generation.config import QuestionLLMConfig, QuestionsConfig
-from selma_ray.evaluation.generation.rounds import Request
-from selma_ray.evaluation.generation.stage import vllm_replies
-from selma_ray.evaluation.generation.writing import PromptToAsk, write_questions
-from selma_ray.evaluation.questions import load_suite
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.judging.questions import load_suite
+from selma_ray.judging.writing.config import QuestionLLMConfig, QuestionsConfig
+from selma_ray.judging.writing.engine import vllm_replies
+from selma_ray.judging.writing.files import PromptToAsk, write_questions
+from selma_ray.judging.writing.rounds import Request
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("ray_cluster")]  # an engine starts for every round of calls
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from selma_ray.errors import ConfigError, LLMError, StorageError, known_error
+from selma_ray.cluster.errors import known_error
+from selma_ray.errors import ConfigError, LLMError, StorageError
 
 
 class WrappedError(Exception):

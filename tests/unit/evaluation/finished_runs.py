@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.dsg import Answered, mean_score, official
 from selma_ray.evaluation.judge_error import judge_error_summary
-from selma_ray.evaluation.questions import load_suite
 from selma_ray.evaluation.summary import model_scores, summarise
+from selma_ray.judging.dsg import Answered, mean_score, official
+from selma_ray.judging.questions import load_suite
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.scenes import render_scene
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes, truths
-from selma_ray.evaluation.config import JudgeConfig
 from selma_ray.evaluation.judge_error import calibration_summary, figures_with_judge_error, judge_error_summary
-from selma_ray.evaluation.judges.opening import open_judge
-from selma_ray.evaluation.questions import load_suite
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.questions import load_suite
 from selma_ray.miniature.parsing import parse_facts
 from selma_ray.miniature.questions import questions_of_facts
 

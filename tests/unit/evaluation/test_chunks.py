@@ -4,15 +4,16 @@ import pytest
 
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.chunks import JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
-from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig
-from selma_ray.evaluation.questions import PromptWithQuestions, Question
+from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.run import WorkOnChunks
 from selma_ray.evaluation.summary import model_scores
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.questions import PromptWithQuestions, Question
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import Renderer
 from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
-from tests.unit.evaluation.tiny_judges import save_tiny_miniature_judge
+from tests.unit.judging.tiny_judges import save_tiny_miniature_judge
 
 SUITE = [
     PromptWithQuestions(f"p{n}", "common", f"{n} cups", (Question(1, "whole", "is there a cup?"),)) for n in range(5)

@@ -3,16 +3,17 @@
 import pyarrow as pa
 import pytest
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import JudgeError, RenderError
 from selma_ray.evaluation import run
 from selma_ray.evaluation.chunks import JudgeChunk, RenderChunk
-from selma_ray.evaluation.config import EvaluationConfig, JudgeConfig, OtherResult
-from selma_ray.evaluation.questions import PromptWithQuestions, Question
+from selma_ray.evaluation.config import EvaluationConfig, OtherResult
 from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.questions import PromptWithQuestions, Question
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.storage import RunFolder
-from tests.unit.evaluation.tiny_judges import save_tiny_miniature_judge
+from tests.unit.judging.tiny_judges import save_tiny_miniature_judge
 
 SUITE = [
     PromptWithQuestions(

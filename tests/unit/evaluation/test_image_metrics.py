@@ -11,11 +11,11 @@ from PIL import Image
 from jobs.score_images import main
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.image_metrics import ScoreImagesConfig, open_configured, score_run
-from selma_ray.evaluation.metrics import MetricScore
-from selma_ray.evaluation.preferences.convert import clip_from_open_clip
+from selma_ray.judging.metrics import MetricScore
+from selma_ray.judging.preferences.convert import clip_from_open_clip
 from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
-from tests.unit.evaluation import tiny_preferences as tiny
+from tests.unit.judging import tiny_preferences as tiny
 
 PROMPTS = ["a red cup", "two dogs", "a car"]
 CONFIG = ScoreImagesConfig(bootstrap_resamples=100)

@@ -3,7 +3,7 @@ import pytest
 from selma_ray.errors import ConfigError, JudgeError
 from selma_ray.evaluation.config import EvaluationConfig, OtherResult
 from selma_ray.evaluation.others import read_others, refuse_other_judges
-from selma_ray.evaluation.questions import load_suite
+from selma_ray.judging.questions import load_suite
 from tests.unit.evaluation.finished_runs import JUDGE, write_finished_run
 
 SUITE = load_suite("miniature", 5)

@@ -1,8 +1,8 @@
 import pytest
 
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.questions import PromptWithQuestions, Question
 from selma_ray.evaluation.summary import model_scores, prompt_totals, score_table, summarise
+from selma_ray.judging.questions import PromptWithQuestions, Question
 
 SUITE = [
     PromptWithQuestions("a", "common", "a red cup", (Question(1, "whole", "?"), Question(2, "color", "?", (1,)))),

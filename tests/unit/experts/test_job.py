@@ -1,6 +1,7 @@
 import pytest
 
-from selma_ray.experts.config import ExpertsConfig, LoraSettings, MixedConfig, SelectionConfig
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.experts.config import ExpertsConfig, MixedConfig, SelectionConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result, mean_of_tail
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder

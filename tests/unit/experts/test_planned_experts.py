@@ -1,8 +1,9 @@
 import pytest
 
+from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError
-from selma_ray.experts.config import ExpertsConfig, LoraSettings, MixedConfig
+from selma_ray.experts.config import ExpertsConfig, MixedConfig
 from selma_ray.experts.plan import plan_experts
 
 CONFIG = ExpertsConfig(lora=LoraSettings(rank=16, alpha=8), steps=100)

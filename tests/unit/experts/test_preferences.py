@@ -13,7 +13,7 @@ from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.preferences import preference_loss, preference_pairs
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
-from selma_ray.recipe import Recipe
+from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
 from tests.unit.experts.fitting import BASE, adapter, assert_same_bits, encoded_job, fit
 from tests.unit.experts.rendered_images import write_failed_image, write_images, write_scored_images

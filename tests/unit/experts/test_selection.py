@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.experts.config import ExpertsConfig, SelectionConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
 from selma_ray.experts.selection import CandidateScores, choose_adapter, is_fitted

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from selma_ray.merging.adapters import open_adapter
+from selma_ray.adapters.peft_format import open_adapter
 from selma_ray.merging.interference import ties
 from selma_ray.merging.methods import average_deltas, average_factors, svd
-from tests.unit.merging.random_factors import assert_close, exact_sum
+from tests.unit.adapters.random_factors import assert_close, exact_sum
 
 WEIGHTS = [0.5, 0.3, 0.2]
 SETTINGS = [{"r": 4, "lora_alpha": 4}, {"r": 2, "lora_alpha": 8}, {"r": 3, "lora_alpha": 6, "use_rslora": True}]

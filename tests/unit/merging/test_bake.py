@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.errors import AdapterError
-from selma_ray.merging.adapters import LoraFactors
 from selma_ray.merging.bake import bake_pipeline
 from selma_ray.merging.pipeline_files import pipeline_files
 

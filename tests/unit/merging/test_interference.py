@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selma_ray.merging.interference import dare, disjoint_mean, knots, ties, trimmed
-from tests.unit.merging.random_factors import alike, assert_close, dense, exact_sum, random_factors, several
+from tests.unit.adapters.random_factors import alike, assert_close, dense, exact_sum, random_factors, several
 
 
 def ties_by_definition(deltas, density):

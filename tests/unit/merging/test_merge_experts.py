@@ -8,16 +8,16 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from selma_ray.adapters.peft_format import open_adapter
 from selma_ray.config import validate
 from selma_ray.errors import AdapterError, ConfigError, StorageError
-from selma_ray.merging.adapters import open_adapter
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.methods import METHODS, MergeOptions, default_weight
 from selma_ray.merging.run import merge_experts
 from selma_ray.merging.search import Candidate, SearchResult
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
-from tests.unit.merging.adapters_on_disk import save_random_adapter
+from tests.unit.adapters.adapters_on_disk import save_random_adapter
 
 SKILLS = ["counting", "style", "unusual"]
 SETTINGS = [{"rank": 4}, {"rank": 2, "lora_alpha": 8}, {"rank": 4, "lora_alpha": 4, "use_rslora": True}]

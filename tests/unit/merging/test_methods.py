@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.errors import AdapterError
-from selma_ray.merging.adapters import LoraFactors
 from selma_ray.merging.methods import (
     METHODS,
     MergeOptions,
@@ -17,7 +17,7 @@ from selma_ray.merging.methods import (
     svd,
 )
 from selma_ray.merging.report import MergeReport, inner_product, sign_conflicts, singular_values
-from tests.unit.merging.random_factors import alike, assert_close, dense, exact_sum, factors, random_factors, several
+from tests.unit.adapters.random_factors import alike, assert_close, dense, exact_sum, factors, random_factors, several
 
 WHOLE = MergeOptions(scale=1.0, rank=9, density=1.0, model_name="base")
 EXACT = [method for method in METHODS if method not in ("average_factors", "released_scale", "ties", "knots")]

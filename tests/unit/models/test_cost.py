@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.adapters.training import add_adapter, trainable_parameters
 from selma_ray.errors import ModelNotFoundError
-from selma_ray.experts.adapter import add_adapter, trainable_parameters
-from selma_ray.experts.config import LoraSettings
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.cost import pipeline_parameters, training_cost
 from selma_ray.models.family import open_family

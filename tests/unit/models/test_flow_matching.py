@@ -5,9 +5,10 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
+from selma_ray.adapters.applying import load_adapted_pipeline
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import ConfigError
-from selma_ray.experts.adapter import add_adapter, export_adapter, trainable_parameters
-from selma_ray.experts.config import LoraSettings
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.family import open_family
 from selma_ray.models.rendering import Renderer, load_pipeline
@@ -109,7 +110,9 @@ def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family,
     assert losses[-1] < 0.97 * losses[0]
     export_adapter(adapted, trainable_parameters(adapted), RunFolder(str(tmp_path)), "fitted")
     images = [
-        np.asarray(Renderer(load_pipeline(model, adapter), SAMPLING).render(["two apples"], [0])[0], dtype=float)
+        np.asarray(
+            Renderer(load_adapted_pipeline(model, adapter), SAMPLING).render(["two apples"], [0])[0], dtype=float
+        )
         for adapter in (None, tmp_path / "fitted", tmp_path / "fitted")
     ]
     assert np.array_equal(images[1], images[2])

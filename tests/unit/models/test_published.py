@@ -29,7 +29,7 @@ def test_every_part_has_as_many_weights_as_it_was_published_with(name, tmp_path)
 def test_every_large_recipe_can_be_planned_without_a_network():
     from pathlib import Path
 
-    from selma_ray.recipe import load_recipe
+    from selma_ray.run.recipe import load_recipe
 
     recipes = Path(__file__).parents[3] / "jobs" / "recipes"
     assert {

@@ -7,7 +7,7 @@ import pytest
 
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig
-from selma_ray.recipe import Recipe
+from selma_ray.run.recipe import Recipe
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.served import ServedModels
 from selma_ray.storage import RunFolder

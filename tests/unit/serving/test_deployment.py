@@ -9,7 +9,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from selma_ray.cluster import ClusterConfig
+from selma_ray.cluster.config import ClusterConfig
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError, ServingError
 from selma_ray.models.config import ModelConfig

@@ -14,18 +14,18 @@ from PIL import Image
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.service import open_experts
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.denoisers import denoiser_for
 from selma_ray.serving.errors import RequestError
+from selma_ray.serving.experts import open_experts
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import RANKS, save_experts
+from tests.unit.adapters.test_mixing import MIXES, peft_weights
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
 from tests.unit.serving.solo import FULL_SIZE_PX, assert_equal_to_solo, random_request, run_mix, solo_image
-from tests.unit.serving.test_mixes import MIXES, peft_weights
 
 SAVERS = {"sd3": save_tiny_sd3, "flux": save_tiny_flux}
 

@@ -12,8 +12,8 @@ from PIL import Image
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.service import open_experts
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.experts import open_experts
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ServedModels

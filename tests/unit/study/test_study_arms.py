@@ -5,8 +5,8 @@ import pytest
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.experts.config import ExpertsConfig, MixedConfig
-from selma_ray.loop import Run, open_run
-from selma_ray.recipe import Recipe, load_recipe
+from selma_ray.run.opening import Run, open_run
+from selma_ray.run.recipe import Recipe, load_recipe
 from selma_ray.study.arms import arm_recipe, check_study, reuse
 
 ARMS = {

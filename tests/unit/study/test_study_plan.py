@@ -1,5 +1,5 @@
 from selma_ray.config import validate
-from selma_ray.recipe import Recipe
+from selma_ray.run.recipe import Recipe
 from selma_ray.study.plan import plan_study
 
 CHOICE = {"images.per_prompt": 4, "images.selection": {"judge": "miniature"}}

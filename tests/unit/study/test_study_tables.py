@@ -3,10 +3,10 @@ import pytest
 
 from selma_ray.config import validate
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.evaluation.questions import load_suite
-from selma_ray.loop import Run
-from selma_ray.recipe import Recipe
+from selma_ray.judging.questions import load_suite
 from selma_ray.records import ANSWER_SCHEMA
+from selma_ray.run.opening import Run
+from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
 from selma_ray.study.tables import StudyScores, write_tables
 

@@ -1,0 +1,25 @@
+"""A pipeline with an adapter in its denoiser, for rendering."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from selma_ray.adapters.mixture_of_experts import is_mixture, load_mixture
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.rendering import denoiser_of, load_pipeline
+
+__all__ = ["load_adapted_pipeline"]
+
+
+def load_adapted_pipeline(model: ModelConfig, adapter_dir: str | Path | None) -> Any:
+    """Load a pipeline on the best device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
+    pipeline = load_pipeline(model)
+    if adapter_dir is None:
+        return pipeline
+    if is_mixture(adapter_dir):
+        load_mixture(denoiser_of(pipeline), adapter_dir)
+        return pipeline
+    adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
+    pipeline.register_modules(**{"unet" if getattr(pipeline, "unet", None) is not None else "transformer": adapted})
+    return pipeline

@@ -1,0 +1,69 @@
+"""A merged adapter as single files that other programs load: diffusers' `load_lora_weights`, and kohya's names for ComfyUI and A1111.
+
+Shapes: I input features, O output features, R rank.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from selma_ray.adapters.peft_format import Adapter
+from selma_ray.adapters.streaming import TensorSpec, write_safetensors
+from selma_ray.errors import AdapterError
+
+__all__ = ["EXPORT_FILES", "write_diffusers", "write_kohya"]
+
+EXPORT_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
+
+
+def write_diffusers(
+    path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], denoiser: str, metadata: Mapping[str, str]
+) -> None:
+    """Write `adapter` as the one file that a pipeline's `load_lora_weights` reads; `denoiser` is unet or transformer.
+
+    `shapes` maps each module to (O, I), `metadata` goes into the file's header. Scales are folded into B, as diffusers takes alpha to be
+    the rank.
+    """
+    specs = []
+    for module, (rows, columns) in shapes.items():
+        specs += [
+            TensorSpec(f"{denoiser}.{module}.lora_A.weight", torch.float32, (adapter.rank, columns)),
+            TensorSpec(f"{denoiser}.{module}.lora_B.weight", torch.float32, (rows, adapter.rank)),
+        ]
+    factors = map(adapter.factors, shapes)
+    tensors = (tensor for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
+    write_safetensors(path, specs, tensors, metadata)
+
+
+def write_kohya(
+    path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], metadata: Mapping[str, str]
+) -> None:
+    """Write a UNet's `adapter` under kohya's names, each module with its alpha.
+
+    Modules keep diffusers' names (`lora_unet_down_blocks_0_…`), which ComfyUI, A1111 and diffusers map to theirs. alpha says the
+    scale: without it some programs take 1, others 1 / R. Raises AdapterError where two modules would bear one name.
+    """
+    specs = []
+    owners: dict[str, str] = {}
+    for module, (rows, columns) in shapes.items():
+        name = f"lora_unet_{module.replace('.', '_')}"
+        if owners.setdefault(name, module) != module:
+            raise AdapterError(
+                f"{adapter.folder}: {owners[name]} and {module} are both {name} to kohya; leave kohya out of merging.exports"
+            )
+        specs += [
+            TensorSpec(f"{name}.lora_down.weight", torch.float32, (adapter.rank, columns)),
+            TensorSpec(f"{name}.lora_up.weight", torch.float32, (rows, adapter.rank)),
+            TensorSpec(f"{name}.alpha", torch.float32, ()),
+        ]
+    alpha = torch.tensor(adapter.scale * adapter.rank)
+    factors = map(adapter.factors, shapes)
+    tensors = (tensor for each in factors for tensor in (each.A_RI, each.B_OR, alpha))
+    described = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": f"{float(alpha):g}",
+        "ss_sd_model_name": adapter.base_model or "",
+    }
+    write_safetensors(path, specs, tensors, {**metadata, **described})

@@ -1,0 +1,167 @@
+"""The command line.
+
+selma plan|run|generate|train|merge|evaluate|report|study|serve RECIPE [key.path=value …]
+selma data status|sheet RUN          what a run's folder holds
+selma export RUN --to LAYOUT         its images, as other trainers read them
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from selma_ray import __version__
+from selma_ray.cluster.errors import known_error
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "plan": "print what a recipe takes: weights, memory, GPU-hours and storage; nothing runs",
+    "run": "the whole loop, from prompts to one image fetched from the served, merged model",
+    "generate": "write prompts and render images",
+    "train": "fit one LoRA expert per skill",
+    "merge": "merge the experts",
+    "evaluate": "score base, experts and merged model",
+    "report": "write report.html and report.json again",
+    "study": "make the recipe's experiments over several seeds and write their tables",
+    "serve": "serve the merged model over HTTP until interrupted",
+}
+
+_DATA_COMMANDS = ("data", "export")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
+    options = _parsed(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        _execute(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where this one stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        known = known_error(error)
+        if known is None:
+            print(
+                f"selma: unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", file=sys.stderr
+            )
+            return 1
+        print(f"selma: {_first_line(known)}", file=sys.stderr)
+        return known.exit_code
+    return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # argparse ends the list of overrides at the first option; those after it belong to the list too.
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command in _DATA_COMMANDS:
+        return options
+    options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selma", description="Make a text-to-image model follow its prompts better, and serve it."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, description in _COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        command.add_argument("recipe", help="recipe file, such as jobs/recipes/demo.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        if name == "plan":
+            command.add_argument(
+                "--tflops", type=_positive, default=28.0, help="sustained TFLOP/s of a GPU (default: 28, an L40)"
+            )
+        if name == "evaluate":
+            _add_rating_options(command)
+    _add_data_commands(commands)
+    return parser
+
+
+def _add_data_commands(commands: Any) -> None:
+    """Add the commands that read a run's folder; each takes the folder alone, and works while the run does."""
+    export = commands.add_parser("export", help="write a run's images in a layout that other trainers read")
+    export.add_argument("--to", required=True, metavar="LAYOUT", help="imagefolder or webdataset")
+    export.add_argument("--out", help="an empty folder, or s3://… (default: exports/LAYOUT in the run's folder)")
+    data = commands.add_parser("data", help="show what a run's folder holds").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    status = data.add_parser("status", help="counts, rates, reasons and time left of prompts and images, at any time")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    sheet = data.add_parser("sheet", help="a contact sheet of random images of every skill")
+    sheet.add_argument("--out", help="a file named .html or .png (default: contact_sheet.html in the run's folder)")
+    sheet.add_argument("--per-skill", type=int, default=12, help="images of a skill (default: 12)")
+    sheet.add_argument("--seed", type=int, default=0, help="which random images (default: 0)")
+    for command in (export, status, sheet):
+        command.add_argument("run", help="the run's folder, such as runs/demo or s3://…")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_rating_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--export-pairs", action="store_true", help="then write a blinded side-by-side page for raters"
+    )
+    command.add_argument("--pairs", type=int, default=50, metavar="COUNT", help="pairs on that page (default 50)")
+    command.add_argument(
+        "--ratings", action="append", metavar="FILE", help="then count a rater's choices; may be repeated"
+    )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def _execute(options: argparse.Namespace) -> None:
+    if options.command in _DATA_COMMANDS:
+        from selma_ray.cli import data
+
+        data.execute(options)
+        return
+    from selma_ray.run.opening import open_run
+    from selma_ray.run.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.command == "plan":
+        from selma_ray.plan.estimate import show_plan
+
+        show_plan(recipe, options.tflops)
+        return
+    if recipe.study is not None or options.command == "study":
+        from selma_ray.study.arms import check_study
+
+        check_study(recipe)
+    run = open_run(recipe)
+    from selma_ray.cli import show as console
+
+    if options.command == "run":
+        console.run_all(run)
+    elif options.command == "report":
+        console.write_report(run)
+    elif options.command == "study":
+        console.run_study(run)
+    elif options.command == "serve":
+        console.serve(run)
+    else:
+        console.run_one(run, options.command)
+    if options.command == "evaluate":
+        if options.export_pairs:
+            console.export_pairs(run, options.pairs)
+        if options.ratings:
+            console.show_ratings(run, options.ratings)
+        console.show_evaluation(run)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

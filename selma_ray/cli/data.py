@@ -1,0 +1,127 @@
+"""What the command line does with the data of a run's folder: status, contact sheet, exports."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from selma_ray.cli.show import console
+from selma_ray.config import validate
+from selma_ray.errors import ConfigError
+from selma_ray.run.generate import prompts_from
+from selma_ray.run.opening import Run
+from selma_ray.run.recipe import Recipe
+from selma_ray.skills import load_skills
+from selma_ray.storage import RunFolder
+
+__all__ = ["execute", "open_finished", "status_of"]
+
+_SILENT_AFTER_S = 60.0
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Run one of the commands on the folder that `options.run` names."""
+    run = open_finished(options.run)
+    if options.command == "export":
+        _export(run, options.to, options.out)
+    elif options.what == "status":
+        status = status_of(run)
+        console.print(json.dumps(status), markup=False) if options.json else _show(status)
+    else:
+        _write_sheet(run, options.out, options.per_skill, options.seed)
+
+
+def open_finished(uri: str) -> Run:
+    """Return the run that a folder holds, finished or not; nothing is written. Raises ConfigError where it holds none."""
+    folder = RunFolder(uri)
+    if not folder.exists("recipe.yaml"):
+        raise ConfigError(f"{uri} must be a run's folder, it has no recipe.yaml; name the run_dir of a recipe")
+    recipe = validate(Recipe, yaml.safe_load(folder.read_bytes("recipe.yaml")), source=folder.path("recipe.yaml"))
+    return Run(recipe, folder, tuple(load_skills(recipe.skills)))
+
+
+def status_of(run: Run) -> dict[str, Any]:
+    """Return what the folder tells of prompts and images: counts and reasons from its files, rates from the latest start."""
+    from selma_ray.images.progress import read_progress
+    from selma_ray.images.shards import image_summary
+    from selma_ray.prompts.progress import read_prompt_progress
+    from selma_ray.prompts.store import prompt_summary
+
+    progress, written = read_progress(run.folder), read_prompt_progress(run.folder)
+    status: dict[str, Any] = {
+        "run": run.folder.uri,
+        "state": "finished" if run.folder.done("generate") else "not started",
+        "prompts_wanted": run.recipe.prompts.per_skill * len(run.skills),
+        "prompts": prompt_summary(run.folder, run.skill_names),
+        "images": image_summary(run.folder, run.skill_names),
+    }
+    if progress is not None:
+        silent_s = time.time() - progress.updated_at
+        if status["state"] != "finished":
+            status["state"] = "stopped" if progress.ended or silent_s > _SILENT_AFTER_S else "running"
+        status["latest_start"] = {
+            **asdict(progress),
+            "prompts_per_s": written.prompts_per_s if written and written.updated_at > progress.started_at else None,
+            "images_per_s": progress.images_per_s,
+            "seconds_left": progress.seconds_left if status["state"] == "running" else None,
+            "silent_s": round(silent_s, 1),
+        }
+    return status
+
+
+def _show(status: dict[str, Any]) -> None:
+    prompts, images, start = status["prompts"], status["images"], status.get("latest_start")
+    console.print(f"[bold]{status['run']}[/bold]: {status['state']}")
+    if start:
+        rates = [f"{start[f'{what}_per_s']:.3g} {what}/s" for what in ("prompts", "images") if start[f"{what}_per_s"]]
+        rate = ", ".join(rates) or "no rate yet"
+        left = f", {start['seconds_left'] / 60:.1f} min left" if start["seconds_left"] is not None else ""
+        console.print(
+            f"{start['found'] + start['rendered']} of {start['total']} images, {rate}{left}; start {start['starts']}, "
+            f"{start['again']} rendered again, last word {start['silent_s']:.0f} s ago"
+        )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("skill")
+    for heading in ("prompts kept", "prompts rejected", "images", "images rejected", "images failed"):
+        table.add_column(heading, justify="right")
+    for skill, written in prompts["skills"].items():
+        rendered = images["skills"][skill]
+        counts = written["kept"], written["rejected"], rendered["rendered"], rendered["rejected"], rendered["failed"]
+        table.add_row(skill, *map(str, counts))
+    totals = prompts["kept"], prompts["rejected"], images["rendered"], images["rejected"], images["failed"]
+    table.add_row("all", *map(str, totals), style="bold")
+    console.print(table, soft_wrap=False)
+    for what, reasons in (("Prompts rejected", prompts["reasons"]), ("Images failed", images["reasons"])):
+        if reasons:
+            listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            console.print(f"{what}: {listed}", markup=False)
+
+
+def _write_sheet(run: Run, out: str | None, per_skill: int, seed: int) -> None:
+    from selma_ray.images.sheet import contact_sheet
+
+    if per_skill < 1:
+        raise ConfigError(f"--per-skill must be at least 1, got {per_skill}")
+    name = PurePosixPath(out or "contact_sheet.html")
+    sheet = contact_sheet(run.folder, run.skill_names, per_skill, seed, name.suffix)
+    place = RunFolder(str(Path(out).absolute().parent)) if out else run.folder
+    place.write_bytes(sheet, name.name)
+    console.print(f"Contact sheet: [bold]{place.path(name.name)}[/bold]")
+
+
+def _export(run: Run, layout: str, out: str | None) -> None:
+    from selma_ray.images.card import card_text
+    from selma_ray.images.export import export_images
+
+    recipe = run.recipe
+    target = RunFolder(out or run.folder.path("exports", layout))
+    model = recipe.data.model or recipe.model
+    card = card_text(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
+    count = export_images(run.folder, run.skill_names, layout, target, card)
+    console.print(f"{count} images exported to [bold]{target.uri}[/bold]")

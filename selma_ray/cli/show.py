@@ -1,0 +1,268 @@
+"""What the command line shows: progress of each stage, the result table, the served image."""
+
+import json
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from selma_ray.errors import ConfigError
+from selma_ray.run.opening import Run
+from selma_ray.run.progress import Progress, Report
+from selma_ray.run.stages import STAGES, finished, run_stage
+
+__all__ = [
+    "export_pairs",
+    "run_all",
+    "run_one",
+    "run_study",
+    "serve",
+    "show_evaluation",
+    "show_ratings",
+    "write_report",
+]
+
+_LINE_EVERY_S = 10.0
+_DETAIL_CHARS = 80
+
+_TITLES = {
+    "generate": "Prompts and images: vLLM streams into the renderers",
+    "train": "Experts: one LoRA per skill, DeepSpeed under Ray Train",
+    "merge": "Merging the experts",
+    "evaluate": "Evaluation: base, experts and merged on the same prompts and seeds",
+}
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def run_all(run: Run) -> None:
+    """Run every stage, show the table, and fetch one image from the served merged model."""
+    started_s = time.monotonic()
+    for name in STAGES:
+        run_one(run, name)
+    show_evaluation(run)
+    _fetch_one_image(run)
+    if run.recipe.study is not None:
+        run_study(run)
+    console.print(
+        f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}"
+    )
+
+
+def run_one(run: Run, name: str) -> None:
+    """Run one stage with a progress display; a finished stage says so."""
+    if finished(run, name) is not None:
+        console.print(f"[dim]✓ {_TITLES[name]}: finished before, in {run.folder.uri}[/dim]")
+        return
+    console.print(f"[bold]{_TITLES[name]}[/bold]")
+    started_s = time.monotonic()
+    with _progress_display() as report:
+        summary = run_stage(run, name, report)
+    console.print(
+        f"[green]✓[/green] {_summary_line(name, summary)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]"
+    )
+
+
+def run_study(run: Run) -> None:
+    """Make the experiments of a recipe's study, then show where its tables are."""
+    from selma_ray.study.run import study_steps
+
+    steps = study_steps(run)
+    for number, step in enumerate(steps, start=1):
+        started_s = time.monotonic()
+        console.print(f"[bold]Study {number}/{len(steps)}: {step.title}[/bold]")
+        with _progress_display() as report:
+            step.do(report)
+        console.print(f"[green]✓[/green] {step.title} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
+    console.print(f"Tables: [bold]{run.folder.path('study', 'tables.md')}[/bold]")
+
+
+def write_report(run: Run) -> None:
+    """Write report.html and report.json from what the run folder holds."""
+    from selma_ray.evaluation.report import write_report as write
+
+    if run.folder.done("evaluate") is None:
+        raise ConfigError(f"report needs the finished stage evaluate in {run.folder.uri}; run `selma evaluate` first")
+    console.print(f"Report: [bold]{write(run.folder, run.skill_names)}[/bold]")
+
+
+def show_evaluation(run: Run) -> None:
+    """Show the table of a finished evaluation and what it leaves out, and write the report."""
+    summary = run.folder.done("evaluate") or {}
+    console.print(_score_table(summary), soft_wrap=False)
+    for name, scores in summary["models"].items():
+        for reason, count in scores["unscored"]["reasons"].items():
+            console.print(
+                f"[yellow]{name}: {count} of {scores['images']} images have no score: {escape(reason)}[/yellow]"
+            )
+    write_report(run)
+
+
+def export_pairs(run: Run, count: int) -> None:
+    """Write the page on which raters choose between base and merged."""
+    from selma_ray.evaluation.pairs import export_pairs as export
+
+    if count < 1:
+        raise ConfigError(f"--pairs must be at least 1, got {count}")
+    page = export(run.folder, run.folder.done("evaluate") or {}, count, run.recipe.seed)
+    console.print(f"Pairs for raters: [bold]{page}[/bold]; keep key.json beside it to yourself")
+
+
+def show_ratings(run: Run, files: Sequence[str]) -> None:
+    """Print how often raters preferred merged."""
+    from selma_ray.evaluation.pairs import read_ratings
+
+    result = read_ratings(run.folder, files)
+    line = f"merged preferred in {result['wins']} of {result['pairs']} pairs, base in {result['losses']}, neither in {result['ties']}"
+    if result["share"]:
+        low, high = (100 * bound for bound in result["share"]["interval"])
+        line += f": {100 * result['share']['mean']:.1f}% of the decided ones, 95% interval {low:.1f} to {high:.1f}"
+    console.print(line)
+
+
+def serve(run: Run) -> None:
+    """Serve the merged model until interrupted."""
+    service = _start_service(run)
+    try:
+        console.print(f"Serving {run.recipe.merging.name} at [bold]{service.url}[/bold] (interrupt to stop)")
+        body = json.dumps({"prompt": _example_prompt(run)})
+        console.print(
+            f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            markup=False,
+        )
+        while True:
+            time.sleep(3600)
+    finally:
+        service.stop()
+
+
+def _start_service(run: Run) -> Any:
+    from selma_ray.run.serve import start_merged
+
+    if run.folder.done("merge") is None:
+        raise ConfigError(f"serve needs the finished stage merge in {run.folder.uri}; run `selma merge` first")
+    return start_merged(run)
+
+
+def _fetch_one_image(run: Run) -> None:
+    console.print("[bold]Serving the merged model[/bold]")
+    service = _start_service(run)
+    try:
+        prompt = _example_prompt(run)
+        image = service.generate(prompt=prompt, seed=run.recipe.seed)
+        run.folder.write_bytes(image, "served.png")
+        console.print(
+            f"[green]✓[/green] POST {service.url}/v1/images/generations “{escape(prompt)}” → {run.folder.path('served.png')}"
+        )
+    finally:
+        service.stop()
+
+
+def _example_prompt(run: Run) -> str:
+    return run.skills[0].seeds[0]
+
+
+def _summary_line(name: str, summary: dict[str, Any]) -> str:
+    if name == "generate":
+        prompts, images = summary["prompts"], summary["images"]
+        return f"{prompts['kept']} prompts kept, {prompts['rejected']} rejected; {images['rendered']} images, {images['failed']} failed"
+    if name == "train":
+        return f"{len(summary)} experts fitted: " + ", ".join(
+            f"{skill} loss {expert['loss']:.3f}" for skill, expert in summary.items()
+        )
+    if name == "merge":
+        return f"{summary['method']} of {len(summary['experts'])} experts over {summary['modules']} modules"
+    return f"{len(summary['models'])} models scored on {summary['prompts']} prompts"
+
+
+def _score_table(summary: dict[str, Any]) -> Table:
+    """Return the table of DSG scores with 95% intervals, and the paired difference of merged and base."""
+    skills = list(next(iter(summary["models"].values()))["skills"])
+    table = Table(
+        title="DSG in percent, with 95% intervals over prompts",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    table.caption, table.caption_justify = _difference_line(summary["difference"]), "left"
+    table.add_column("model")
+    for heading in ("all", "interval", *skills):
+        table.add_column(heading, justify="right")
+    for name, scores in summary["models"].items():
+        low, high = map(_percent, scores["interval"])
+        overall, *by_skill = map(_percent, [scores["dsg"], *(scores["skills"][skill] for skill in skills)])
+        interval = f"{low}-{high}"
+        table.add_row(name, overall, interval, *by_skill, style="bold" if name in ("base", "merged") else None)
+    return table
+
+
+def _percent(figure: float | None) -> str:
+    return "–" if figure is None else f"{100 * figure:.1f}"
+
+
+def _difference_line(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return "base and merged have no scored image in common"
+    low, high = difference["interval"]
+    return f"merged - base: {100 * difference['mean']:+.1f} points, 95% interval [{100 * low:+.1f}, {100 * high:+.1f}] (paired)"
+
+
+@contextmanager
+def _progress_display() -> Iterator[Report]:
+    """Yield a report function that draws a bar on a terminal and prints a line now and then elsewhere."""
+    if not console.is_terminal:
+        yield _line_reporter()
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+    )
+    with _BarsAndFigures(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None, detail="starting")
+
+        def report(progress: Progress) -> None:
+            bars.figures = progress.figures
+            bars.update(task, completed=progress.done, total=progress.total, detail=progress.detail[:_DETAIL_CHARS])
+
+        yield report
+
+
+class _BarsAndFigures(Bars):
+    """Bars with lines of figures below them."""
+
+    figures: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is drawn, from top to bottom."""
+        yield from super().get_renderables()
+        yield from map(Text, self.figures)
+
+
+def _line_reporter() -> Report:
+    last_s = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= _LINE_EVERY_S or progress.done == progress.total:
+            last_s = time.monotonic()
+            parts = f"{progress.done}/{progress.total}", *progress.figures, progress.detail[:_DETAIL_CHARS]
+            console.print(f"  {progress.stage} {'; '.join(filter(None, parts))}", markup=False)
+
+    return report
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"

@@ -1,0 +1,26 @@
+"""How a run reaches Ray and places its roles."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from selma_ray.config import StrictModel
+
+__all__ = ["ClusterConfig", "Role"]
+
+Role = Literal["llm", "render", "train", "serve"]
+
+
+class ClusterConfig(StrictModel):
+    """How a run reaches Ray and places its roles."""
+
+    address: str | None = None
+    """Address of a running cluster; none joins the cluster of RAY_ADDRESS, or starts a local one."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of a local cluster; none takes the machine's."""
+    object_store_memory_gb: float = Field(default=1.0, gt=0.1)
+    """Shared memory of a local cluster's object store, in GB."""
+    use_labels: bool = False
+    """Place each role on nodes labelled role=llm, render, train or serve, as cluster.yaml's worker groups are."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    """Level of the logs of workers and of selma_ray itself."""

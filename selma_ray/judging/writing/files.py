@@ -1,0 +1,166 @@
+"""Question sets as files that can be read, mended and used as suites; what a file holds already is not asked again."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from selma_ray.errors import JudgeError
+from selma_ray.judging.tifa import CaptionAnswerer, filter_questions
+from selma_ray.judging.writing.config import QuestionsConfig
+from selma_ray.judging.writing.rounds import Ask, Draft, draft_questions
+from selma_ray.models.locate import locate_llm
+from selma_ray.records import content_id
+from selma_ray.storage import RunFolder
+
+__all__ = ["PromptToAsk", "Written", "generator_name", "read_prompts", "write_questions"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT_VERSION = "v1"  # changes with the words of the requests
+
+
+@dataclass(frozen=True)
+class PromptToAsk:
+    """A prompt that questions are to be written about."""
+
+    id: str
+    skill: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """How many prompts have questions, how many were there before, how many failed, and what was repaired, by kind."""
+
+    prompts: int
+    reused: int
+    failed: int
+    repaired: dict[str, int]
+
+
+def write_questions(
+    prompts: Sequence[PromptToAsk],
+    config: QuestionsConfig,
+    path: Path,
+    ask: Ask,
+    answerer: CaptionAnswerer | None = None,
+) -> Written:
+    """Write a suite file with questions for every prompt that has none in it yet; a prompt whose text has changed is asked again.
+
+    Prompts that fail stand in a file beside it, with their reasons, and are tried again the next time. Raises JudgeError for a file
+    that another generator wrote. TIFA questions that `answerer` does not answer rightly from the prompt alone are dropped and counted.
+    """
+    _check_ids(prompts)
+    generator = generator_name(config)
+    found = _read(path, generator)
+    pending = [each for each in prompts if found.get(each.id, {}).get("prompt") != each.prompt]
+    drafts = draft_questions([each.prompt for each in pending], config, ask) if pending else []
+    if answerer is not None and config.style == "tifa":
+        for draft in drafts:
+            _drop_unanswered(draft, answerer)
+    made = {each.id: _line(each, draft, generator) for each, draft in zip(pending, drafts, strict=True)}
+    lines = [
+        line
+        for each in prompts
+        if (line := made.get(each.id, found.get(each.id))) is not None and "failure" not in line
+    ]
+    failures = [line for line in made.values() if "failure" in line]
+    _write(path, lines)
+    _write(path.with_suffix(".failed.jsonl"), failures)
+    if failures:
+        logger.warning(
+            "%d of %d prompts have no questions, see %s", len(failures), len(prompts), path.with_suffix(".failed.jsonl")
+        )
+    repaired = sum((draft.repaired for draft in drafts), Counter())
+    return Written(len(lines), len(prompts) - len(pending), len(failures), dict(repaired))
+
+
+def generator_name(config: QuestionsConfig) -> str:
+    """Return a name for all that questions depend on: the model, the style and format, the examples, the seed."""
+    located = locate_llm(config.llm.name, config.llm.revision)
+    examples = (
+        "ours"
+        if config.examples is None
+        else content_id(examples=Path(config.examples).read_text(errors="replace"))[:12]
+    )
+    return (
+        f"{config.llm.name}@{located.revision}#{config.style}-{config.format}-{_FORMAT_VERSION}-{examples}"
+        f"x{config.max_examples}-{config.seed}" + (f"+{config.caption_model}" if config.caption_model else "")
+    )
+
+
+def read_prompts(path: Path) -> list[PromptToAsk]:
+    """Read prompts: a text file of one a line, or JSON Lines of {"prompt"} with "id" and "skill" where there are any.
+
+    Raises JudgeError, with the line, for one that cannot be read.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise JudgeError(f"{path} cannot be read ({error}); name a text or JSON Lines file of prompts") from None
+    if not lines:
+        raise JudgeError(f"{path} must hold at least one prompt, holds none; add some")
+    if path.suffix == ".txt":
+        lines = [json.dumps({"prompt": line.strip()}) for line in lines]
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            text = str(row["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise JudgeError(f"{path} line {number} must be a JSON object with a prompt ({error}); mend it") from None
+        prompts.append(PromptToAsk(str(row.get("id", content_id(prompt=text))), str(row.get("skill", path.stem)), text))
+    return prompts
+
+
+def _drop_unanswered(draft: Draft, answerer: CaptionAnswerer) -> None:
+    if draft.failure is not None:
+        return
+    kept = tuple(filter_questions(draft.questions, draft.prompt, answerer))
+    draft.repaired["question that the prompt does not answer"] += len(draft.questions) - len(kept)
+    draft.repaired = +draft.repaired
+    draft.questions = kept
+    if not kept:
+        draft.failure = "the prompt answers none of its questions"
+
+
+def _check_ids(prompts: Sequence[PromptToAsk]) -> None:
+    repeated = [each for each, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
+    if repeated:
+        raise JudgeError(
+            f"prompts must have different ids, {len(repeated)} are used again, first {repeated[0]!r}; rename them"
+        )
+
+
+def _line(prompt: PromptToAsk, draft: Draft, generator: str) -> dict[str, Any]:
+    line: dict[str, Any] = asdict(prompt)
+    if draft.failure is not None:
+        return line | {"failure": draft.failure, "attempts": dict(draft.attempts), "generator": generator}
+    return line | {
+        "questions": [asdict(each) for each in draft.questions],
+        "generator": generator,
+        "repaired": dict(draft.repaired),
+    }
+
+
+def _read(path: Path, generator: str) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        others = {line["generator"] for line in lines} - {generator}
+        found = {line["id"]: line for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JudgeError(f"{path} is no file of written questions ({error}); name another file") from None
+    if others:
+        raise JudgeError(f"{path} was written by {min(others)}, not by {generator}; name another file or delete it")
+    return found
+
+
+def _write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    RunFolder(str(path.absolute().parent)).write_bytes(content.encode(), path.name)

@@ -1,0 +1,214 @@
+"""What a recipe will take, before anything runs: weights, memory of a GPU, GPU-hours and storage, stage by stage.
+
+Every figure is traced or counted from the configurations of the recipe's models. Hours are FLOPs over a sustained rate; autoencoders,
+text encoders, the language model and the judge are left out of them.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.errors import SelmaError
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.plan import plan_experts
+from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.run.recipe import Recipe
+from selma_ray.skills import load_skills
+
+if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
+    from selma_ray.models.cost import TrainingCost
+
+__all__ = ["SUSTAINED_TFLOPS", "Plan", "StagePlan", "plan_recipe", "show_plan", "training_memory_bytes"]
+
+SUSTAINED_TFLOPS = 28.0
+"""TFLOP/s that SELMA's 6 hours an expert on an L40 come to (5,000 steps of 64 images of 512 px on Stable Diffusion 1.4).
+
+Its 12 hours for SDXL come to 114, so larger models take less than the plan says.
+"""
+
+_BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage takes; None where it is not known or not meant."""
+
+    name: str
+    memory_bytes: float | None
+    """Memory of one GPU, or of one process on CPUs."""
+    pflop: float | None
+    storage_bytes: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's plan."""
+
+    parameters: dict[str, int]
+    """Weights of each part of the model."""
+    lora_parameters: int
+    """Weights of one expert."""
+    stages: tuple[StagePlan, ...]
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Return the plan of a recipe; raises ModelNotFoundError where its model's configurations cannot be read."""
+    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    cost, parameters = _traced(recipe.model, sampling, lora)
+    num_skills = len(load_skills(recipe.skills))
+    prompts = round(recipe.prompts.per_skill * (1 - recipe.prompts.dev_fraction)) * num_skills
+    images, encoded = prompts * recipe.images.per_prompt, prompts * _encoded_per_prompt(recipe)
+    planned = plan_experts([str(number) for number in range(num_skills)], recipe.experts)
+    ranks = [max(1, len(expert.experts)) * expert.config.lora.rank / lora.rank for expert in planned]
+    examples = sum(expert.config.steps * expert.config.batch_size for expert in planned)
+    tested = _models_tested(recipe, len(planned))
+    weights = sum(parameters.values()) * _BYTES[recipe.model.dtype]
+    stages = (
+        StagePlan(
+            "images", weights, images * _render_flops(cost, sampling) / 1e15,
+            images * _pixel_bytes(sampling), f"{images:,} images",
+        ),
+        StagePlan(
+            "cache", weights - cost.parameters * _BYTES[recipe.model.dtype], None, encoded * cost.cached_bytes, "encoders alone"
+        ),
+        StagePlan(
+            "experts", training_memory_bytes(cost, recipe.experts), examples * _example_flops(cost, recipe.experts) / 1e15,
+            4 * cost.lora_parameters * (sum(ranks) + 3 * max(ranks) * len(planned)),
+            f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints",
+        ),
+        StagePlan(
+            "merging", None, None, weights + 4 * (1 + len(recipe.merging.exports)) * cost.lora_parameters * num_skills,
+            "adapter, its exports and the baked pipeline",
+        ),
+        StagePlan(
+            "evaluation", weights, tested * _render_flops(cost, recipe.evaluation.sampling) / 1e15 if tested else None,
+            tested * _pixel_bytes(recipe.evaluation.sampling) if tested else None,
+            f"{tested:,} images" if tested else f"suite {recipe.evaluation.suite} cannot be read",
+        ),
+        StagePlan("serving", weights, None, None),
+    )  # fmt: skip
+    return Plan(parameters, cost.lora_parameters, stages)
+
+
+def _traced(model: ModelConfig, sampling: SamplingConfig, lora: LoraSettings) -> tuple["TrainingCost", dict[str, int]]:
+    """Return what training costs and the weights of each part; a model that a shipped recipe names needs no network."""
+    from selma_ray.models.cost import pipeline_parameters, training_cost
+    from selma_ray.models.published import PUBLISHED, write_configuration
+
+    with tempfile.TemporaryDirectory() as folder:
+        if model.name in PUBLISHED:
+            write_configuration(model.name, Path(folder))
+            model = ModelConfig(name=folder)
+        cost = training_cost(model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
+        return cost, pipeline_parameters(model)
+
+
+def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
+    """Return what a worker holds: frozen weights, adapter, gradients, AdamW's state and masters, and activations.
+
+    ZeRO 1 and up split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
+    """
+    width, workers = _BYTES[config.precision], config.workers_per_expert
+    micro_batch = config.micro_batch_size or config.batch_size // workers
+    masters = 0 if width == 4 else 4
+    split = [workers if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    weights = width * (cost.parameters + cost.lora_parameters) / split[2]
+    gradients = width * cost.lora_parameters / split[1]
+    optimizer = (8 + masters) * cost.lora_parameters / split[0]
+    activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
+    images = micro_batch * (2 if config.dpo else 1)
+    return weights + gradients + optimizer + images * activations * width / 4
+
+
+def _encoded_per_prompt(recipe: Recipe) -> int:
+    """Return how many of a prompt's images are learnt from, at most."""
+    if recipe.experts.dpo:
+        return 2
+    return recipe.images.selection.keep_best if recipe.images.selection else recipe.images.per_prompt
+
+
+def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
+    """Return what an example of a step takes: of a pair, both images, each under the base model too."""
+    return 2 * (cost.step_flops + cost.forward_flops) if config.dpo else cost.step_flops
+
+
+def show_plan(recipe: Recipe, tflops: float) -> None:
+    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s."""
+    plan = plan_recipe(recipe)
+    console = Console(highlight=False, soft_wrap=True)
+    parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
+    console.print(f"{recipe.model.name}: {_count(sum(plan.parameters.values()))} weights ({parts})")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for heading in ("stage", "memory, GB", "GPU-hours", "storage, GB", ""):
+        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
+    for stage in plan.stages:
+        hours = None if stage.pflop is None else stage.pflop * 1e3 / tflops / 3600
+        table.add_row(stage.name, _gb(stage.memory_bytes), _number(hours), _gb(stage.storage_bytes), stage.note)
+    known = [stage for stage in plan.stages if stage.pflop is not None]
+    hours = sum(stage.pflop or 0 for stage in known) * 1e3 / tflops / 3600
+    table.add_row("all", "", _number(hours), _gb(sum(stage.storage_bytes or 0 for stage in plan.stages)), "")
+    console.print(table, soft_wrap=False)
+    if recipe.study:
+        console.print(_study_line(recipe, tflops))
+    console.print(
+        f"Hours at {tflops:g} TFLOP/s sustained (--tflops). Memory of rendering and encoding is that of the weights; images are counted\n"
+        "uncompressed; the language model and the judge are left out."
+    )
+
+
+def _study_line(recipe: Recipe, tflops: float) -> str:
+    """Return in words what the recipe's study makes in all."""
+    from selma_ray.study.plan import plan_study
+
+    study = plan_study(recipe)
+    cost, _ = _traced(recipe.model, recipe.images.sampling, recipe.experts.lora)
+    rendered = [*study.images, *(study.scored or ())]
+    flops = sum(count * _render_flops(cost, sampling) for count, sampling in rendered)
+    flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in study.experts)
+    scored = f"{sum(count for count, _ in study.scored):,}" if study.scored else "an unknown number of"
+    return (
+        f"Its study: {study.runs} runs in all, what they share made once: {study.prompts:,} prompts, "
+        f"{sum(count for count, _ in study.images):,} training images, {len(study.experts)} LoRAs of "
+        f"{sum(each.steps for each in study.experts):,} steps, {scored} scored images, {_number(flops / tflops / 1e12 / 3600)} GPU-hours"
+    )
+
+
+def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
+    """Return how many images an evaluation renders, or None where the suite cannot be read."""
+    from selma_ray.judging.suites import open_suite
+
+    try:
+        prompts = len(open_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts))
+    except SelmaError:
+        return None
+    models = 2 + (num_experts if recipe.evaluation.experts else 0) + len(recipe.evaluation.models)
+    return models * prompts * len(recipe.evaluation.seeds)
+
+
+def _render_flops(cost: "TrainingCost", sampling: SamplingConfig) -> float:
+    predictions = cost.predictions_per_step if sampling.guidance_scale > 1 else 1
+    return cost.forward_flops * sampling.steps * predictions
+
+
+def _pixel_bytes(sampling: SamplingConfig) -> int:
+    return 3 * sampling.width_px * sampling.height_px
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _gb(amount: float | None) -> str:
+    return "" if amount is None else _number(amount / _GB)
+
+
+def _number(amount: float | None) -> str:
+    return "" if amount is None else f"{amount:.3g}" if amount < 100 else f"{amount:,.0f}"

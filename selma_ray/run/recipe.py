@@ -1,0 +1,97 @@
+"""The recipe of a run: one file, composed of each stage's own config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from selma_ray.cluster.config import ClusterConfig
+from selma_ray.config import StrictModel, apply_overrides, read_yaml, validate
+from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.images.config import ImagesConfig
+from selma_ray.merging.config import MergingConfig
+from selma_ray.models.config import ModelConfig
+from selma_ray.prompts.config import PromptsConfig
+from selma_ray.serving.config import ServingConfig
+from selma_ray.study.config import StudyConfig
+
+__all__ = ["DataConfig", "Recipe", "load_recipe"]
+
+
+class DataConfig(StrictModel):
+    """Where the training data come from; SELMA's ablations change it (sections 5.3 and 5.4)."""
+
+    prompts: Literal["llm", "ground_truth"] = "llm"
+    """`ground_truth` takes captions of the miniature's own scenes instead of asking the LLM."""
+    images: Literal["model", "ground_truth"] = "model"
+    """`ground_truth` draws the miniature's scenes instead of rendering them."""
+    model: ModelConfig | None = None
+    """The model that renders training images, such as a weaker one; none takes the one that is improved."""
+
+
+class Recipe(StrictModel):
+    """Everything a run depends on."""
+
+    run_dir: str
+    """The run's folder: a path, s3://… or gs://…"""
+    seed: int = Field(default=0, ge=0)
+    """The seed that every other seed is derived from."""
+    skills: tuple[str, ...] = Field(min_length=1)
+    """Names of packaged skills, or paths of skill files."""
+    model: ModelConfig = ModelConfig()
+    """The text-to-image model to improve."""
+    data: DataConfig = DataConfig()
+    """Where the training data come from."""
+    prompts: PromptsConfig = PromptsConfig()
+    """Stage 1: the LLM writes prompts."""
+    images: ImagesConfig = ImagesConfig()
+    """Stage 2: the model renders them."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Stage 3: one LoRA expert per skill."""
+    merging: MergingConfig = MergingConfig()
+    """Stage 4: the experts become one model."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Stage 5: base, experts and merged model are scored."""
+    serving: ServingConfig = ServingConfig()
+    """Stage 6: the merged model answers HTTP requests."""
+    cluster: ClusterConfig = ClusterConfig()
+    """How the run reaches Ray."""
+    study: StudyConfig | None = None
+    """Experiments around this recipe, for `selma study`; none makes none."""
+
+    @field_validator("skills")
+    @classmethod
+    def _no_skill_twice(cls, skills: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(skills)) != len(skills):
+            raise ValueError("must name each skill once")
+        return skills
+
+    @model_validator(mode="after")
+    def _selection_has_prompts(self) -> "Recipe":
+        selection = self.experts.selection
+        if selection and selection.suite is None and self.prompts.dev_fraction == 0:
+            raise ValueError("experts.selection needs prompts.dev_fraction above 0, or a suite of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_have_pairs(self) -> "Recipe":
+        images, drawn = self.images, self.data.images == "ground_truth"
+        if self.experts.dpo and (images.selection is None or images.per_prompt < 2 or drawn):
+            got = f"images.selection={'null' if images.selection is None else 'set'}, images.per_prompt={images.per_prompt}"
+            raise ValueError(
+                "experts.dpo needs scored images to make pairs of: images.selection, images.per_prompt of at least 2 and "
+                f"data.images=model, got {got}, data.images={self.data.images}; set them, or leave experts.dpo out"
+            )
+        return self
+
+    def as_yaml(self) -> str:
+        """Return the resolved recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key.path=value` overrides; raises ConfigError with one line."""
+    return validate(Recipe, apply_overrides(read_yaml(Path(path)), overrides), source=str(path))

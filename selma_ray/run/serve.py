@@ -1,0 +1,35 @@
+"""The merged model of a run as an HTTP service."""
+
+from pathlib import PurePosixPath
+
+from selma_ray.run.opening import Run
+from selma_ray.serving.experts import open_experts
+from selma_ray.serving.run import Service, start_service
+from selma_ray.serving.scorer import scorer_of
+from selma_ray.serving.served import ServedModels
+
+__all__ = ["served_models", "start_merged"]
+
+_DEPTH_OF_EXPERTS = 3  # experts/NAME/adapter_config.json; checkpoints lie deeper
+
+
+def served_models(run: Run, experts: bool) -> ServedModels:
+    """Return the merged model of a run and, where `experts` are wanted, its base model and every expert that is there."""
+    if not experts:
+        return ServedModels(run.recipe.merging.name, run.merged_model)
+    paths = map(PurePosixPath, run.folder.files("experts", suffix="adapter_config.json"))
+    names = sorted(path.parts[-2] for path in paths if len(path.parts) == _DEPTH_OF_EXPERTS)
+    folders = {name: run.folder.path("experts", name) for name in names}
+    return ServedModels(run.recipe.merging.name, run.merged_model, run.recipe.model, folders)
+
+
+def start_merged(run: Run) -> Service:
+    """Serve the merged model of a run and return once it answers; the caller stops it."""
+    recipe = run.recipe
+    return start_service(
+        served_models(run, recipe.serving.experts),
+        recipe.serving,
+        recipe.cluster,
+        scorer_of(recipe.serving),
+        open_experts,
+    )

@@ -1,0 +1,53 @@
+"""The stages of a run in order, every one skipped where the run's folder says that it is finished."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from selma_ray.cluster.connection import connect
+from selma_ray.errors import ConfigError
+from selma_ray.run.evaluate import evaluate
+from selma_ray.run.generate import generate
+from selma_ray.run.merge import merge
+from selma_ray.run.opening import Run
+from selma_ray.run.progress import Report
+from selma_ray.run.train import train
+
+__all__ = ["STAGES", "finished", "run_stage"]
+
+logger = logging.getLogger(__name__)
+
+STAGES: Mapping[str, Callable[[Run, Report], dict[str, Any]]] = {
+    "generate": generate,
+    "train": train,
+    "merge": merge,
+    "evaluate": evaluate,
+}
+
+
+def finished(run: Run, name: str) -> dict[str, Any] | None:
+    """Return the summary of a finished stage, or None; an evaluation is unfinished where it is to be compared with other results."""
+    done = run.folder.done(name)
+    if done is not None and name == "evaluate":
+        wanted = {key: other.model_dump() for key, other in run.recipe.evaluation.compare_with.items()}
+        if done.get("compare_with", {}) != wanted:
+            return None
+    return done
+
+
+def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
+    """Run one stage unless it is finished; returns its summary either way. Raises ConfigError where an earlier one is missing."""
+    done = finished(run, name)
+    if done is not None:
+        logger.info("%s is finished in %s", name, run.folder.uri)
+        return done
+    names = list(STAGES)
+    for earlier in names[: names.index(name)]:
+        if run.folder.done(earlier) is None:
+            raise ConfigError(
+                f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first"
+            )
+    connect(run.recipe.cluster)
+    summary = STAGES[name](run, report)
+    run.folder.mark_done(name, summary)
+    return summary

@@ -1,0 +1,48 @@
+"""What the stage that writes questions hands to vLLM and reads from it; the engine itself is in tests/integration."""
+
+import json
+
+import xgrammar
+
+from selma_ray.judging.writing.config import QuestionLLMConfig
+from selma_ray.judging.writing.engine import _engine_options, _Preprocess, _reply
+from selma_ray.judging.writing.requests import DSG_CALLS, dsg_schema, tifa_schema
+from selma_ray.judging.writing.rounds import Reply, Request
+
+
+def test_the_first_call_is_greedy_and_held_to_its_schema():
+    schema = json.dumps(dsg_schema("tuple", []))
+    row = vars(Request("0:tuple:0", "text", 0.0, 5, "\ninput:", schema))
+    asked = _Preprocess(100)(row)
+    assert asked["prompt"] == "text"
+    assert asked["sampling_params"] == {"temperature": 0.0, "max_tokens": 100, "structured_outputs": {"json": schema}}
+
+
+def test_a_repeated_call_is_sampled_by_its_seed_and_text_stops_before_another_example():
+    row = vars(Request("0:tuple:1", "text", 0.7, 5, "\ninput:")) | {"schema": ""}
+    assert _Preprocess(100)(row)["sampling_params"] == {
+        "temperature": 0.7,
+        "max_tokens": 100,
+        "seed": 5,
+        "stop": ["\ninput:"],
+    }
+
+
+def test_replies():
+    assert _reply({"key": "a", "answer": "1 | x", "__inference_error__": ""}) == Reply("1 | x")
+    failed = _reply({"key": "a", "answer": None, "__inference_error__": "ValueError: too long\nTraceback"})
+    assert failed == Reply("", "ValueError: too long")
+
+
+def test_prefixes_are_cached_and_seeds_survive_on_the_cpu():
+    options = _engine_options(QuestionLLMConfig())
+    assert options["enable_prefix_caching"]
+    assert options["enable_chunked_prefill"] is False
+    assert options["max_num_batched_tokens"] >= options["max_model_len"]
+    assert "enable_chunked_prefill" not in _engine_options(QuestionLLMConfig(num_gpus=1))
+
+
+def test_vllms_grammar_compiler_takes_every_schema():
+    assert _engine_options(QuestionLLMConfig())["structured_outputs_config"]["backend"] == "xgrammar"
+    for schema in (*(dsg_schema(call, [1, 2, 3]) for call in DSG_CALLS), tifa_schema()):
+        assert xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False)

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from selma_ray.errors import CaptionError, JudgeError
+from selma_ray.judging.questions import load_suite, questions_for_prompt
+
+
+def line(prompt_id="a", prompt="a red cup", skill="common", questions=None):
+    if questions is None:
+        questions = [
+            {"id": 1, "category": "whole", "question": "Is there a cup?", "parents": [0]},
+            {"id": 2, "category": "color", "question": "Is the cup red?", "parents": [1]},
+        ]
+    return {"id": prompt_id, "skill": skill, "prompt": prompt, "questions": questions}
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return str(path)
+
+
+def question(number, *parents):
+    return {"id": number, "category": "whole", "question": "Is it?", "parents": list(parents)}
+
+
+def test_reads_json_lines(tmp_path):
+    (prompt,) = load_suite(write(tmp_path / "suite.jsonl", [line()]))
+    assert (prompt.id, prompt.skill, prompt.prompt) == ("a", "common", "a red cup")
+    assert [(each.id, each.category, each.parents) for each in prompt.questions] == [
+        (1, "whole", (0,)),
+        (2, "color", (1,)),
+    ]
+
+
+def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path):
+    lines = [line(f"{skill}{number}", skill=skill) for skill in ("x", "y") for number in range(4)]
+    suite = load_suite(write(tmp_path / "suite.jsonl", [*lines, line("z0", skill="z")]), max_prompts=5)
+    assert [prompt.id for prompt in suite] == ["x0", "x1", "y0", "y1", "z0"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line("a"), line("a")], "1 faults .duplicated prompt id 1., first in line 2"),
+        ([line(prompt=" ")], "empty prompt 1"),
+        ([line(questions=[])], "no questions 1"),
+        ([line(questions=[question(1), question(1)])], "duplicated question id 1"),
+        ([line(questions=[question(1, 9)])], "missing parent, a has no question 9"),
+        ([line(questions=[question(1, 2), question(2, 1)])], "cycle, a through questions"),
+        ([line(questions=[question(1, 1)])], "cycle"),
+        ([line(questions=[{**question(1), "question": " "}])], "empty question, a question 1"),
+        ([line(questions=[{**question(1), "choices": ["red"], "answer": "blue"}])], "answer that is no choice 1"),
+        ([line(questions=[]), line("b", prompt="")], "2 faults .no questions 1, empty prompt 1."),
+        ([{"id": "a"}], "unreadable, KeyError 'questions'"),
+        ([], "must hold at least one prompt"),
+    ],
+)
+def test_faults_are_counted_and_the_first_is_named(tmp_path, lines, message):
+    with pytest.raises(JudgeError, match=message) as caught:
+        load_suite(write(tmp_path / "suite.jsonl", lines))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_one_line(tmp_path):
+    with pytest.raises(JudgeError, match=r"absent.jsonl cannot be read"):
+        load_suite(str(tmp_path / "absent.jsonl"))
+
+
+def test_miniature_suite_is_fixed_and_its_graphs_are_sound():
+    suite = load_suite("miniature")
+    assert len(suite) == 500
+    assert len({prompt.id for prompt in suite}) == 500
+    assert [prompt.skill for prompt in load_suite("miniature", 10)].count("counting") == 2
+    for prompt in suite:
+        ids = {each.id for each in prompt.questions} | {0}
+        assert all(set(each.parents) <= ids - {each.id} for each in prompt.questions)
+
+
+def test_questions_for_a_prompt_of_the_miniature_and_for_another():
+    questions = questions_for_prompt("two red apples")
+    assert {each.category for each in questions} == {"whole", "color", "count"}
+    with pytest.raises(CaptionError):
+        questions_for_prompt("the spirit of history")

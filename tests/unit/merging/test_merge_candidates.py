@@ -1,0 +1,69 @@
+"""What one task of the merge search does, without Ray."""
+
+import pytest
+
+from selma_ray.config import validate
+from selma_ray.errors import ConfigError
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.dev_scores import DevScorer
+from selma_ray.merging.candidates import _score_candidate
+from selma_ray.merging.config import MergingConfig
+from selma_ray.merging.search import Candidate
+from selma_ray.merging.weights import ALL
+from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.prompts.config import PromptsConfig
+from selma_ray.run.dev_scorer import dev_prompts
+from selma_ray.run.ground_truth import write_captions
+from selma_ray.storage import RunFolder
+from tests.unit.adapters.adapters_on_disk import save_random_adapter
+
+SKILLS = ["common", "counting"]
+SAMPLING = SamplingConfig(steps=1, guidance_scale=1.0, width_px=64, height_px=64)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pipeline_dir, tmp_path_factory) -> RunFolder:
+    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
+    write_captions(folder, SKILLS, PromptsConfig(per_skill=8, dev_fraction=0.25), seed=0)
+    for seed, skill in enumerate(SKILLS):
+        save_random_adapter(tiny_pipeline_dir, folder.local_path("experts", skill), seed)
+    return folder
+
+
+def test_a_candidates_score_is_that_of_its_adapter(run, tiny_pipeline_dir):
+    prompts = dev_prompts(run, SKILLS, None, "merging.search")
+    assert [len(of_skill) for of_skill in prompts.values()] == [2, 2]
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    scorer = DevScorer(model, SAMPLING, JudgeConfig(), "official", prompts, None, 0)
+    alone = Candidate(0, 0, {ALL: {"common": 0.0, "counting": 1.0}})
+    expected = scorer(str(run.local_path("experts", "counting")), SKILLS)
+    assert expected["images"] == 4
+    assert _score_candidate(alone, scorer, run, 1.0) == pytest.approx(expected["dsg"])
+
+
+def test_a_skill_without_dev_prompts_is_named(run):
+    with pytest.raises(ConfigError, match=r"merging.search needs dev prompts of every skill, style has none; raise"):
+        dev_prompts(run, [*SKILLS, "style"], None, "merging.search")
+
+
+def test_a_prompt_that_has_no_questions_is_named(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    candidate = {"text": "a zeppelin over Lisbon", "index": 0, "split": "dev"}
+    folder.write_json({"skill": "style", "request": 0, "candidates": [candidate]}, "prompts/style/request-000000.json")
+    with pytest.raises(
+        ConfigError, match=r"merging.search: a dev prompt of style has no questions .*merging.search.suite"
+    ):
+        dev_prompts(folder, ["style"], None, "merging.search")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"candidates": 1}, "search.candidates should be greater than or equal to 2"),
+        ({"generation": 3}, "search.generation is not a known key; did you mean 'generations'"),
+        ({"step": 0}, "search.step should be greater than 0"),
+    ],
+)
+def test_settings_of_the_search_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(MergingConfig, {"method": "search", "search": settings}, "recipe")

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.models.cost import TrainingCost
+from selma_ray.plan.estimate import plan_recipe, show_plan, training_memory_bytes
+from selma_ray.run.recipe import load_recipe
+
+DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
+COST = TrainingCost(
+    parameters=1000, lora_parameters=100, cached_bytes=1, activation_bytes=400, checkpointed_bytes=200, forward_flops=1, step_flops=2
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"precision": "fp32"}, 4 * 1100 + 4 * 100 + 8 * 100 + 8 * 400),
+        ({"precision": "bf16"}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 200),
+        ({"precision": "bf16", "micro_batch_size": 2}, 2 * 1100 + 2 * 100 + 12 * 100 + 2 * 200),
+        ({"precision": "bf16", "gradient_checkpointing": True}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 100),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 0}, 2 * 1100 + 2 * 100 + 12 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1}, 2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2}, 2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3}, 1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
+    ],
+)
+def test_a_worker_s_memory_is_what_it_holds(settings, expected):
+    assert training_memory_bytes(COST, ExpertsConfig(batch_size=8, **settings)) == expected
+
+
+ONE_IMAGE = ["images.per_prompt=1", "images.selection=null"]
+
+
+@pytest.fixture
+def recipe(tiny_pipeline_dir):
+    return load_recipe(DEMO, [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl", *ONE_IMAGE])
+
+
+def test_work_and_storage_grow_with_the_recipe(recipe, tiny_pipeline_dir):
+    stages = {stage.name: stage for stage in plan_recipe(recipe).stages}
+    larger = load_recipe(
+        DEMO,
+        [
+            f"model.name={tiny_pipeline_dir}",
+            "experts.steps=200",
+            "images.per_prompt=3",
+            "images.selection=null",
+            "experts.mixed={ranks: [16]}",
+        ],
+    )
+    after = {stage.name: stage for stage in plan_recipe(larger).stages}
+    assert after["experts"].pflop == pytest.approx(2 * 6 / 5 * stages["experts"].pflop)
+    assert after["images"].pflop == pytest.approx(3 * stages["images"].pflop)
+    assert after["cache"].storage_bytes == pytest.approx(3 * stages["cache"].storage_bytes)
+    assert stages["images"].storage_bytes == 5 * 38 * 3 * 64 * 64
+    assert stages["evaluation"].pflop is None
+    assert after["evaluation"].pflop > 0
+
+
+def test_preferences_take_both_images_of_a_pair_and_the_base_model(recipe, tiny_pipeline_dir):
+    plain = {stage.name: stage for stage in plan_recipe(recipe).stages}
+    fitted_to_pairs = load_recipe(
+        DEMO,
+        [
+            f"model.name={tiny_pipeline_dir}",
+            "images.per_prompt=4",
+            "images.selection={judge: miniature}",
+            "experts.dpo={}",
+        ],
+    )
+    after = {stage.name: stage for stage in plan_recipe(fitted_to_pairs).stages}
+    assert 2 < after["experts"].pflop / plain["experts"].pflop < 4
+    assert after["cache"].storage_bytes == pytest.approx(2 * plain["cache"].storage_bytes)
+    assert after["experts"].memory_bytes > plain["experts"].memory_bytes
+
+
+def test_the_plan_is_shown(recipe, capsys):
+    show_plan(recipe, tflops=28)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("images", "experts", "merging", "serving", "suite nowhere.jsonl"))
+
+
+def test_planning_runs_and_writes_nothing(recipe, tmp_path, capsys):
+    from selma_ray.cli import main
+
+    words = ["plan", str(DEMO), f"model.name={recipe.model.name}", f"run_dir={tmp_path / 'run'}", "--tflops", "100"]
+    assert main(words) == 0
+    assert "Hours at 100 TFLOP/s" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "fast"])
+def test_a_rate_that_is_no_rate_is_refused(rate, capsys):
+    from selma_ray.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(DEMO), "--tflops", rate])
+    assert "--tflops" in capsys.readouterr().err

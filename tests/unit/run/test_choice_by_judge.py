@@ -1,0 +1,29 @@
+import random
+
+import pytest
+
+from selma_ray.errors import CaptionError
+from selma_ray.miniature.captions import parse_caption
+from selma_ray.miniature.heldout import heldout_by_skill
+from selma_ray.miniature.scenes import render_scene
+from selma_ray.run.generate import _open_scorer
+
+
+@pytest.fixture(scope="module")
+def score():
+    return _open_scorer("miniature")
+
+
+def test_the_judge_prefers_the_image_that_follows_the_prompt(score):
+    captions = heldout_by_skill()["counting"][:6]
+    images = [render_scene(parse_caption(caption), random.Random(0)) for caption in captions]
+    right = score(images, captions)
+    wrong = score(images[1:] + images[:1], captions)
+    assert sum(right) / 6 > 0.9  # the judge answers 99% of such questions right
+    assert sum(wrong) < sum(right)
+
+
+def test_a_prompt_that_the_judge_has_no_questions_for_is_named(score):
+    image = render_scene(parse_caption(heldout_by_skill()["counting"][0]), random.Random(0))
+    with pytest.raises(CaptionError, match="zeppelin"):
+        score([image], ["a zeppelin over Paris"])

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selma_ray.errors import ConfigError
+from selma_ray.run.recipe import Recipe, load_recipe
+from selma_ray.skills import load_skills
+
+RECIPES = sorted((Path(__file__).parents[3] / "jobs" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_and_its_skills_are_valid(path):
+    recipe = load_recipe(path)
+    assert len(load_skills(recipe.skills)) == 5
+
+
+def test_the_recipes_of_the_design_are_there():
+    assert {path.stem for path in RECIPES} >= {"demo", "miniature", "sd14", "sd2", "sdxl", "sd35", "flux"}
+
+
+def test_a_resolved_recipe_reads_back(tmp_path):
+    recipe = load_recipe(RECIPES[0], ["seed=7"])
+    (tmp_path / "recipe.yaml").write_text(recipe.as_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert recipe.seed == 7
+
+
+def test_a_skill_named_twice_is_refused():
+    with pytest.raises(ConfigError, match="skills must name each skill once"):
+        load_recipe(RECIPES[0], ["skills=[coco, coco]"])
+
+
+def test_every_field_is_documented():
+    def undocumented(model, prefix=""):
+        for name, field in model.model_fields.items():
+            if not field.description:
+                yield prefix + name
+            if hasattr(field.annotation, "model_fields"):
+                yield from undocumented(field.annotation, f"{prefix}{name}.")
+
+    assert list(undocumented(Recipe)) == []
+
+
+def test_reading_a_recipe_loads_no_engine():
+    code = f"""
+import sys
+from selma_ray.run.recipe import load_recipe
+import selma_ray.cli
+load_recipe({str(RECIPES[0])!r})
+print(sorted({{"torch", "vllm", "diffusers", "deepspeed", "transformers"}} & set(sys.modules)))
+"""
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
