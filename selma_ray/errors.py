@@ -33,7 +33,12 @@ __all__ = [
     "SkillError",
     "StorageError",
     "TrainingError",
+    "first_line",
+    "last_line",
+    "named_line",
 ]
+
+_REASON_CHARS = 200
 
 
 class SelmaError(Exception):
@@ -94,3 +99,24 @@ class JudgeError(SelmaError):
 
 class ServingError(SelmaError):
     """The HTTP service cannot start, or refuses a request."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line with text in it; the class's name of an exception that says nothing."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException | str) -> str:
+    """Return the last line with text in it, which tells most where a text quotes a traceback, as Ray's errors do."""
+    return _lines(error)[-1]
+
+
+def named_line(error: BaseException) -> str:
+    """Return a reason for a table's cell, such as `ValueError: no colour`: class and first line, 200 characters at most."""
+    name, line = type(error).__name__, first_line(error)
+    return (name if line == name else f"{name}: {line}")[:_REASON_CHARS].rstrip()
+
+
+def _lines(error: BaseException | str) -> list[str]:
+    silent = "" if isinstance(error, str) else type(error).__name__
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [silent]

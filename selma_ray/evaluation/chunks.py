@@ -11,6 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from selma_ray.adapters.applying import load_adapted_pipeline
+from selma_ray.errors import named_line
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.judging.questions import PromptWithQuestions
@@ -180,7 +181,7 @@ def _render_one_by_one(
             errors.append(None)
         except Exception as error:
             images.append(None)
-            errors.append(f"{type(error).__name__}: {error}"[:_ERROR_CHARS])
+            errors.append(named_line(error))
     return images, errors
 
 

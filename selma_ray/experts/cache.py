@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
-from selma_ray.errors import TrainingError
+from selma_ray.errors import TrainingError, last_line
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.preferences import preference_pairs
 from selma_ray.models.config import ModelConfig
@@ -180,9 +180,8 @@ def _encode(
     try:
         examples = sum(row["examples"] for row in encoded.iter_rows())
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
         raise TrainingError(
-            f"images could not be encoded ({reason}); mend the cause and run the same command again"
+            f"images could not be encoded ({last_line(error)}); mend the cause and run the same command again"
         ) from error
     logger.info("encoded %d examples", examples)
 

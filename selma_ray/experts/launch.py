@@ -11,7 +11,7 @@ from typing import Any
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
-from selma_ray.errors import ConfigError, TrainingError
+from selma_ray.errors import ConfigError, TrainingError, last_line
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
@@ -219,15 +219,10 @@ def _result_of(job: ExpertJob) -> ExpertResult:
 
 def _raise_for(failures: Mapping[str, Exception]) -> None:
     if failures:
-        reasons = "; ".join(f"{name}: {_last_line(error)}" for name, error in failures.items())
+        reasons = "; ".join(f"{name}: {last_line(error)}" for name, error in failures.items())
         raise TrainingError(
             f"{len(failures)} expert(s) could not be fitted ({reasons}); finished ones are kept, so run again"
         )
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 class _Reporter:

@@ -12,7 +12,7 @@ from typing import Any
 from ray.data import Dataset
 
 from selma_ray.cluster.errors import causes_of
-from selma_ray.errors import RenderError
+from selma_ray.errors import RenderError, last_line
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.shards import drop_duplicates, existing_ids, too_many_failures
@@ -114,7 +114,7 @@ def _rows(images: Dataset) -> Iterator[dict[str, Any]]:
     except Exception as error:
         for message in map(str, causes_of(error)):
             if "creation task" in message and "RenderPrompts" in message:
-                reason = message.strip().splitlines()[-1].strip()[:300]
+                reason = last_line(message)[:300]
                 raise RenderError(f"a renderer cannot start: {reason}; mend the recipe's model or images") from error
         raise
 

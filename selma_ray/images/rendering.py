@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
+from selma_ray.errors import named_line
 from selma_ray.images.batching import SharedBatches
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import ImageEngine, open_engine
@@ -30,7 +31,6 @@ RENDERED_SCHEMA = (
     .append(pa.field("batch", pa.string()))
     .append(pa.field("again", pa.bool_()))
 )
-_LONGEST_REASON = 200
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,9 @@ class RenderPrompts:
             images += self._engine.render([row["prompt"] for row in rows], [row["seed"] for row in rows])
             return images
         except Exception as error:
-            logger.warning("a batch of %d images failed (%s); its rows are tried one by one", len(rows), _reason(error))
+            logger.warning(
+                "a batch of %d images failed (%s); its rows are tried one by one", len(rows), named_line(error)
+            )
             return [self._render_alone(row) for row in rows]
 
     def _render_alone(self, row: dict[str, Any]) -> Image.Image | Exception:
@@ -119,7 +121,7 @@ class RenderPrompts:
 
     def _outcome(self, id_: str, image: Image.Image | Exception) -> dict[str, Any]:
         if isinstance(image, Exception):
-            return {"image": None, "error": _reason(image)}
+            return {"image": None, "error": named_line(image)}
         content = encoded(image, self._config.format)
         return {"image": {"bytes": content, "path": f"{id_}.{self._config.format}"}, "error": None}
 
@@ -140,8 +142,3 @@ def encoded(image: Image.Image, format_: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format_.upper(), **({"lossless": True} if format_ == "webp" else {}))
     return buffer.getvalue()
-
-
-def _reason(error: Exception) -> str:
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"[:_LONGEST_REASON]

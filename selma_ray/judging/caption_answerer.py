@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, first_line
 from selma_ray.models.locate import locate_judge
 
 __all__ = ["Seq2SeqAnswerer"]
@@ -25,10 +25,9 @@ class Seq2SeqAnswerer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(located.path)
             self._model: Any = AutoModelForSeq2SeqLM.from_pretrained(located.path, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise JudgeError(
-                f"question answering model {name} cannot be opened ({reason}); name a folder or hub name of a text-to-text model "
-                f"with safetensors weights, such as {_PUBLIC}"
+                f"question answering model {name} cannot be opened ({first_line(error)}); name a folder or hub name of a text-to-text "
+                f"model with safetensors weights, such as {_PUBLIC}"
             ) from None
 
     def choose(self, question: str, caption: str, choices: Sequence[str]) -> str:

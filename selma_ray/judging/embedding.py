@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, first_line
 from selma_ray.models.locate import locate_judge
 
 __all__ = ["SentenceEmbedder"]
@@ -25,9 +25,8 @@ class SentenceEmbedder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(located.path)
             self._model: Any = AutoModel.from_pretrained(located.path, use_safetensors=True, dtype=torch.float32).eval()
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise JudgeError(
-                f"sentence embedding model {name} cannot be opened ({reason}); name a folder or hub name of a "
+                f"sentence embedding model {name} cannot be opened ({first_line(error)}); name a folder or hub name of a "
                 "sentence-transformers model with safetensors weights, such as sentence-transformers/all-mpnet-base-v2"
             ) from None
         self.name = f"{name}@{located.revision}"

@@ -19,10 +19,10 @@ from typing import Protocol
 
 from PIL import Image
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, named_line
 from selma_ray.judging.batching import spare_others
 from selma_ray.judging.dsg import SCORERS, mean_score
-from selma_ray.judging.judges.asking import as_yes_or_no, ask_images, error_line, image_fault
+from selma_ray.judging.judges.asking import as_yes_or_no, ask_images, image_fault
 from selma_ray.judging.judges.interface import Answer, Judge
 from selma_ray.judging.questions import Question
 from selma_ray.judging.scoring import answered
@@ -196,7 +196,7 @@ class _ModelMetric:
 
 
 def _metric_score(score: float | Exception) -> MetricScore:
-    return MetricScore(None, error_line(score)) if isinstance(score, Exception) else MetricScore(score)
+    return MetricScore(None, named_line(score)) if isinstance(score, Exception) else MetricScore(score)
 
 
 def _read(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Answer]:

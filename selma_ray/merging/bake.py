@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from selma_ray.adapters.deltas import Delta
 from selma_ray.adapters.streaming import DTYPES, TensorSpec, write_safetensors
-from selma_ray.errors import AdapterError, ModelNotFoundError
+from selma_ray.errors import AdapterError, ModelNotFoundError, first_line
 from selma_ray.merging.pipeline_files import copy_file, pipeline_files
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
@@ -33,9 +33,8 @@ def pipeline_folder(model: ModelConfig) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
-            f"model.name {model.name} cannot be downloaded ({reason}); give a local folder"
+            f"model.name {model.name} cannot be downloaded ({first_line(error)}); give a local folder"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
 
@@ -104,7 +104,6 @@ def _download_index(model: ModelConfig, located: LocatedModel) -> Path:
     try:
         return Path(hf_hub_download(located.path, "model_index.json", revision=model.revision))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
-            f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder"
+            f"model.name {model.name} cannot be opened ({first_line(error)}); give a diffusers folder"
         ) from None

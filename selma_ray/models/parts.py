@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from selma_ray.errors import ModelNotFoundError
+from selma_ray.errors import ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel
@@ -120,7 +120,6 @@ def load_errors(model: ModelConfig, part: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ModelNotFoundError(
-            f"{part} of model.name {model.name} cannot be loaded ({reason}); give a diffusers folder"
+            f"{part} of model.name {model.name} cannot be loaded ({first_line(error)}); give a diffusers folder"
         ) from None

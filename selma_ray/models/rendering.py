@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 
-from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
 
@@ -36,9 +36,8 @@ def load_pipeline(model: ModelConfig) -> DiffusionPipeline:
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(
-            f"model.name {model.name} cannot be opened ({reason}); give a diffusers folder"
+            f"model.name {model.name} cannot be opened ({first_line(error)}); give a diffusers folder"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ from ray.data import Dataset
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.errors import causes_of, known_error
-from selma_ray.errors import ConfigError, LLMError
+from selma_ray.errors import ConfigError, LLMError, last_line
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.free import free_stage
@@ -65,10 +65,7 @@ def _explained(llm: LLMConfig, message: str) -> str | None:
         )
     if "actor died" in message and any(stage in message for stage in _ENGINE_STAGES):
         if "creation task" in message:
-            reason = message.strip().splitlines()[-1].strip()[:300]
-            return (
-                f"an engine of the language model {llm.name} cannot start: {reason}; mend the settings of prompts.llm"
-            )
+            return f"an engine of the language model {llm.name} cannot start: {last_line(message)[:300]}; mend the settings of prompts.llm"
         return (
             f"an engine of the language model {llm.name} died again after prompts.llm.max_restarts={llm.max_restarts} restarts; "
             "give it more memory or a smaller max_model_len, or raise max_restarts, then run the same command again"

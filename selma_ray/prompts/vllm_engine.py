@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
-from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
 from selma_ray.models.locate import locate_llm
 from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
@@ -85,9 +85,8 @@ def speaks_chat(llm: LLMConfig, path: str) -> bool:
     try:
         has_template = AutoTokenizer.from_pretrained(path, revision=llm.revision).chat_template is not None
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(
-            f"the tokenizer of prompts.llm.name {llm.name} cannot be loaded ({reason}); mend the name, log in to the hub, "
+            f"the tokenizer of prompts.llm.name {llm.name} cannot be loaded ({first_line(error)}); mend the name, log in to the hub, "
             "or give a folder"
         ) from None
     if llm.chat and not has_template:

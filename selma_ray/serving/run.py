@@ -14,7 +14,7 @@ from ray import serve
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import connect
-from selma_ray.errors import ConfigError, ServingError
+from selma_ray.errors import ConfigError, ServingError, first_line, last_line
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
 from selma_ray.serving.evaluator import Scorer
@@ -97,7 +97,7 @@ def start_service(
     except Exception as error:
         reason = _reason()
         serve.shutdown()
-        raise ServingError(f"the service did not start: {reason or str(error).splitlines()[0]}") from error
+        raise ServingError(f"the service did not start: {reason or first_line(error)}") from error
     return Service(f"http://{_reachable(config.host)}:{port}", config)
 
 
@@ -106,7 +106,7 @@ def _reason() -> str:
     started = serve.status().applications.get(APPLICATION_NAME)
     deployments = started.deployments.values() if started else ()
     failed = [deployment for deployment in deployments if deployment.status in _FAILED and deployment.message]
-    return failed[0].message.strip().splitlines()[-1] if failed else ""
+    return last_line(failed[0].message) if failed else ""
 
 
 def _free_port(host: str) -> int:

@@ -1,9 +1,11 @@
-"""What the command line finds of an error that Ray has wrapped."""
+"""What the command line finds of an error that Ray has wrapped, and the lines that stand for an error."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from selma_ray.cluster.errors import known_error
-from selma_ray.errors import ConfigError, LLMError, StorageError
+from selma_ray.errors import ConfigError, LLMError, StorageError, first_line, last_line, named_line
 
 
 class WrappedError(Exception):
@@ -40,3 +42,30 @@ def test_an_error_is_found_in_the_text_of_another():
 def test_other_errors_are_not_known(text):
     assert known_error(RuntimeError(text)) is None
     assert known_error(None) is None
+
+
+def test_the_first_and_the_last_line_with_text_stand_for_an_error():
+    error = ValueError("\n  no colour\nin scene 3\n\n  red is one \n")
+    assert first_line(error) == "no colour"
+    assert last_line(error) == "red is one"
+    assert named_line(error) == "ValueError: no colour"
+    assert first_line(str(error)) == "no colour"
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\n", "\t\r\n"])
+def test_an_error_without_text_is_known_by_its_class(text):
+    assert (
+        first_line(MemoryError(text)) == last_line(MemoryError(text)) == named_line(MemoryError(text)) == "MemoryError"
+    )
+    assert first_line(text) == last_line(text) == ""
+    assert first_line(MemoryError()) == "MemoryError"
+
+
+@given(st.text())
+def test_every_text_gives_one_line_of_it(text):
+    for line in (first_line(text), last_line(text), first_line(OSError(text)), named_line(OSError(text))):
+        assert len(line.splitlines()) <= 1
+        assert line == line.strip()
+    assert first_line(text) in text
+    assert last_line(text) in text
+    assert len(named_line(OSError(text))) <= 200

@@ -7,10 +7,11 @@ from functools import partial
 
 from PIL import Image
 
+from selma_ray.errors import named_line
 from selma_ray.judging.batching import spare_others
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, Judge
 
-__all__ = ["Inquiry", "as_yes_or_no", "ask", "ask_images", "error_line", "image_fault"]
+__all__ = ["Inquiry", "as_yes_or_no", "ask", "ask_images", "image_fault"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +89,8 @@ def image_fault(image: Image.Image | None) -> str | None:
     try:
         image.load()
     except Exception as error:  # PIL's decoders raise errors of many kinds
-        return f"the image cannot be read: {error_line(error)}"[:_REASON_CHARS]
+        return f"the image cannot be read: {named_line(error)}"[:_REASON_CHARS]
     return None
-
-
-def error_line(error: Exception) -> str:
-    """Return an exception as a reason of one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_REASON_CHARS]
 
 
 def _answer_rows(judge: Judge, rows: Sequence[tuple[Image.Image, Sequence[str], Sequence[Sequence[str]]]]) -> list:
@@ -109,4 +104,4 @@ def _readable(given: list[Answer] | Exception, count: int) -> list[Answer]:
     if not isinstance(given, Exception):
         return given
     logger.warning("the judge failed on an image: %s", given)
-    return [Answer(None, reason=error_line(given))] * count
+    return [Answer(None, reason=named_line(given))] * count

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, first_line
 from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.judging.judges.words import AnswerTokens, spoken
@@ -42,9 +42,8 @@ class TransformersJudge:
             self._processor: Any = AutoProcessor.from_pretrained(located.path, **revision)
             model = AutoModelForVisualQuestionAnswering.from_pretrained(located.path, use_safetensors=True, **revision)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise JudgeError(
-                f"evaluation.judge.name {located.path} cannot be opened ({reason}); "
+                f"evaluation.judge.name {located.path} cannot be opened ({first_line(error)}); "
                 "name a visual question answering model of transformers, such as ViLT or BLIP"
             ) from None
         if model.config.model_type not in MODEL_TYPES:

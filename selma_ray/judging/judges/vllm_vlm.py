@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, first_line
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.judging.judges.words import AnswerTokens, p_yes, spoken
@@ -88,10 +88,8 @@ class VllmJudge:
 
 def _reason(error: Exception) -> str:
     """Return the line of a validation error that says what is wrong; vLLM's first line only counts them."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if line.startswith("Value error")), lines[0] if lines else type(error).__name__
-    )[:200]
+    lines = map(str.strip, str(error).splitlines())
+    return next((line for line in lines if line.startswith("Value error")), first_line(error))[:200]
 
 
 def _yes_or_no(text: str, probabilities: Mapping[str, float]) -> Answer:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, first_line
 from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.preferences.preprocessing import Preprocess, crop_evenly, crop_to_floor, pad_to_square, to_pixels
 from selma_ray.models.locate import locate_judge
@@ -69,10 +69,9 @@ class ClipScorer:
             self._model: Any = CLIPModel.from_pretrained(located.path, use_safetensors=True, dtype=torch.float32)
             self._tokenizer: Any = self._open_tokenizer(located.path, is_public=model is None)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise JudgeError(
-                f"{metric}: {located.path} cannot be opened ({reason}); name a folder or hub name of a CLIP model with safetensors "
-                "weights, made from a pickled checkpoint by python -m selma_ray.judging.preferences.convert"
+                f"{metric}: {located.path} cannot be opened ({first_line(error)}); name a folder or hub name of a CLIP model with "
+                "safetensors weights, made from a pickled checkpoint by python -m selma_ray.judging.preferences.convert"
             ) from None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = self._model.eval().to(self._device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from selma_ray.errors import JudgeError, SelmaError
+from selma_ray.errors import JudgeError, SelmaError, first_line, last_line
 from selma_ray.judging.preferences.image_reward import ImageRewardConfig, ImageRewardModel
 
 __all__ = [
@@ -82,8 +82,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise JudgeError(f"{path} cannot be read ({error.strerror}); name a checkpoint file") from None
     except Exception as error:  # the unpickler's own errors, and those of a file that is no archive
-        reason = str(error).strip().splitlines()[0][:200]
-        raise JudgeError(f"{path} holds more than tensors, or none ({reason}); name the published checkpoint") from None
+        raise JudgeError(
+            f"{path} holds more than tensors, or none ({first_line(error)[:200]}); name the published checkpoint"
+        ) from None
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
         raise JudgeError(f"{path} must hold named tensors, got {type(content).__name__}; name the published checkpoint")
@@ -146,9 +147,7 @@ def _loaded(model: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             {name: tensor.float().contiguous() for name, tensor in tensors.items()}, strict=False
         )
     except RuntimeError as error:  # a tensor of another shape
-        raise JudgeError(
-            f"checkpoint is of another model ({str(error).splitlines()[-1].strip()}); name the published one"
-        ) from None
+        raise JudgeError(f"checkpoint is of another model ({last_line(error)}); name the published one") from None
     if missing or unexpected:
         first = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
         raise JudgeError(f"checkpoint is of another model: {first}; name the published one")

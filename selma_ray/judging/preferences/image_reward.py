@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from selma_ray.errors import JudgeError
+from selma_ray.errors import JudgeError, first_line
 from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.preferences.preprocessing import crop_evenly, to_pixels
 from selma_ray.models.locate import locate_judge
@@ -97,10 +97,9 @@ class ImageRewardScorer:
             self._model: Any = ImageRewardModel.from_pretrained(located.path, use_safetensors=True, dtype=torch.float32)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(located.path)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise JudgeError(
-                f"imagereward: {located.path} cannot be opened ({reason}); the public ImageReward.pt is a pickle: convert it once with "
-                "python -m selma_ray.judging.preferences.convert imagereward ImageReward.pt FOLDER and name the folder"
+                f"imagereward: {located.path} cannot be opened ({first_line(error)}); the public ImageReward.pt is a pickle: convert it "
+                "once with python -m selma_ray.judging.preferences.convert imagereward ImageReward.pt FOLDER and name the folder"
             ) from None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = self._model.eval().to(self._device)

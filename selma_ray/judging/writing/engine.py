@@ -8,6 +8,7 @@ from ray.data import TaskPoolStrategy
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
+from selma_ray.errors import first_line
 from selma_ray.judging.writing.config import QuestionLLMConfig, QuestionsConfig
 from selma_ray.judging.writing.rounds import Ask, Reply, Request
 from selma_ray.models.locate import locate_llm
@@ -82,7 +83,7 @@ def _postprocess(row: dict[str, Any]) -> dict[str, Any]:
 def _reply(row: Mapping[str, Any]) -> Reply:
     error = row.get("__inference_error__")
     if error:
-        return Reply("", str(error).strip().splitlines()[0][:_ERROR_CHARS])
+        return Reply("", first_line(str(error))[:_ERROR_CHARS])
     return Reply(row["answer"] or "")
 
 
