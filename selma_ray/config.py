@@ -1,18 +1,28 @@
-"""Strict configuration: frozen models, YAML files, `key.path=value` overrides, and errors that name the remedy."""
+"""Strict configuration: frozen models, YAML files, `key.path=value` overrides, and errors that name the remedy.
+
+A field either decides results (its identity) or places work: `num_cpus: Placement[float]` says the second, at the field and nowhere
+else. What refuses another recipe, keys caches and shares work is derived from it by `identity`.
+"""
 
 import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from selma_ray.errors import ConfigError
 
-__all__ = ["StrictModel", "apply_overrides", "read_yaml", "validate"]
+__all__ = ["Placement", "StrictModel", "apply_overrides", "first_difference", "identity", "read_yaml", "validate"]
+
+_PLACES_WORK = "places work"
+_Value = TypeVar("_Value")
+
+Placement = Annotated[_Value, _PLACES_WORK]
+"""The type of a field that says where, how fast or how safely a run works, not what comes out of it."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -21,6 +31,31 @@ class StrictModel(BaseModel):
     """A frozen model that refuses unknown keys; the docstring under a field documents it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+def identity(value: Any) -> Any:
+    """Return what of a configuration decides results, as plain JSON values: everything but its Placement fields."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {
+            name: identity(getattr(value, name)) for name, field in fields.items() if _PLACES_WORK not in field.metadata
+        }
+    if isinstance(value, Mapping):
+        return {str(key): identity(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [identity(each) for each in value]
+    return value
+
+
+def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Return the first key path at which two identities differ, and the value that each has there; None where they are equal."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        nested = (
+            first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            for name in sorted(before.keys() | now.keys())
+        )
+        return next(filter(None, nested), None)
+    return None if before == now else (key, before, now)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

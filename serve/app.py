@@ -11,15 +11,13 @@ from selma_ray.config import validate
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
-from selma_ray.run.opening import Run
-from selma_ray.run.recipe import load_recipe
+from selma_ray.run.opening import Run, open_run
 from selma_ray.run.serve import served_models
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.scorer import scorer_of
 from selma_ray.serving.served import ServedModels
-from selma_ray.storage import RunFolder
 
 __all__ = ["ServeArgs", "build"]
 
@@ -53,8 +51,7 @@ def build(args: ServeArgs) -> serve.Application:
 
 
 def _finished_run(run_dir: str) -> Run:
-    folder = RunFolder(run_dir)
-    if folder.done("merge") is None:
+    run = open_run(run_dir)
+    if run.folder.done("merge") is None:
         raise ConfigError(f"run_dir {run_dir} holds no merged model; run `selma merge` first")
-    recipe = load_recipe(folder.local_path("recipe.yaml"), [f"run_dir={run_dir}"])
-    return Run(recipe, folder, ())
+    return run

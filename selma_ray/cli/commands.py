@@ -24,7 +24,7 @@ _COMMANDS = {
     "merge": "merge the experts",
     "evaluate": "score base, experts and merged model",
     "report": "write report.html and report.json again",
-    "study": "make the recipe's experiments over several seeds and write their tables",
+    "study": "make the experiments of a study's file over several seeds and write their tables",
     "serve": "serve the merged model over HTTP until interrupted",
 }
 
@@ -129,19 +129,17 @@ def _execute(options: argparse.Namespace) -> None:
 
         data.execute(options)
         return
+    if options.command in ("plan", "study") and _executed_of_study(options):
+        return
     from selma_ray.run.opening import open_run
     from selma_ray.run.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.command == "plan":
-        from selma_ray.plan.estimate import show_plan
+        from selma_ray.cli.show_plan import show_plan
 
         show_plan(recipe, options.tflops)
         return
-    if recipe.study is not None or options.command == "study":
-        from selma_ray.study.arms import check_study
-
-        check_study(recipe)
     run = open_run(recipe)
     from selma_ray.cli import show as console
 
@@ -149,8 +147,6 @@ def _execute(options: argparse.Namespace) -> None:
         console.run_all(run)
     elif options.command == "report":
         console.write_report(run)
-    elif options.command == "study":
-        console.run_study(run)
     elif options.command == "serve":
         console.serve(run)
     else:
@@ -161,6 +157,24 @@ def _execute(options: argparse.Namespace) -> None:
         if options.ratings:
             console.show_ratings(run, options.ratings)
         console.show_evaluation(run)
+
+
+def _executed_of_study(options: argparse.Namespace) -> bool:
+    """Plan or make a study; tells whether the file is one, which a recipe may be planned without."""
+    from selma_ray.study.study import is_study, load_study
+
+    if options.command == "plan" and not is_study(options.recipe):
+        return False
+    study = load_study(options.recipe, options.overrides)
+    if options.command == "plan":
+        from selma_ray.cli.show_plan import show_study_plan
+
+        show_study_plan(study, options.tflops)
+    else:
+        from selma_ray.cli.show import run_study
+
+        run_study(study)
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,27 +7,23 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from selma_ray.cli.show import console
-from selma_ray.config import validate
 from selma_ray.errors import ConfigError
 from selma_ray.run.generate import prompts_from
-from selma_ray.run.opening import Run
-from selma_ray.run.recipe import Recipe
-from selma_ray.skills import load_skills
+from selma_ray.run.opening import Run, open_run
 from selma_ray.storage import RunFolder
 
-__all__ = ["execute", "open_finished", "status_of"]
+__all__ = ["execute", "status_of"]
 
 _SILENT_AFTER_S = 60.0
 
 
 def execute(options: argparse.Namespace) -> None:
     """Run one of the commands on the folder that `options.run` names."""
-    run = open_finished(options.run)
+    run = open_run(options.run)
     if options.command == "export":
         _export(run, options.to, options.out)
     elif options.what == "status":
@@ -35,15 +31,6 @@ def execute(options: argparse.Namespace) -> None:
         console.print(json.dumps(status), markup=False) if options.json else _show(status)
     else:
         _write_sheet(run, options.out, options.per_skill, options.seed)
-
-
-def open_finished(uri: str) -> Run:
-    """Return the run that a folder holds, finished or not; nothing is written. Raises ConfigError where it holds none."""
-    folder = RunFolder(uri)
-    if not folder.exists("recipe.yaml"):
-        raise ConfigError(f"{uri} must be a run's folder, it has no recipe.yaml; name the run_dir of a recipe")
-    recipe = validate(Recipe, yaml.safe_load(folder.read_bytes("recipe.yaml")), source=folder.path("recipe.yaml"))
-    return Run(recipe, folder, tuple(load_skills(recipe.skills)))
 
 
 def status_of(run: Run) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from selma_ray.errors import ConfigError
 from selma_ray.run.opening import Run
 from selma_ray.run.progress import Progress, Report
 from selma_ray.run.stages import STAGES, finished, run_stage
+from selma_ray.study.study import Study
 
 __all__ = [
     "export_pairs",
@@ -51,8 +52,6 @@ def run_all(run: Run) -> None:
         run_one(run, name)
     show_evaluation(run)
     _fetch_one_image(run)
-    if run.recipe.study is not None:
-        run_study(run)
     console.print(
         f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}"
     )
@@ -72,18 +71,18 @@ def run_one(run: Run, name: str) -> None:
     )
 
 
-def run_study(run: Run) -> None:
-    """Make the experiments of a recipe's study, then show where its tables are."""
+def run_study(study: Study) -> None:
+    """Make the experiments of a study, then show where its tables are."""
     from selma_ray.study.run import study_steps
 
-    steps = study_steps(run)
+    steps = study_steps(study)
     for number, step in enumerate(steps, start=1):
         started_s = time.monotonic()
         console.print(f"[bold]Study {number}/{len(steps)}: {step.title}[/bold]")
         with _progress_display() as report:
             step.do(report)
         console.print(f"[green]✓[/green] {step.title} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
-    console.print(f"Tables: [bold]{run.folder.path('study', 'tables.md')}[/bold]")
+    console.print(f"Tables: [bold]{study.place('tables.md')}[/bold]")
 
 
 def write_report(run: Run) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from selma_ray.cluster.config import ClusterConfig, Role
 from selma_ray.errors import ConfigError
 
-__all__ = ["beside_driver", "check_fit", "role_options", "thread_env"]
+__all__ = ["beside_driver", "check_fit", "role_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,3 @@ def beside_driver() -> dict[str, Any]:
 
     here = ray.get_runtime_context().get_node_id()
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
-
-
-def thread_env(num_threads: int) -> dict[str, str]:
-    """Return the environment variables that hold numeric libraries to `num_threads`."""
-    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(num_threads))

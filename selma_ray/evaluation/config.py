@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
 
@@ -48,19 +48,19 @@ class EvaluationConfig(StrictModel):
     """More models that draw the same prompts from the same seeds, by the names they get in the tables."""
     batch_size: int = Field(default=16, ge=1)
     """Images one pipeline call renders."""
-    renderers: int = Field(default=1, ge=1)
+    renderers: Placement[int] = Field(default=1, ge=1)
     """Renderer actors for each model."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: Placement[float] = Field(default=1, gt=0)
     """CPUs of a renderer."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Placement[float] = Field(default=0, ge=0)
     """GPUs of a renderer."""
-    judges: int = Field(default=0, ge=0)
+    judges: Placement[int] = Field(default=0, ge=0)
     """Judges in actors of their own, fed by the renderers; 0 keeps a judge beside each renderer, in its process."""
-    max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
+    max_failed_fraction: Placement[float] = Field(default=0.05, ge=0, le=1)
     """Share of a model's images without any score above which the stage stops."""
-    compare_with: dict[str, OtherResult] = Field(default_factory=dict)
+    compare_with: Placement[dict[str, OtherResult]] = Field(default_factory=dict)
     """Models of other runs that the tables show too, by the names they get there."""
-    allow_other_judge: bool = False
+    allow_other_judge: Placement[bool] = False
     """Compare with results of another judge all the same; their figures then differ for the judge's sake as well."""
     dsg_scorer: Literal["official", "dpg", "selma"] = "official"
     """Which of DSG's scorers the table shows."""

@@ -21,17 +21,17 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.errors import TrainingError, last_line
 from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.experts.preferences import preference_pairs
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["EMPTY_CAPTION", "EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
+__all__ = ["EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
 
 logger = logging.getLogger(__name__)
 
-EMPTY_CAPTION = "empty-caption.safetensors"  # conditioning of an example without a caption, beside the shards
 _LAYOUT = 1  # raise it whenever what a shard holds changes, so that older caches are not read
 
 

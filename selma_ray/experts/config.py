@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from selma_ray.adapters.config import LoraSettings
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
 __all__ = ["DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig", "SelectionConfig"]
 
@@ -19,11 +19,11 @@ class SelectionConfig(StrictModel):
     """Dev prompts rendered for a score; none takes all. Sampling and judge are the evaluation's."""
     suite: str | None = None
     """JSON Lines file of dev prompts with questions, as evaluation.suite is; none asks the miniature's questions."""
-    max_concurrent: int = Field(default=1, ge=1)
+    max_concurrent: Placement[int] = Field(default=1, ge=1)
     """Adapters scored at once, over all experts."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: Placement[float] = Field(default=1, gt=0)
     """CPUs of a scoring task, which waits until training leaves them free."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Placement[float] = Field(default=0, ge=0)
     """GPUs of a scoring task."""
 
 
@@ -92,17 +92,17 @@ class ExpertsConfig(StrictModel):
     """Share of examples whose caption is replaced by the empty one; SELMA drops none."""
     workers_per_expert: int = Field(default=1, ge=1)
     """Ray Train workers of each expert."""
-    cpus_per_worker: float = Field(default=1, gt=0)
+    cpus_per_worker: Placement[float] = Field(default=1, gt=0)
     """CPUs of a worker."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: Placement[float] = Field(default=0, ge=0)
     """GPUs of a worker; 0 trains on the CPU."""
-    encoders: int = Field(default=1, ge=1)
+    encoders: Placement[int] = Field(default=1, ge=1)
     """Actors that encode images and captions before training; each holds the autoencoder and the text encoder."""
-    max_concurrent: int | None = Field(default=None, ge=1)
+    max_concurrent: Placement[int | None] = Field(default=None, ge=1)
     """Experts fitted at once, the others in turn; none takes what the cluster's resources allow."""
-    checkpoint_every_steps: int = Field(default=500, ge=1)
+    checkpoint_every_steps: Placement[int] = Field(default=500, ge=1)
     """Steps between checkpoints."""
-    max_failures: int = Field(default=2, ge=0)
+    max_failures: Placement[int] = Field(default=2, ge=0)
     """Restarts from the last checkpoint; experts that take turns share them."""
     selection: SelectionConfig | None = None
     """Choice of checkpoint by dev score; none keeps the last step's."""

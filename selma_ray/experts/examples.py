@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.cache import EMPTY_CAPTION
+from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
 

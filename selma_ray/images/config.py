@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 from selma_ray.models.config import SamplingConfig
 
 __all__ = ["FreeEngineConfig", "ImagesConfig", "SelectionConfig"]
@@ -13,7 +13,7 @@ __all__ = ["FreeEngineConfig", "ImagesConfig", "SelectionConfig"]
 class FreeEngineConfig(StrictModel):
     """The stand-in engine that draws a colour ramp from a row's seed: for measuring and testing what is around an engine."""
 
-    latency_s: float = Field(default=0.0, ge=0)
+    latency_s: Placement[float] = Field(default=0.0, ge=0)
     """Seconds that it waits for each batch, as if a GPU rendered it."""
 
 
@@ -43,21 +43,21 @@ class ImagesConfig(StrictModel):
     """Choice among a prompt's images by a judge; none trains on all of them, as published."""
     format: Literal["png", "webp"] = "png"
     """Encoding of the images; both are lossless."""
-    license: str = "unknown"
+    license: Placement[str] = "unknown"
     """Licence of the dataset, as its card names it: an identifier of the Hugging Face hub."""
     batch_size: int = Field(default=8, ge=1)
     """Images one pipeline call renders."""
-    min_renderers: int = Field(default=1, ge=1)
+    min_renderers: Placement[int] = Field(default=1, ge=1)
     """Smallest number of renderer actors."""
-    max_renderers: int = Field(default=1, ge=1)
+    max_renderers: Placement[int] = Field(default=1, ge=1)
     """Largest number of renderer actors; the pool autoscales between the two."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: Placement[float] = Field(default=1, gt=0)
     """CPUs of a renderer."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Placement[float] = Field(default=0, ge=0)
     """GPUs of a renderer; 0 renders on the CPU."""
-    max_attempts: int = Field(default=3, ge=1)
+    max_attempts: Placement[int] = Field(default=3, ge=1)
     """Times a row is tried before it is recorded as failed, whether it raises an error or ends the renderer's process."""
-    max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
+    max_failed_fraction: Placement[float] = Field(default=0.05, ge=0, le=1)
     """Share of failed images above which the stage stops."""
 
     @model_validator(mode="after")

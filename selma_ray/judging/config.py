@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
 __all__ = ["JudgeConfig"]
 
@@ -22,9 +22,9 @@ class JudgeConfig(StrictModel):
     """Sentence embedding model, a folder or a hub name, that maps free answers to a question's choices (TIFA)."""
     batch_size: int = Field(default=64, ge=1)
     """Images judged at once; with `transformers` and `vllm` pairs of image and question."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: Placement[float] = Field(default=1, gt=0)
     """CPUs of a judge."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Placement[float] = Field(default=0, ge=0)
     """GPUs of a judge."""
     dtype: str = "auto"
     """Precision of a judge in vLLM, in its words."""
@@ -32,5 +32,5 @@ class JudgeConfig(StrictModel):
     """Longest image and question together, in tokens, of a judge in vLLM."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs one judge in vLLM is split over."""
-    kv_cache_gb: int = Field(default=1, ge=1)
+    kv_cache_gb: Placement[int] = Field(default=1, ge=1)
     """Memory of the key-value cache of a judge in vLLM on the CPU, in GiB."""

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from selma_ray.cluster.placement import thread_env
+from selma_ray.cluster.threads import thread_env
 
 __all__ = ["EngineSettings", "engine_bundle", "engine_environment", "engine_options"]
 

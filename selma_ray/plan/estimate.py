@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.errors import SelmaError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.plan import plan_experts
 from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.prompts.splits import train_count
 from selma_ray.run.recipe import Recipe
 from selma_ray.skills import load_skills
+from selma_ray.study.plan import plan_study
+from selma_ray.study.study import Study
 
 if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
     from selma_ray.models.cost import TrainingCost
 
-__all__ = ["SUSTAINED_TFLOPS", "Plan", "StagePlan", "plan_recipe", "show_plan", "training_memory_bytes"]
+__all__ = ["SUSTAINED_TFLOPS", "Plan", "StagePlan", "plan_recipe", "study_hours", "training_memory_bytes"]
 
 SUSTAINED_TFLOPS = 28.0
 """TFLOP/s that SELMA's 6 hours an expert on an L40 come to (5,000 steps of 64 images of 512 px on Stable Diffusion 1.4).
@@ -33,7 +32,6 @@ Its 12 hours for SDXL come to 114, so larger models take less than the plan says
 """
 
 _BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
-_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     sampling, lora = recipe.images.sampling, recipe.experts.lora
     cost, parameters = _traced(recipe.model, sampling, lora)
     num_skills = len(load_skills(recipe.skills))
-    prompts = round(recipe.prompts.per_skill * (1 - recipe.prompts.dev_fraction)) * num_skills
+    prompts = train_count(recipe.prompts) * num_skills
     images, encoded = prompts * recipe.images.per_prompt, prompts * _encoded_per_prompt(recipe)
     planned = plan_experts([str(number) for number in range(num_skills)], recipe.experts)
     ranks = [max(1, len(expert.experts)) * expert.config.lora.rank / lora.rank for expert in planned]
@@ -140,45 +138,13 @@ def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
     return 2 * (cost.step_flops + cost.forward_flops) if config.dpo else cost.step_flops
 
 
-def show_plan(recipe: Recipe, tflops: float) -> None:
-    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s."""
-    plan = plan_recipe(recipe)
-    console = Console(highlight=False, soft_wrap=True)
-    parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
-    console.print(f"{recipe.model.name}: {_count(sum(plan.parameters.values()))} weights ({parts})")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for heading in ("stage", "memory, GB", "GPU-hours", "storage, GB", ""):
-        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
-    for stage in plan.stages:
-        hours = None if stage.pflop is None else stage.pflop * 1e3 / tflops / 3600
-        table.add_row(stage.name, _gb(stage.memory_bytes), _number(hours), _gb(stage.storage_bytes), stage.note)
-    known = [stage for stage in plan.stages if stage.pflop is not None]
-    hours = sum(stage.pflop or 0 for stage in known) * 1e3 / tflops / 3600
-    table.add_row("all", "", _number(hours), _gb(sum(stage.storage_bytes or 0 for stage in plan.stages)), "")
-    console.print(table, soft_wrap=False)
-    if recipe.study:
-        console.print(_study_line(recipe, tflops))
-    console.print(
-        f"Hours at {tflops:g} TFLOP/s sustained (--tflops). Memory of rendering and encoding is that of the weights; images are counted\n"
-        "uncompressed; the language model and the judge are left out."
-    )
-
-
-def _study_line(recipe: Recipe, tflops: float) -> str:
-    """Return in words what the recipe's study makes in all."""
-    from selma_ray.study.plan import plan_study
-
-    study = plan_study(recipe)
+def study_hours(study: Study, tflops: float) -> float:
+    """Return the GPU-hours of all that a study makes, at a sustained rate of `tflops` TFLOP/s."""
+    made, recipe = plan_study(study), study.recipe
     cost, _ = _traced(recipe.model, recipe.images.sampling, recipe.experts.lora)
-    rendered = [*study.images, *(study.scored or ())]
-    flops = sum(count * _render_flops(cost, sampling) for count, sampling in rendered)
-    flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in study.experts)
-    scored = f"{sum(count for count, _ in study.scored):,}" if study.scored else "an unknown number of"
-    return (
-        f"Its study: {study.runs} runs in all, what they share made once: {study.prompts:,} prompts, "
-        f"{sum(count for count, _ in study.images):,} training images, {len(study.experts)} LoRAs of "
-        f"{sum(each.steps for each in study.experts):,} steps, {scored} scored images, {_number(flops / tflops / 1e12 / 3600)} GPU-hours"
-    )
+    flops = sum(count * _render_flops(cost, sampling) for count, sampling in (*made.images, *(made.scored or ())))
+    flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in made.experts)
+    return flops / tflops / 1e12 / 3600
 
 
 def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
@@ -200,15 +166,3 @@ def _render_flops(cost: "TrainingCost", sampling: SamplingConfig) -> float:
 
 def _pixel_bytes(sampling: SamplingConfig) -> int:
     return 3 * sampling.width_px * sampling.height_px
-
-
-def _count(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def _gb(amount: float | None) -> str:
-    return "" if amount is None else _number(amount / _GB)
-
-
-def _number(amount: float | None) -> str:
-    return "" if amount is None else f"{amount:.3g}" if amount < 100 else f"{amount:,.0f}"

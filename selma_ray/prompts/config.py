@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
 __all__ = ["FreeConfig", "LLMConfig", "PromptsConfig", "RemoteConfig"]
 
@@ -12,22 +12,22 @@ __all__ = ["FreeConfig", "LLMConfig", "PromptsConfig", "RemoteConfig"]
 class FreeConfig(StrictModel):
     """The stand-in that takes no model and no computation: for measuring and rehearsing a pipeline."""
 
-    latency_s: float = Field(default=0.0, ge=0)
+    latency_s: Placement[float] = Field(default=0.0, ge=0)
     """Seconds that one replica waits for each request, one request after another."""
 
 
 class RemoteConfig(StrictModel):
     """A server that speaks OpenAI's API, such as vLLM's own."""
 
-    url: str = Field(default="http://127.0.0.1:8000/v1", pattern=r"^https?://\S+$")
+    url: Placement[str] = Field(default="http://127.0.0.1:8000/v1", pattern=r"^https?://\S+$")
     """Address of the API, with its version: requests go to URL/chat/completions, or URL/completions where `chat` is false."""
-    api_key_env: str | None = None
+    api_key_env: Placement[str | None] = None
     """Name of the environment variable that holds the API key; none sends no key."""
     grammars: bool = True
     """Send the grammars of skills, as `structured_outputs`; vLLM's server understands them."""
-    timeout_s: float = Field(default=600, gt=0)
+    timeout_s: Placement[float] = Field(default=600, gt=0)
     """Seconds after which a request without an answer is tried again."""
-    max_retries: int = Field(default=6, ge=0)
+    max_retries: Placement[int] = Field(default=6, ge=0)
     """Times a request is tried again when the server is busy or cannot be reached, each after twice the time: 1, 2, 4 s …"""
 
 
@@ -46,21 +46,21 @@ class LLMConfig(StrictModel):
     """A file with a Jinja chat template, in place of the tokenizer's."""
     dtype: str = "auto"
     """Precision, in vLLM's words."""
-    min_replicas: int = Field(default=1, ge=1)
+    min_replicas: Placement[int] = Field(default=1, ge=1)
     """Smallest number of vLLM engines."""
-    max_replicas: int = Field(default=1, ge=1)
+    max_replicas: Placement[int] = Field(default=1, ge=1)
     """Largest number of vLLM engines; the pool autoscales between the two."""
-    max_restarts: int = Field(default=5, ge=0)
+    max_restarts: Placement[int] = Field(default=5, ge=0)
     """Times each engine may die and be started anew before the run stops; lost nodes that were taken back do not count."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: Placement[float] = Field(default=1, gt=0)
     """CPUs of each of the workers of an engine, of which there are `tensor_parallel_size`."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Placement[float] = Field(default=0, ge=0)
     """GPUs of each of the workers of an engine; 0 runs it on the CPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Workers that one model is split over."""
     max_model_len: int = Field(default=2048, ge=128)
     """Longest request and answer together, in tokens."""
-    kv_cache_gb: int = Field(default=1, ge=1)
+    kv_cache_gb: Placement[int] = Field(default=1, ge=1)
     """Memory of the key-value cache of a CPU engine, in GiB."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine by name, such as quantization or gpu_memory_utilization."""
@@ -93,7 +93,7 @@ class PromptsConfig(StrictModel):
     """Examples one request shows."""
     requests_in_flight: int = Field(default=16, ge=1)
     """Requests of a skill in flight at once (W in the design); request r sees what was kept up to request r - W."""
-    max_requests: int = Field(default=1000, ge=1)
+    max_requests: Placement[int] = Field(default=1000, ge=1)
     """Requests after which a skill that has not kept enough prompts is given up."""
     rouge_l_threshold: float = Field(default=0.8, gt=0, le=1)
     """A candidate whose ROUGE-L F-measure to a kept prompt exceeds this is dropped."""

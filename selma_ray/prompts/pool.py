@@ -16,12 +16,13 @@ from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.diversity import DiversityFilter, tokens_of
 from selma_ray.prompts.parsing import ListItem, parse_numbered_list
 from selma_ray.prompts.requests import PromptRequest
+from selma_ray.prompts.splits import split_of
 from selma_ray.prompts.store import Candidate, forget_from, prompt_rows, read_decided, write_decided
-from selma_ray.records import Split, seed_of
+from selma_ray.records import seed_of
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
-__all__ = ["Answer", "PromptPool", "dev_count", "split_of"]
+__all__ = ["Answer", "PromptPool"]
 
 
 @dataclass(frozen=True)
@@ -229,19 +230,6 @@ class PromptPool:
 def _share(state: _SkillState) -> str:
     candidates = len(state.kept) + state.rejected.total()
     return f"{len(state.kept) / candidates:.1%}" if candidates else "none"
-
-
-def dev_count(config: PromptsConfig) -> int:
-    """Return how many of a skill's kept prompts are its dev split: at least one where a share is asked for."""
-    if config.dev_fraction == 0:
-        return 0
-    return min(max(1, round(config.per_skill * config.dev_fraction)), config.per_skill - 1)
-
-
-def split_of(index: int, config: PromptsConfig) -> Split:
-    """Return the split of the prompt kept as number `index`: dev prompts are evenly spaced."""
-    count = dev_count(config)
-    return "dev" if (index + 1) * count // config.per_skill > index * count // config.per_skill else "train"
 
 
 def _normal_form(prompt: str) -> str:

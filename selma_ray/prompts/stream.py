@@ -11,12 +11,11 @@ from selma_ray.cluster.placement import beside_driver
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.feed import DecideAnswers, PromptFeed, RequestSource
 from selma_ray.prompts.llm import LLMStage, answer_stage
-from selma_ray.prompts.pool import dev_count
 from selma_ray.prompts.store import prompt_summary, read_prompts
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
-__all__ = ["prompt_stream", "prompt_summary", "read_prompts", "train_count"]
+__all__ = ["prompt_stream", "prompt_summary", "read_prompts"]
 
 _PROMPTS_PER_BLOCK = 16
 
@@ -47,11 +46,6 @@ def prompt_stream(
         answer = llm_stage or answer_stage(skills, config, cluster, block_size)
         streams.append(_new_prompts(feed, answer, missing, _max_blocks(skills, config, block_size)))
     return streams[0].union(*streams[1:]) if len(streams) > 1 else streams[0]
-
-
-def train_count(config: PromptsConfig) -> int:
-    """Return how many of a skill's kept prompts are rendered for training."""
-    return config.per_skill - dev_count(config)
 
 
 def _new_prompts(feed: ray.actor.ActorHandle, answer: LLMStage, missing: int, max_blocks: int) -> Dataset:

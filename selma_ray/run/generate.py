@@ -24,7 +24,8 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     from selma_ray.judging.suites import open_suite
     from selma_ray.prompts.llm import llm_errors
     from selma_ray.prompts.progress import watch_prompts
-    from selma_ray.prompts.stream import prompt_stream, prompt_summary, train_count
+    from selma_ray.prompts.splits import train_count
+    from selma_ray.prompts.stream import prompt_stream, prompt_summary
 
     recipe = run.recipe
     check_fit(_least_resources(recipe), recipe.cluster)
@@ -87,7 +88,8 @@ def _showing_prompts(
 
 def _draw(run: Run, prompts: Any, report: Report) -> dict[str, Any]:
     from selma_ray.images.stream import image_summary
-    from selma_ray.prompts.stream import prompt_summary, train_count
+    from selma_ray.prompts.splits import train_count
+    from selma_ray.prompts.stream import prompt_summary
     from selma_ray.run.ground_truth import draw_images
 
     total = train_count(run.recipe.prompts) * len(run.skills)

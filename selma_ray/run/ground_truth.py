@@ -13,7 +13,7 @@ from selma_ray.miniature.parsing import normalise_caption, parse_caption
 from selma_ray.miniature.scenes import render_scene
 from selma_ray.miniature.skills import SKILLS, sample_caption
 from selma_ray.prompts.config import PromptsConfig
-from selma_ray.prompts.pool import split_of
+from selma_ray.prompts.splits import split_of
 from selma_ray.prompts.store import Candidate, read_decided, write_decided
 from selma_ray.records import IMAGE_SCHEMA, content_id, seed_of
 from selma_ray.storage import RunFolder

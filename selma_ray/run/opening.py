@@ -1,11 +1,12 @@
-"""A run: a recipe, its folder and its skills, opened and checked before anything works on it."""
+"""A run: a recipe, its folder and its skills. `open_run` is the one way to open it, by its recipe or by its folder."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from selma_ray.config import first_difference, identity, validate
 from selma_ray.errors import ConfigError, ModelNotFoundError, RunMismatchError
 from selma_ray.models.config import ModelConfig
 from selma_ray.run.recipe import Recipe
@@ -14,23 +15,20 @@ from selma_ray.storage import RunFolder
 
 __all__ = ["Run", "open_run"]
 
-# Keys that say where and how fast a run works, not what comes out of it: they may change between two starts of a run.
-_PLACEMENT_SECTIONS = ("run_dir", "cluster", "serving", "study")
-_PLACEMENT_KEYS = {
-    "num_cpus", "num_gpus", "min_replicas", "max_replicas", "kv_cache_gb", "min_renderers", "max_renderers", "renderers",
-    "cpus_per_worker", "encoders", "gpus_per_worker", "max_concurrent", "max_attempts", "max_failures", "max_failed_fraction",
-    "max_requests", "max_restarts", "max_retries", "api_key_env", "license", "latency_s",
-    "judges", "compare_with", "allow_other_judge",
-}  # fmt: skip
+_RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe, its folder and its skills, checked against one another."""
+    """A recipe and its folder."""
 
     recipe: Recipe
     folder: RunFolder
-    skills: tuple[Skill, ...]
+
+    @cached_property
+    def skills(self) -> tuple[Skill, ...]:
+        """Return the skills, in the recipe's order; raises SkillError where a file is not there any more."""
+        return tuple(load_skills(self.recipe.skills))
 
     @property
     def skill_names(self) -> list[str]:
@@ -44,16 +42,50 @@ class Run:
         return self.recipe.model.model_copy(update={"name": pipeline, "revision": None, "variant": None})
 
 
-def open_run(recipe: Recipe) -> Run:
-    """Check everything a recipe names, then write it to its run folder; a run folder of another recipe is refused."""
+def open_run(source: Recipe | str) -> Run:
+    """Open a run by its recipe, whose folder is made, or by the path or URI of a folder that is there, which is only read.
+
+    A recipe's models, judges and skills are checked first. Raises RunMismatchError where the folder was made with another recipe,
+    ConfigError where a folder holds no run.
+    """
+    if isinstance(source, str):
+        folder = RunFolder(source)
+        recipe = _written_recipe(folder)
+        if recipe is None:
+            raise ConfigError(f"{source} must be a run's folder, it has no {_RECIPE}; name the run_dir of a recipe")
+        return Run(recipe.model_copy(update={"run_dir": source}), folder)
+    run = Run(source, RunFolder(source.run_dir))
+    _check(source, run.skills)
+    folder = run.folder
+    written = _written_recipe(folder)
+    if written is None:
+        folder.write_bytes(source.as_yaml().encode(), _RECIPE)
+    else:
+        _refuse_other_recipe(written, source, folder)
+    return run
+
+
+def _written_recipe(folder: RunFolder) -> Recipe | None:
+    """Return the recipe that a folder was made with; None where it holds none."""
+    if not folder.exists(_RECIPE):
+        return None
+    place = folder.path(_RECIPE)
+    try:
+        mapping = yaml.safe_load(folder.read_bytes(_RECIPE))
+        return validate(Recipe, mapping, source=place)
+    except (ConfigError, yaml.YAMLError) as error:
+        raise RunMismatchError(f"{error}: made by another version; set run_dir to a new folder") from None
+
+
+def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
+    """Raise ConfigError where the recipe names a skill, a model or a judge that is not there."""
     from selma_ray.models.locate import locate_judge, locate_text_to_image
     from selma_ray.prompts.llm import check_llm
 
-    skills = tuple(load_skills(recipe.skills))
     unknown = set(recipe.merging.weights or {}) - {skill.name for skill in skills}
     if unknown:
         raise ConfigError(
-            f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; mend the name"
+            f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; fix the name"
         )
     for model in filter(None, (recipe.model, recipe.data.model)):
         locate_text_to_image(model.name, model.revision)
@@ -62,12 +94,6 @@ def open_run(recipe: Recipe) -> Run:
     if recipe.images.selection:
         locate_judge(recipe.images.selection.judge)
     check_llm(recipe.prompts.llm)
-    folder = RunFolder(recipe.run_dir)
-    if folder.exists("recipe.yaml"):
-        _refuse_other_recipe(yaml.safe_load(folder.read_bytes("recipe.yaml")), recipe, folder)
-    else:
-        folder.write_bytes(recipe.as_yaml().encode(), "recipe.yaml")
-    return Run(recipe, folder, skills)
 
 
 def _check_other_models(recipe: Recipe) -> None:
@@ -82,26 +108,10 @@ def _check_other_models(recipe: Recipe) -> None:
             )
 
 
-def _refuse_other_recipe(before: dict[str, Any], recipe: Recipe, folder: RunFolder) -> None:
-    now = yaml.safe_load(recipe.as_yaml())
-    for section in now.keys() | before.keys():
-        if section in _PLACEMENT_SECTIONS:
-            continue
-        difference = _first_difference(before.get(section), now.get(section), section)
-        if difference:
-            key, old, new = difference
-            raise RunMismatchError(
-                f"{folder.uri} was made with {key}={old!r}, this recipe says {new!r}; set run_dir to a new folder or undo the change"
-            )
-
-
-def _first_difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any] | None:
-    if key.rpartition(".")[2] in _PLACEMENT_KEYS:
-        return None
-    if isinstance(before, dict) and isinstance(now, dict):
-        nested = (
-            _first_difference(before.get(name), now.get(name), f"{key}.{name}")
-            for name in sorted(before.keys() | now.keys())
+def _refuse_other_recipe(written: Recipe, recipe: Recipe, folder: RunFolder) -> None:
+    difference = first_difference(identity(written), identity(recipe))
+    if difference:
+        key, old, new = difference
+        raise RunMismatchError(
+            f"{folder.uri} was made with {key}={old!r}, this recipe says {new!r}; set run_dir to a new folder or undo the change"
         )
-        return next(filter(None, nested), None)
-    return None if before == now else (key, before, now)

@@ -1,14 +1,15 @@
 """The recipe of a run: one file, composed of each stage's own config."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.config import StrictModel, apply_overrides, read_yaml, validate
+from selma_ray.config import Placement, StrictModel, apply_overrides, read_yaml, validate
+from selma_ray.errors import ConfigError
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.images.config import ImagesConfig
@@ -16,7 +17,6 @@ from selma_ray.merging.config import MergingConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.serving.config import ServingConfig
-from selma_ray.study.config import StudyConfig
 
 __all__ = ["DataConfig", "Recipe", "load_recipe"]
 
@@ -35,7 +35,7 @@ class DataConfig(StrictModel):
 class Recipe(StrictModel):
     """Everything a run depends on."""
 
-    run_dir: str
+    run_dir: Placement[str]
     """The run's folder: a path, s3://… or gs://…"""
     seed: int = Field(default=0, ge=0)
     """The seed that every other seed is derived from."""
@@ -55,12 +55,10 @@ class Recipe(StrictModel):
     """Stage 4: the experts become one model."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Stage 5: base, experts and merged model are scored."""
-    serving: ServingConfig = ServingConfig()
+    serving: Placement[ServingConfig] = ServingConfig()
     """Stage 6: the merged model answers HTTP requests."""
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Placement[ClusterConfig] = ClusterConfig()
     """How the run reaches Ray."""
-    study: StudyConfig | None = None
-    """Experiments around this recipe, for `selma study`; none makes none."""
 
     @field_validator("skills")
     @classmethod
@@ -93,5 +91,36 @@ class Recipe(StrictModel):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key.path=value` overrides; raises ConfigError with one line."""
-    return validate(Recipe, apply_overrides(read_yaml(Path(path)), overrides), source=str(path))
+    """Read a recipe file and apply `key.path=value` overrides; raises ConfigError with one line.
+
+    A file that says `extends: OTHER.yaml`, a path relative to its own folder, changes that recipe: mappings are merged key by key,
+    everything else replaces what stood there.
+    """
+    return validate(Recipe, apply_overrides(_read_recipe(Path(path)), overrides), source=str(path))
+
+
+def _read_recipe(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.expanduser().absolute()
+    mapping = read_yaml(path)
+    if "arms" in mapping:
+        raise ConfigError(
+            f"{path} is a study, not a recipe; run `selma study {path}`, or name the recipe that it names"
+        )
+    other = mapping.pop("extends", None)
+    if other is None:
+        return mapping
+    if path in extending:
+        raise ConfigError(f"{path}: extends must not lead back to the file itself; name another recipe")
+    if not isinstance(other, str):
+        raise ConfigError(f"{path}: extends must name one recipe file, got {other!r}")
+    return _merged(_read_recipe(path.parent / other, (*extending, path)), mapping)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = below.keys() & above.keys()
+    nested = {
+        key: _merged(below[key], above[key])
+        for key in both
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping)
+    }
+    return {**below, **above, **nested}

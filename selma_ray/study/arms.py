@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selma_ray.config import apply_overrides, validate
+from selma_ray.config import apply_overrides, identity, validate
 from selma_ray.errors import ConfigError
 from selma_ray.run.opening import Run
 from selma_ray.run.recipe import Recipe
-from selma_ray.study.config import StudyConfig
+from selma_ray.study.study import Study
 
-__all__ = ["arm_recipe", "check_study", "reuse", "shared_values", "study_folder"]
-
-STUDY = "study"
+__all__ = ["arm_recipe", "check_study", "reuse", "shared_values"]
 
 _BASELINES = ("mixed", "moe")  # what is fitted beside the experts, and does not change them
 
@@ -40,44 +38,28 @@ _PARTS = (
 )
 
 
-def study_folder(run: Run, *parts: str) -> str:
-    """Return a place within a study, in the folder of its run."""
-    return run.folder.path(STUDY, *parts)
+def check_study(study: Study) -> None:
+    """Raise ConfigError where an experiment of a study cannot be made."""
+    reference, arms = study.config.reference, study.config.arms
+    if reference not in arms or "merged" not in arms[reference].models:
+        raise ConfigError(f"reference must name one of arms whose merged model is scored, got {reference!r}")
+    for name in arms:
+        arm_recipe(study, name, study.config.seeds[0])
 
 
-def check_study(recipe: Recipe) -> StudyConfig:
-    """Return the study of a recipe; raises ConfigError where there is none or an experiment cannot be made."""
-    study = recipe.study
-    if study is None:
-        raise ConfigError(
-            "study names no experiments; take a recipe with a study section, such as jobs/recipes/miniature.yaml"
-        )
-    if study.reference not in study.arms or "merged" not in study.arms[study.reference].models:
-        raise ConfigError(
-            f"study.reference must name one of study.arms whose merged model is scored, got {study.reference!r}"
-        )
-    for name in study.arms:
-        arm_recipe(recipe, name, study.seeds[0])
-    return study
-
-
-def arm_recipe(recipe: Recipe, name: str, seed: int) -> Recipe:
+def arm_recipe(study: Study, name: str, seed: int) -> Recipe:
     """Return the recipe of an experiment, without what it does not score; raises ConfigError where its changes do not fit."""
-    assert recipe.study is not None
-    arm = recipe.study.arms[name]
-    run_dir = f"{recipe.run_dir}/{STUDY}/{name}/seed={seed}"
-    whole = recipe.model_dump(mode="json") | {"study": None, "run_dir": run_dir}
+    arm = study.config.arms[name]
+    whole = study.recipe.model_dump(mode="json") | {"run_dir": study.place(name, f"seed={seed}")}
     changes = [f"{key}={json.dumps(value)}" for key, value in arm.changes.items()]
-    fixed = {change.partition("=")[0].partition(".")[0] for change in changes} & {"seed", "run_dir", "study", "cluster"}
+    fixed = {change.partition("=")[0].partition(".")[0] for change in changes} & {"seed", "run_dir", "cluster"}
     if fixed:
-        raise ConfigError(
-            f"study.arms.{name}.changes must not set {sorted(fixed)[0]}, which the study sets; leave it out"
-        )
-    made = validate(Recipe, apply_overrides(whole, [*changes, f"seed={seed}"]), source=f"study.arms.{name}.changes")
+        raise ConfigError(f"arms.{name}.changes must not set {sorted(fixed)[0]}, which the study sets; leave it out")
+    made = validate(Recipe, apply_overrides(whole, [*changes, f"seed={seed}"]), source=f"arms.{name}.changes")
     missing = [kind for kind in _BASELINES if kind in arm.models and getattr(made.experts, kind) is None]
     if missing:
         raise ConfigError(
-            f"study.arms.{name}.models names {missing[0]}, which experts.{missing[0]} does not ask for; add it to its changes"
+            f"arms.{name}.models names {missing[0]}, which experts.{missing[0]} does not ask for; add it to its changes"
         )
     left_out = {kind: None for kind in _BASELINES if kind not in arm.models}
     return made.model_copy(update={"experts": made.experts.model_copy(update=left_out)})
@@ -110,9 +92,9 @@ def _has_baselines(source: Recipe, wanted: Recipe) -> bool:
 
 
 def shared_values(recipe: Recipe, part: str) -> list[Any]:
-    """Return the values of a recipe that decide a part of its run's folder (prompts, images, cache or experts)."""
+    """Return the values that decide a part of a run's folder (prompts, images, cache or experts); where work is placed is none."""
     depth = [each.name for each in _PARTS].index(part) + 1
-    whole = recipe.model_dump(mode="json")
+    whole = identity(recipe)
     whole["experts"] = {key: value for key, value in whole["experts"].items() if key not in _BASELINES}
     return [_value(whole, key) for each in _PARTS[:depth] for key in each.keys]
 

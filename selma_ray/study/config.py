@@ -1,10 +1,10 @@
-"""Which experiments a study makes."""
+"""Which experiments a study makes: a YAML file of its own, that names the recipe that they change."""
 
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
 __all__ = ["ArmConfig", "Kind", "StudyConfig"]
 
@@ -27,12 +27,17 @@ class ArmConfig(StrictModel):
 class StudyConfig(StrictModel):
     """Experiments that are compared with the same base model on the same prompts and seeds."""
 
+    recipe: str
+    """The recipe that the experiments change: a path relative to the study's file."""
+
+    run_dir: Placement[str | None] = None
+    """The folder of the recipe's run, which holds the study; default: the recipe's own."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     """Every experiment is made once for each; prompts, images, training and scored images all follow from it."""
     guidance_scales: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
     """Guidance scales that every model is scored at."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Prompts of the suite that are rendered for a score; none takes evaluation.max_prompts."""
+    """Prompts of the suite that are rendered for a score; default: evaluation.max_prompts."""
     reference: str = "selma"
     """The experiment whose merged model the others are compared with."""
     arms: dict[str, ArmConfig] = Field(min_length=1)

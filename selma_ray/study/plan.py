@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from selma_ray.config import identity
 from selma_ray.errors import SelmaError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.plan import plan_experts
 from selma_ray.models.config import SamplingConfig
+from selma_ray.prompts.splits import train_count
 from selma_ray.run.recipe import Recipe
 from selma_ray.study.arms import arm_recipe, check_study, shared_values
 from selma_ray.study.config import ArmConfig
+from selma_ray.study.study import Study
 
 __all__ = ["StudyPlan", "plan_study"]
 
@@ -31,12 +34,13 @@ class StudyPlan:
     """Images that are scored, and how; None where the suite cannot be read."""
 
 
-def plan_study(recipe: Recipe) -> StudyPlan:
-    """Count what the study of a recipe makes; raises ConfigError for an experiment that cannot be made."""
-    study = check_study(recipe)
-    arms = [(arm_recipe(recipe, name, study.seeds[0]), arm) for name, arm in study.arms.items()]
+def plan_study(study: Study) -> StudyPlan:
+    """Count what a study makes; raises ConfigError for an experiment that cannot be made."""
+    check_study(study)
+    config = study.config
+    arms = [(arm_recipe(study, name, config.seeds[0]), arm) for name, arm in config.arms.items()]
     made = [arm for arm, _ in arms]
-    seeds, skills = len(study.seeds), len(recipe.skills)
+    seeds, skills = len(config.seeds), len(study.recipe.skills)
     written = [each for each in _different(made, "prompts") if each.data.prompts == "llm"]
     rendered = [each for each in _different(made, "images") if each.data.images == "model"]
     fitted = {
@@ -49,7 +53,7 @@ def plan_study(recipe: Recipe) -> StudyPlan:
         prompts=seeds * skills * sum(each.prompts.per_skill for each in written),
         images=tuple((seeds * skills * _images_per_skill(each), each.images.sampling) for each in rendered),
         experts=tuple(fitted.values()) * seeds,
-        scored=_scored(recipe, seeds, 1 + sum(_models(each, arm) for each, arm in arms)),
+        scored=_scored(study, seeds, 1 + sum(_models(each, arm) for each, arm in arms)),
     )
 
 
@@ -59,12 +63,12 @@ def _different(recipes: Iterable[Recipe], part: str) -> list[Recipe]:
 
 
 def _settings(config: ExpertsConfig) -> dict[str, Any]:
-    """Return an expert's settings without what is fitted beside it."""
-    return config.model_dump(mode="json", exclude={"mixed", "moe"})
+    """Return what decides an expert, without what is fitted beside it."""
+    return {key: value for key, value in identity(config).items() if key not in ("mixed", "moe")}
 
 
 def _images_per_skill(recipe: Recipe) -> int:
-    return round(recipe.prompts.per_skill * (1 - recipe.prompts.dev_fraction)) * recipe.images.per_prompt
+    return train_count(recipe.prompts) * recipe.images.per_prompt
 
 
 def _models(recipe: Recipe, arm: ArmConfig) -> int:
@@ -73,15 +77,14 @@ def _models(recipe: Recipe, arm: ArmConfig) -> int:
     return sum(counts[kind] for kind in set(arm.models))
 
 
-def _scored(recipe: Recipe, seeds: int, models: int) -> tuple[tuple[int, SamplingConfig], ...] | None:
+def _scored(study: Study, seeds: int, models: int) -> tuple[tuple[int, SamplingConfig], ...] | None:
     from selma_ray.judging.suites import open_suite
 
-    study, evaluation = recipe.study, recipe.evaluation
-    assert study is not None
+    config, evaluation = study.config, study.recipe.evaluation
     try:
-        prompts = len(open_suite(evaluation.suite, study.max_prompts or evaluation.max_prompts))
+        prompts = len(open_suite(evaluation.suite, config.max_prompts or evaluation.max_prompts))
     except SelmaError:
         return None
     count = seeds * models * prompts * len(evaluation.seeds)
-    changes: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in study.guidance_scales]
+    changes: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in config.guidance_scales]
     return tuple((count, evaluation.sampling.model_copy(update=change)) for change in changes)

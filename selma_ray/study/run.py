@@ -12,8 +12,9 @@ from selma_ray.run.opening import Run, open_run
 from selma_ray.run.progress import Progress, Report
 from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
-from selma_ray.study.arms import arm_recipe, check_study, reuse, study_folder
-from selma_ray.study.config import ArmConfig, Kind, StudyConfig
+from selma_ray.study.arms import arm_recipe, check_study, reuse
+from selma_ray.study.config import ArmConfig, Kind
+from selma_ray.study.study import Study
 from selma_ray.study.tables import StudyScores, write_tables
 
 __all__ = ["StudyStep", "study_steps"]
@@ -29,21 +30,22 @@ class StudyStep:
     do: Callable[[Report], None]
 
 
-def study_steps(run: Run) -> list[StudyStep]:
-    """Return the steps of the study of a run's recipe; raises ConfigError for an experiment that cannot be made."""
-    study = check_study(run.recipe)
-    arms = {(seed, name): open_run(arm_recipe(run.recipe, name, seed)) for seed in study.seeds for name in study.arms}
+def study_steps(study: Study) -> list[StudyStep]:
+    """Return the steps of a study; raises ConfigError for an experiment that cannot be made."""
+    check_study(study)
+    config, run = study.config, open_run(study.recipe)
+    arms = {(seed, name): open_run(arm_recipe(study, name, seed)) for seed in config.seeds for name in config.arms}
     steps = []
-    for seed in study.seeds:
-        of_seed = {name: arms[seed, name] for name in study.arms}
+    for seed in config.seeds:
+        of_seed = {name: arms[seed, name] for name in config.arms}
         earlier = [run]
         for name, arm in of_seed.items():
-            title = f"Seed {seed}, {study.arms[name].title}"
-            steps.append(StudyStep(title, partial(_make, arm, tuple(earlier), study.arms[name])))
+            title = f"Seed {seed}, {config.arms[name].title}"
+            steps.append(StudyStep(title, partial(_make, arm, tuple(earlier), config.arms[name])))
             earlier.append(arm)
-        for guidance_scale in study.guidance_scales:
+        for guidance_scale in config.guidance_scales:
             title = f"Seed {seed}, scores at guidance {guidance_scale:g}"
-            steps.append(StudyStep(title, partial(_score, run, of_seed, seed, guidance_scale)))
+            steps.append(StudyStep(title, partial(_score, study, of_seed, seed, guidance_scale)))
     return steps
 
 
@@ -54,32 +56,32 @@ def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report)
         run_stage(arm, stage, report)
 
 
-def _score(run: Run, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
+def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
     """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
     from selma_ray.judging.suites import open_suite
 
-    study, evaluation = _study(run), run.recipe.evaluation
+    evaluation = study.recipe.evaluation
     config = evaluation.model_copy(
         update={
             "sampling": evaluation.sampling.model_copy(update={"guidance_scale": guidance_scale}),
-            "max_prompts": study.max_prompts or evaluation.max_prompts,
+            "max_prompts": study.config.max_prompts or evaluation.max_prompts,
             "calibration_scenes": 0,
             "compare_with": {},
         }
     )
     suite = open_suite(config.suite, config.max_prompts)
-    models = {BASE: ModelUnderTest(run.recipe.model)}
+    models = {BASE: ModelUnderTest(study.recipe.model)}
     for name, arm in arms.items():
-        models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.arms[name]).items()}
-    folder = RunFolder(study_folder(run, "scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
-    connect(run.recipe.cluster)
+        models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.config.arms[name]).items()}
+    folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    connect(study.recipe.cluster)
     evaluate_models(
-        folder, models, suite, config, seed, run.recipe.cluster,
+        folder, models, suite, config, seed, study.recipe.cluster,
         on_progress=lambda event: report(Progress("score", event.done, event.total, event.detail)),
     )  # fmt: skip
     folder.mark_done("scores", {"models": list(models)})
-    write_tables(run, StudyScores.read(run, suite, config))
+    write_tables(study, StudyScores.read(study, suite, config))
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
@@ -95,8 +97,3 @@ def _kind(model: str) -> Kind:
     if model == MIXTURE:
         return "moe"
     return "mixed" if model.startswith(MIXED_PREFIX) else "experts"
-
-
-def _study(run: Run) -> StudyConfig:
-    assert run.recipe.study is not None
-    return run.recipe.study

@@ -11,10 +11,9 @@ from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores, summarise
 from selma_ray.experts.plan import MIXTURE
 from selma_ray.judging.questions import PromptWithQuestions
-from selma_ray.run.opening import Run
 from selma_ray.storage import RunFolder
-from selma_ray.study.arms import STUDY, study_folder
 from selma_ray.study.config import StudyConfig
+from selma_ray.study.study import Study
 
 __all__ = ["StudyScores", "write_tables"]
 
@@ -29,21 +28,20 @@ class StudyScores:
     pooled: Mapping[float, Mapping[str, ModelScores]]
 
     @classmethod
-    def read(cls, run: Run, suite: Sequence[PromptWithQuestions], config: EvaluationConfig) -> "StudyScores":
+    def read(cls, study: Study, suite: Sequence[PromptWithQuestions], config: EvaluationConfig) -> "StudyScores":
         """Read what has been scored so far of the experiments that the recipe names now."""
-        study = run.recipe.study
-        assert study is not None
+        names = study.config
         pooled: dict[float, dict[str, ModelScores]] = {}
         seeds: set[int] = set()
-        for guidance_scale in study.guidance_scales:
-            for seed in study.seeds:
-                folder = RunFolder(study_folder(run, "scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+        for guidance_scale in names.guidance_scales:
+            for seed in names.seeds:
+                folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
                 done = folder.done("scores")
                 if done is None:
                     continue
                 seeds.add(seed)
                 of_scale = pooled.setdefault(guidance_scale, {})
-                for model in (name for name in done["models"] if _is_wanted(name, study)):
+                for model in (name for name in done["models"] if _is_wanted(name, names)):
                     answers = folder.read_table(folder.files("evaluation", model, "answers", suffix=".parquet"))
                     scores = model_scores(answers.to_pylist(), config.dsg_scorer)
                     of_scale[model] = _joined(of_scale[model], scores) if model in of_scale else scores
@@ -65,11 +63,9 @@ class StudyScores:
         }
 
 
-def write_tables(run: Run, scores: StudyScores) -> str:
+def write_tables(study: Study, scores: StudyScores) -> str:
     """Write study.json and tables.md, and return the place of the latter."""
-    study = run.recipe.study
-    assert study is not None
-    reference = f"{study.reference}.merged"
+    reference = f"{study.config.reference}.merged"
     by_scale = {scale: scores.summary(models) for scale, models in scores.pooled.items()}
     best_scale = scores.best()
     at_best = {name: scores.pooled[scale][name] for name, scale in best_scale.items()}
@@ -77,7 +73,7 @@ def write_tables(run: Run, scores: StudyScores) -> str:
         scale: scores.summary(models, reference) for scale, models in scores.pooled.items() if reference in models
     }
     best = scores.summary(at_best)
-    titles = _titles(study, _names(by_scale))
+    titles = _titles(study.config, _names(by_scale))
     values = {
         "seeds": list(scores.seeds),
         "prompts": len(scores.suite),
@@ -86,7 +82,8 @@ def write_tables(run: Run, scores: StudyScores) -> str:
         "against_reference": {f"{scale:g}": summary["differences"] for scale, summary in against.items()},
         "titles": titles,
     }
-    run.folder.write_json(values, STUDY, "study.json")
+    folder = RunFolder(study.place())
+    folder.write_json(values, "study.json")
     text = "\n".join(
         [
             f"Base and every model on the same {len(scores.suite)} prompts, {_seed_words(scores.seeds)}. DSG in percent; "
@@ -108,8 +105,8 @@ def write_tables(run: Run, scores: StudyScores) -> str:
             "",
         ]
     )
-    run.folder.write_bytes(text.encode(), STUDY, "tables.md")
-    return run.folder.path(STUDY, "tables.md")
+    folder.write_bytes(text.encode(), "tables.md")
+    return folder.path("tables.md")
 
 
 def _seed_words(seeds: Sequence[int]) -> str:

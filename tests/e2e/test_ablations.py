@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import yaml
 
 from selma_ray.models.locate import locate_text_to_image
 from tests.e2e.conftest import DEMO, SMALL
@@ -41,6 +40,7 @@ def test_ground_truth_mixed_lora_and_choice_of_checkpoint(selma, tmp_path):
 
 
 STUDY = """
+recipe: RECIPE
 seeds: [0]
 guidance_scales: [1.0]
 max_prompts: 4
@@ -57,10 +57,8 @@ arms:
 @pytest.mark.timeout(1500)
 def test_a_study_makes_each_thing_once_and_writes_one_table(selma, tmp_path):
     shutil.copytree(locate_text_to_image("miniature").path, tmp_path / "other")
-    recipe = yaml.safe_load(DEMO.read_text()) | {
-        "study": yaml.safe_load(STUDY.replace("OTHER", str(tmp_path / "other")))
-    }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    study_text = STUDY.replace("OTHER", str(tmp_path / "other")).replace("RECIPE", str(DEMO))
+    (tmp_path / "study.yaml").write_text(study_text)
     overrides = [f"run_dir={tmp_path / 'run'}", *SMALL, "data.prompts=ground_truth"]
     finished = selma("study", *overrides, recipe=tmp_path / "study.yaml")
     assert finished.returncode == 0, finished.stderr

@@ -14,7 +14,8 @@ from selma_ray.images.config import ImagesConfig
 from selma_ray.images.stream import image_summary, read_images, render_stream
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
-from selma_ray.prompts.stream import prompt_stream, prompt_summary, read_prompts, train_count
+from selma_ray.prompts.splits import train_count
+from selma_ray.prompts.stream import prompt_stream, prompt_summary, read_prompts
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 

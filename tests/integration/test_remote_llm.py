@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.placement import thread_env
+from selma_ray.cluster.threads import thread_env
 from selma_ray.errors import LLMError
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.locate import llm_dir

@@ -1,8 +1,18 @@
 import pytest
 from pydantic import Field
 
-from selma_ray.config import StrictModel, apply_overrides, read_yaml, validate
+from selma_ray.config import (
+    Placement,
+    StrictModel,
+    apply_overrides,
+    first_difference,
+    identity,
+    read_yaml,
+    validate,
+)
 from selma_ray.errors import ConfigError
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.images.config import ImagesConfig
 
 
 class Inner(StrictModel):
@@ -69,3 +79,34 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         with pytest.raises(ConfigError) as caught:
             read_yaml(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+class Placed(StrictModel):
+    steps: int = 3
+    num_cpus: Placement[float] = 1.0
+
+
+class Whole(StrictModel):
+    name: str = "a"
+    folder: Placement[str | None] = None
+    inner: Placed | None = Placed()
+    several: dict[str, Placed] = Field(default_factory=dict)
+
+
+def test_identity_leaves_out_where_work_is_placed():
+    outer = Whole(folder="x", inner=Placed(num_cpus=4), several={"b": Placed(steps=5, num_cpus=2)})
+    assert identity(outer) == {"name": "a", "inner": {"steps": 3}, "several": {"b": {"steps": 5}}}
+    assert identity(Whole(inner=None)) == {"name": "a", "inner": None, "several": {}}
+
+
+def test_the_first_difference_of_two_identities_is_named_by_its_key():
+    assert first_difference(identity(Whole(folder="x")), identity(Whole(folder="y"))) is None
+    assert first_difference(identity(Whole()), identity(Whole(inner=Placed(steps=4)))) == ("inner.steps", 3, 4)
+
+
+def test_what_a_run_may_change_is_said_at_the_fields():
+    all_fields = set(ImagesConfig.model_fields)
+    assert all_fields - identity(ImagesConfig()).keys() == {
+        "license", "min_renderers", "max_renderers", "num_cpus", "num_gpus", "max_attempts", "max_failed_fraction",
+    }  # fmt: skip
+    assert "checkpoint_every_steps" not in identity(ExpertsConfig())

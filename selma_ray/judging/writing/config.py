@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
 __all__ = ["QuestionLLMConfig", "QuestionsConfig"]
 
@@ -18,17 +18,17 @@ class QuestionLLMConfig(StrictModel):
     """Hub revision; none takes the newest."""
     dtype: str = "auto"
     """Precision, in vLLM's words."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: Placement[int] = Field(default=1, ge=1)
     """Largest number of vLLM engines; the pool grows from 1."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: Placement[float] = Field(default=1, gt=0)
     """CPUs of an engine where there is no GPU."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Placement[float] = Field(default=0, ge=0)
     """GPUs of an engine; 0 runs it on the CPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs one model is split over."""
     max_model_len: int = Field(default=8192, ge=512)
     """Longest request and answer together, in tokens."""
-    kv_cache_gb: int = Field(default=1, ge=1)
+    kv_cache_gb: Placement[int] = Field(default=1, ge=1)
     """Memory of the key-value cache of a CPU engine, in GiB."""
     max_tokens: int = Field(default=1024, ge=16)
     """Longest answer, in tokens."""

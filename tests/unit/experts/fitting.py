@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from selma_ray.adapters.config import LoraSettings
-from selma_ray.experts.cache import EMPTY_CAPTION, EncodeExamples, skill_cache
+from selma_ray.experts.cache import EncodeExamples, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob
+from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from selma_ray.cli.show_plan import show_plan
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.models.cost import TrainingCost
-from selma_ray.plan.estimate import plan_recipe, show_plan, training_memory_bytes
+from selma_ray.plan.estimate import plan_recipe, training_memory_bytes
 from selma_ray.run.recipe import load_recipe
 
 DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
@@ -98,3 +99,12 @@ def test_a_rate_that_is_no_rate_is_refused(rate, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(DEMO), "--tflops", rate])
     assert "--tflops" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_study_counts_what_it_makes(tiny_pipeline_dir, capsys):
+    from selma_ray.cli import main
+
+    assert (
+        main(["plan", "jobs/recipes/miniature_study.yaml", f"model.name={tiny_pipeline_dir}", "study.seeds=[0]"]) == 0
+    )
+    assert "The study: 9 runs in all, what they share made once: " in capsys.readouterr().out

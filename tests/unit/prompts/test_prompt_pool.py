@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from selma_ray.errors import PromptYieldError, StorageError
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.diversity import tokens_of
-from selma_ray.prompts.pool import Answer, PromptPool, dev_count, split_of
+from selma_ray.prompts.pool import Answer, PromptPool
 from selma_ray.prompts.requests import PromptRequest
+from selma_ray.prompts.splits import dev_count, split_of
 from selma_ray.prompts.store import prompt_summary, read_decided, read_prompts
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder

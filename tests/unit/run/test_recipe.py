@@ -7,8 +7,11 @@ import pytest
 from selma_ray.errors import ConfigError
 from selma_ray.run.recipe import Recipe, load_recipe
 from selma_ray.skills import load_skills
+from selma_ray.study.study import is_study
 
-RECIPES = sorted((Path(__file__).parents[3] / "jobs" / "recipes").glob("*.yaml"))
+RECIPES = [
+    path for path in sorted((Path(__file__).parents[3] / "jobs" / "recipes").glob("*.yaml")) if not is_study(path)
+]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -55,3 +58,25 @@ print(sorted({{"torch", "vllm", "diffusers", "deepspeed", "transformers"}} & set
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_a_recipe_extends_another_key_by_key(tmp_path):
+    (tmp_path / "below.yaml").write_text("run_dir: a\nskills: [coco, whoops]\nexperts: {steps: 7, lora: {rank: 2}}\n")
+    (tmp_path / "above.yaml").write_text("extends: below.yaml\nskills: [coco]\nexperts: {lora: {alpha: 3}}\n")
+    recipe = load_recipe(tmp_path / "above.yaml", ["run_dir=b"])
+    assert (recipe.run_dir, recipe.skills, recipe.experts.steps) == ("b", ("coco",), 7)
+    assert (recipe.experts.lora.rank, recipe.experts.lora.alpha) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("above.yaml", "must not lead back to the file itself"),
+        ("[a, b]", "must name one recipe file"),
+        ("no.yaml", "does not exist"),
+    ],
+)
+def test_a_recipe_that_cannot_be_extended_is_named(tmp_path, extends, message):
+    (tmp_path / "above.yaml").write_text(f"extends: {extends}\nrun_dir: a\n")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "above.yaml")

@@ -7,7 +7,9 @@ from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.experts.config import ExpertsConfig, MixedConfig
 from selma_ray.run.opening import Run, open_run
 from selma_ray.run.recipe import Recipe, load_recipe
-from selma_ray.study.arms import arm_recipe, check_study, reuse
+from selma_ray.study.arms import arm_recipe, check_study, reuse, shared_values
+from selma_ray.study.config import StudyConfig
+from selma_ray.study.study import Study, load_study
 
 ARMS = {
     "selma": {"title": "SELMA"},
@@ -21,26 +23,27 @@ ARMS = {
 
 
 @pytest.fixture
-def recipe(tmp_path, tiny_pipeline_dir):
-    """Return a function that makes a recipe with a study, its models in place."""
+def study(tmp_path, tiny_pipeline_dir):
+    """Return a function that makes a study of a recipe whose models are in place."""
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")
 
-    def make(**study) -> Recipe:
+    def make(**settings) -> Study:
         whole = {
             "run_dir": str(tmp_path / "run"), "skills": ["miniature/common", "miniature/counting"],
             "model": {"name": str(tiny_pipeline_dir)}, "prompts": {"llm": {"name": str(tmp_path / "llm")}},
-            "evaluation": {"suite": "miniature"}, "study": {"arms": ARMS, **study},
+            "evaluation": {"suite": "miniature"},
         }  # fmt: skip
-        return validate(Recipe, whole, "test")
+        config = validate(StudyConfig, {"recipe": "recipe.yaml", "arms": ARMS, **settings}, "test")
+        return Study(config, validate(Recipe, whole, "test"))
 
     return make
 
 
 @pytest.fixture
-def opened(recipe):
+def opened(study):
     """Return a function that opens the run of an experiment at seed 0."""
-    return lambda name, seed=0: open_run(arm_recipe(recipe(), name, seed))
+    return lambda name, seed=0: open_run(arm_recipe(study(), name, seed))
 
 
 def finish(run: Run, *stages: str) -> None:
@@ -52,30 +55,41 @@ def finish(run: Run, *stages: str) -> None:
         run.folder.mark_done(stage, {"made_by": run.folder.uri})
 
 
-def test_an_experiment_is_the_recipe_with_its_changes_and_the_study_s_seed(recipe, tmp_path):
-    made = arm_recipe(recipe(), "factors", 2)
-    assert (made.merging.method, made.seed, made.study) == ("average_factors", 2, None)
+def test_an_experiment_is_the_recipe_with_its_changes_and_the_study_s_seed(study, tmp_path):
+    made = arm_recipe(study(), "factors", 2)
+    assert (made.merging.method, made.seed) == ("average_factors", 2)
     assert made.run_dir == str(tmp_path / "run" / "study" / "factors" / "seed=2")
-    assert made.experts == recipe().experts
+    assert made.experts == study().recipe.experts
 
 
-def test_experiments_that_cannot_be_made_are_named_before_any_work(recipe):
-    with pytest.raises(ConfigError, match=r"study\.arms\.new\.changes: experts\.step is not a known key; did you mean"):
-        check_study(recipe(arms=ARMS | {"new": {"title": "x", "changes": {"experts.step": 1}}}))
+def test_experiments_that_cannot_be_made_are_named_before_any_work(study):
+    with pytest.raises(ConfigError, match=r"arms\.new\.changes: experts\.step is not a known key; did you mean"):
+        check_study(study(arms=ARMS | {"new": {"title": "x", "changes": {"experts.step": 1}}}))
     with pytest.raises(ConfigError, match=r"must not set seed"):
-        check_study(recipe(arms=ARMS | {"new": {"title": "x", "changes": {"seed": 1}}}))
-    with pytest.raises(ConfigError, match=r"study\.reference must name one of"):
-        check_study(recipe(reference="none"))
+        check_study(study(arms=ARMS | {"new": {"title": "x", "changes": {"seed": 1}}}))
+    with pytest.raises(ConfigError, match=r"reference must name one of"):
+        check_study(study(reference="none"))
 
 
-@pytest.mark.parametrize("recipe", ["miniature", "miniature_more"])
-def test_the_miniature_s_experiments_can_be_made(recipe):
-    assert check_study(load_recipe(f"jobs/recipes/{recipe}.yaml")).reference == "selma"
+@pytest.mark.parametrize("name", ["miniature_study", "miniature_more"])
+def test_the_miniature_s_experiments_can_be_made(name):
+    study = load_study(f"jobs/recipes/{name}.yaml")
+    check_study(study)
+    assert study.config.reference == "selma"
 
 
-def test_a_recipe_without_a_study_says_so(tmp_path):
-    with pytest.raises(ConfigError, match="study names no experiments"):
-        check_study(load_recipe("jobs/recipes/demo.yaml"))
+def test_overrides_go_to_the_study_or_to_its_recipe(tmp_path):
+    overrides = ["study.seeds=[7]", f"run_dir={tmp_path}", "experts.steps=3"]
+    study = load_study("jobs/recipes/miniature_more.yaml", overrides)
+    assert (study.config.seeds, study.recipe.run_dir, study.recipe.experts.steps) == ((7,), str(tmp_path), 3)
+    assert load_study("jobs/recipes/miniature_more.yaml").recipe.run_dir == "runs/miniature_more"
+
+
+def test_a_recipe_is_no_study_and_a_study_is_no_recipe():
+    with pytest.raises(ConfigError, match=r"demo\.yaml names no experiments; name a study"):
+        load_study("jobs/recipes/demo.yaml")
+    with pytest.raises(ConfigError, match="is a study, not a recipe; run `selma study"):
+        load_recipe("jobs/recipes/miniature_study.yaml")
 
 
 def test_what_an_earlier_experiment_made_by_the_same_values_is_linked(opened):
@@ -113,12 +127,13 @@ def test_own_work_stays_when_an_experiment_goes_on(opened):
     assert json.loads(json.dumps(run.folder.done("generate"))) == {"made_by": run.folder.uri}
 
 
-def test_baselines_are_made_only_where_they_are_scored(recipe):
-    with_mixed = recipe().model_copy(update={"experts": ExpertsConfig(mixed=MixedConfig(ranks=(4,)))})
+def test_baselines_are_made_only_where_they_are_scored(study):
+    experts = ExpertsConfig(mixed=MixedConfig(ranks=(4,)))
+    with_mixed = Study(study().config, study().recipe.model_copy(update={"experts": experts}))
     assert arm_recipe(with_mixed, "selma", 0).experts.mixed is None
     assert arm_recipe(with_mixed, "mixed", 0).experts.mixed is not None
-    with pytest.raises(ConfigError, match=r"study\.arms\.new\.models names moe, which experts\.moe does not ask for"):
-        check_study(recipe(arms=ARMS | {"new": {"title": "x", "models": ["moe"]}}))
+    with pytest.raises(ConfigError, match=r"arms\.new\.models names moe, which experts\.moe does not ask for"):
+        check_study(study(arms=ARMS | {"new": {"title": "x", "models": ["moe"]}}))
 
 
 @pytest.mark.parametrize(
@@ -153,12 +168,22 @@ def test_an_experiment_that_was_stopped_while_it_took_over_goes_on(opened):
     assert run.folder.done("train") == {"made_by": earlier.folder.uri}
 
 
-def test_images_may_come_from_another_model(recipe, tiny_pipeline_dir, tmp_path):
+def test_images_may_come_from_another_model(study, tiny_pipeline_dir, tmp_path):
     arms = ARMS | {
         "weak": {"title": "images of a weaker model", "changes": {"data.model.name": str(tiny_pipeline_dir)}}
     }
-    made = arm_recipe(recipe(arms=arms), "weak", 0)
+    made = arm_recipe(study(arms=arms), "weak", 0)
     assert made.data.model.name == str(tiny_pipeline_dir)
     nowhere = ARMS | {"weak": {"title": "x", "changes": {"data.model": {"name": str(tmp_path / "nowhere")}}}}
     with pytest.raises(ModelNotFoundError, match="nowhere"):
-        open_run(arm_recipe(recipe(arms=nowhere), "weak", 0))
+        open_run(arm_recipe(study(arms=nowhere), "weak", 0))
+
+
+def test_where_work_is_placed_does_not_keep_experiments_from_sharing_it(study):
+    recipe = study().recipe
+    elsewhere = recipe.model_copy(update={"images": recipe.images.model_copy(update={"num_cpus": 4.0})})
+    assert shared_values(recipe, "experts") == shared_values(elsewhere, "experts")
+    more_often = recipe.experts.model_copy(update={"checkpoint_every_steps": 7})
+    assert shared_values(recipe, "experts") == shared_values(
+        recipe.model_copy(update={"experts": more_often}), "experts"
+    )

@@ -1,6 +1,8 @@
 from selma_ray.config import validate
 from selma_ray.run.recipe import Recipe
+from selma_ray.study.config import StudyConfig
 from selma_ray.study.plan import plan_study
+from selma_ray.study.study import Study
 
 CHOICE = {"images.per_prompt": 4, "images.selection": {"judge": "miniature"}}
 ARMS = {
@@ -13,17 +15,18 @@ ARMS = {
 }
 
 
-def recipe(**changes) -> Recipe:
+def study(**changes) -> Study:
     whole = {
         "run_dir": "runs/x", "skills": ["miniature/common", "miniature/counting"],
         "prompts": {"per_skill": 40, "dev_fraction": 0.05}, "experts": {"steps": 100, "mixed": {"ranks": [4, 8], "steps": 50}},
-        "evaluation": {"suite": "miniature"}, "study": {"seeds": [0, 1, 2], "guidance_scales": [1, 2], "max_prompts": 10, "arms": ARMS},
+        "evaluation": {"suite": "miniature"},
     }  # fmt: skip
-    return validate(Recipe, whole | changes, "test")
+    config = {"recipe": "recipe.yaml", "seeds": [0, 1, 2], "guidance_scales": [1, 2], "max_prompts": 10, "arms": ARMS}
+    return Study(validate(StudyConfig, config, "test"), validate(Recipe, whole | changes, "test"))
 
 
 def test_what_experiments_share_is_counted_once():
-    plan = plan_study(recipe())
+    plan = plan_study(study())
     assert plan.runs == 3 * 6
     assert plan.prompts == 3 * 2 * 40, "all experiments but the drawn one have the same prompts"
     assert sorted(count for count, _ in plan.images) == [3 * 2 * 38, 3 * 2 * 38 * 4]
@@ -39,4 +42,9 @@ def test_what_experiments_share_is_counted_once():
 
 
 def test_a_suite_that_cannot_be_read_is_left_open():
-    assert plan_study(recipe(evaluation={"suite": "nowhere.jsonl"})).scored is None
+    assert plan_study(study(evaluation={"suite": "nowhere.jsonl"})).scored is None
+
+
+def test_the_plan_counts_the_training_images_that_a_run_renders():
+    counts = [count for count, _ in plan_study(study(prompts={"per_skill": 10, "dev_fraction": 0.05})).images]
+    assert min(counts) == 3 * 2 * 9, "of ten prompts one is held out, though a twentieth rounds to none"

@@ -5,9 +5,10 @@ from selma_ray.config import validate
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.judging.questions import load_suite
 from selma_ray.records import ANSWER_SCHEMA
-from selma_ray.run.opening import Run
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
+from selma_ray.study.config import StudyConfig
+from selma_ray.study.study import Study
 from selma_ray.study.tables import StudyScores, write_tables
 
 CONFIG = EvaluationConfig(bootstrap_resamples=200)
@@ -16,19 +17,19 @@ MODELS = ("base", "selma.merged", "selma.common")
 
 
 @pytest.fixture
-def run(tmp_path) -> Run:
-    """Return a run with a study of two seeds at two guidance scales, nothing scored yet."""
-    study = {
-        "seeds": [0, 1], "guidance_scales": [1.0, 2.0],
+def study(tmp_path) -> Study:
+    """Return a study of two seeds at two guidance scales, nothing scored yet."""
+    config = {
+        "recipe": "recipe.yaml", "seeds": [0, 1], "guidance_scales": [1.0, 2.0],
         "arms": {"selma": {"title": "SELMA", "models": ["experts", "merged"]}},
     }  # fmt: skip
-    whole = {"run_dir": str(tmp_path), "skills": ["miniature/common"], "study": study}
-    return Run(validate(Recipe, whole, "test"), RunFolder(str(tmp_path)), ())
+    recipe = {"run_dir": str(tmp_path), "skills": ["miniature/common"]}
+    return Study(validate(StudyConfig, config, "test"), validate(Recipe, recipe, "test"))
 
 
-def score(run: Run, seed: int, guidance_scale: float, right: dict[str, int]) -> None:
+def score(study: Study, seed: int, guidance_scale: float, right: dict[str, int]) -> None:
     """Write answers: the first `right[model]` prompts of each model have every answer yes, the others none."""
-    folder = RunFolder(run.folder.path("study", "scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
     for model in MODELS:
         rows = [
             {
@@ -42,12 +43,12 @@ def score(run: Run, seed: int, guidance_scale: float, right: dict[str, int]) -> 
     folder.mark_done("scores", {"models": list(MODELS)})
 
 
-def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_best_guidance(run):
+def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_best_guidance(study):
     for seed, gained in ((0, 7), (1, 9)):
-        score(run, seed, 1.0, {"base": 5, "selma.merged": gained, "selma.common": 5})
-        score(run, seed, 2.0, {"base": 6, "selma.merged": 6, "selma.common": 4})
-    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
-    found = run.folder.read_json("study", "study.json")
+        score(study, seed, 1.0, {"base": 5, "selma.merged": gained, "selma.common": 5})
+        score(study, seed, 2.0, {"base": 6, "selma.merged": 6, "selma.common": 4})
+    write_tables(study, StudyScores.read(study, SUITE, CONFIG))
+    found = study.folder.read_json("study", "study.json")
     at_one, at_two = found["guidance_scales"]["1"], found["guidance_scales"]["2"]
     assert found["seeds"] == [0, 1]
     assert at_one["models"]["base"]["dsg"] == pytest.approx(0.5)
@@ -60,39 +61,39 @@ def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_bes
     assert found["against_reference"]["1"]["selma.common"]["mean"] == pytest.approx(-0.3)
 
 
-def test_tables_name_every_model_with_its_interval(run):
-    score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
-    text = RunFolder(run.folder.uri)
-    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
+def test_tables_name_every_model_with_its_interval(study):
+    score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    text = RunFolder(study.folder.uri)
+    write_tables(study, StudyScores.read(study, SUITE, CONFIG))
     lines = text.read_bytes("study", "tables.md").decode().splitlines()
     assert any(line.startswith("| SELMA | 70.0 [") for line in lines)
     assert any(line.startswith("| SELMA: common | 50.0 [") for line in lines)
     assert any(line.startswith("| SELMA | +20.0 [") and line.endswith("(at 1, base at 1) |") for line in lines)
 
 
-def test_a_figure_of_fewer_seeds_than_others_says_so(run):
+def test_a_figure_of_fewer_seeds_than_others_says_so(study):
     right = {"base": 5, "selma.merged": 7, "selma.common": 5}
     for seed, guidance_scale in ((0, 1.0), (1, 1.0), (0, 2.0)):
-        score(run, seed, guidance_scale, right)
-    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
-    lines = run.folder.read_bytes("study", "tables.md").decode().splitlines()
+        score(study, seed, guidance_scale, right)
+    write_tables(study, StudyScores.read(study, SUITE, CONFIG))
+    lines = study.folder.read_bytes("study", "tables.md").decode().splitlines()
     (base,) = (line for line in lines if line.startswith("| base |"))
     at_one, at_two = base.strip("| ").split(" | ")[1:]
     assert "seeds)" not in at_one
     assert at_two.endswith("(1 of 2 seeds)")
 
 
-def test_unfinished_scores_are_left_out(run):
-    score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
-    run.folder.delete("study", "scores", "seed=0", "guidance=1", "done")
-    scores = StudyScores.read(run, SUITE, CONFIG)
+def test_unfinished_scores_are_left_out(study):
+    score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    study.folder.delete("study", "scores", "seed=0", "guidance=1", "done")
+    scores = StudyScores.read(study, SUITE, CONFIG)
     assert scores.pooled == {}
     assert scores.seeds == ()
 
 
-def test_models_of_an_experiment_that_the_recipe_no_longer_names_are_left_out(run):
-    score(run, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
-    folder = RunFolder(run.folder.path("study", "scores", "seed=0", "guidance=1"))
+def test_models_of_an_experiment_that_the_recipe_no_longer_names_are_left_out(study):
+    score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    folder = RunFolder(study.place("scores", "seed=0", "guidance=1"))
     folder.mark_done("scores", {"models": [*MODELS, "gone.merged"]})
-    write_tables(run, StudyScores.read(run, SUITE, CONFIG))
-    assert "gone" not in run.folder.read_bytes("study", "study.json").decode()
+    write_tables(study, StudyScores.read(study, SUITE, CONFIG))
+    assert "gone" not in study.folder.read_bytes("study", "study.json").decode()

@@ -1,0 +1,60 @@
+"""What the command line shows of a plan."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from selma_ray.plan.estimate import plan_recipe, study_hours
+from selma_ray.run.recipe import Recipe
+from selma_ray.study.plan import plan_study
+from selma_ray.study.study import Study
+
+__all__ = ["show_plan", "show_study_plan"]
+
+_GB = 1e9
+
+
+def show_plan(recipe: Recipe, tflops: float) -> None:
+    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s."""
+    plan = plan_recipe(recipe)
+    console = Console(highlight=False, soft_wrap=True)
+    parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
+    console.print(f"{recipe.model.name}: {_count(sum(plan.parameters.values()))} weights ({parts})")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for heading in ("stage", "memory, GB", "GPU-hours", "storage, GB", ""):
+        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
+    for stage in plan.stages:
+        hours = None if stage.pflop is None else stage.pflop * 1e3 / tflops / 3600
+        table.add_row(stage.name, _gb(stage.memory_bytes), _number(hours), _gb(stage.storage_bytes), stage.note)
+    known = [stage for stage in plan.stages if stage.pflop is not None]
+    hours = sum(stage.pflop or 0 for stage in known) * 1e3 / tflops / 3600
+    table.add_row("all", "", _number(hours), _gb(sum(stage.storage_bytes or 0 for stage in plan.stages)), "")
+    console.print(table, soft_wrap=False)
+    console.print(
+        f"Hours at {tflops:g} TFLOP/s sustained (--tflops). Memory of rendering and encoding is that of the weights; images are counted\n"
+        "uncompressed; the language model and the judge are left out."
+    )
+
+
+def show_study_plan(study: Study, tflops: float) -> None:
+    """Print the plan of a study's recipe, and in one line what the study makes in all."""
+    show_plan(study.recipe, tflops)
+    made = plan_study(study)
+    scored = f"{sum(count for count, _ in made.scored):,}" if made.scored else "an unknown number of"
+    Console(highlight=False, soft_wrap=True).print(
+        f"The study: {made.runs} runs in all, what they share made once: {made.prompts:,} prompts, "
+        f"{sum(count for count, _ in made.images):,} training images, {len(made.experts)} LoRAs of "
+        f"{sum(each.steps for each in made.experts):,} steps, {scored} scored images, {_number(study_hours(study, tflops))} GPU-hours"
+    )
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _gb(amount: float | None) -> str:
+    return "" if amount is None else _number(amount / _GB)
+
+
+def _number(amount: float | None) -> str:
+    return "" if amount is None else f"{amount:.3g}" if amount < 100 else f"{amount:,.0f}"
