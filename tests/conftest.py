@@ -1,10 +1,15 @@
 """Fixtures for every suite."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # The same examples at every run, so that a change is judged by itself; HYPOTHESIS_PROFILE=default draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -32,3 +37,13 @@ def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     save_tiny_stable_diffusion(folder)
     return folder
+
+
+# Not for the whole session: Playwright keeps an event loop running in the thread that started it.
+@pytest.fixture(scope="module")
+def chromium() -> Iterator["Browser"]:
+    """Yield one headless Chromium to the tests of a module, or skip them where the machine has none."""
+    from tests.chromium import open_chromium
+
+    with open_chromium() as browser:
+        yield browser
