@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.judging.questions import load_suite
+from selma_ray.judging.suites import open_suite
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.judge import MAX_QUESTION_TOKENS, MiniatureJudge, images_to_pixels
 from selma_ray.miniature.locate import judge_dir
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _rendered(directory: str) -> tuple[RunFolder, list[Chunk]]:
     """Write the image files of the whole held-out suite, as rendering leaves them."""
-    folder, suite = RunFolder(directory), load_suite("miniature")
+    folder, suite = RunFolder(directory), open_suite("miniature")
     chunks = plan_chunks("drawn", "0", suite, EvaluationConfig(batch_size=_BATCH_SIZE), seed=0)
     for chunk in chunks:
         rows = [_row(prompt, seed) for prompt, seed in zip(chunk.prompts, chunk.seeds, strict=True)]

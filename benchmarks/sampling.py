@@ -18,8 +18,9 @@ from benchmarks.common import machine, print_result, print_table, read_settings
 from selma_ray.evaluation.statistics import paired_difference
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.opening import open_judge
-from selma_ray.judging.questions import PromptWithQuestions, load_suite
+from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.judging.scoring import score_images
+from selma_ray.judging.suites import open_suite
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline, use_scheduler
 from selma_ray.serving.batch import StepBatch
@@ -59,7 +60,7 @@ def main() -> None:
     options = read_settings({"prompts": 60})
     print(machine())
     torch.set_num_threads(1)
-    suite = load_suite("miniature", options["prompts"])
+    suite = open_suite("miniature", options["prompts"])
     judge = open_judge(JudgeConfig())
     rows, result = [], {}
     reference_s, reference_dsg = 0.0, np.zeros(0)

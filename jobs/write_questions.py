@@ -1,25 +1,27 @@
-"""Write questions about prompts with a language model in vLLM: DSG's or TIFA's, into a suite file that can be read and mended.
+"""Write questions about prompts with a language model in vLLM: DSG's or TIFA's, into a suite file that can be read and corrected.
 
 python -m jobs.write_questions PROMPTS QUESTIONS.jsonl [key.path=value ...]
 
 PROMPTS is a text file of one a line, or JSON Lines of {"prompt"} with "id" and "skill" where there are any; the overrides are keys of
-`selma_ray.judging.writing.config.QuestionsConfig`, such as llm.name=FOLDER style=tifa. Prompts that QUESTIONS.jsonl holds
+`selma_ray.judging.writing.config.WriterConfig`, such as llm.name=FOLDER style=tifa. Prompts that QUESTIONS.jsonl holds
 already are not asked about again; those that fail stand in QUESTIONS.failed.jsonl.
 """
 
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import connect
 from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import SelmaError
-from selma_ray.judging.tifa import CaptionAnswerer
-from selma_ray.judging.writing.config import QuestionsConfig
-from selma_ray.judging.writing.files import read_prompts, write_questions
+from selma_ray.judging.writing.config import WriterConfig
+from selma_ray.judging.writing.files import DraftLines, read_prompts, write_questions
+from selma_ray.storage import RunFolder
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,14 +31,12 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     prompts_path, questions_path, *overrides = arguments
     try:
-        config = validate(QuestionsConfig, apply_overrides({}, overrides), "questions")
+        config = validate(WriterConfig, apply_overrides({}, overrides), "questions")
         prompts = read_prompts(Path(prompts_path))
         cluster = ClusterConfig()
         connect(cluster)
-        from selma_ray.judging.writing.engine import vllm_replies
-
-        answerer = _caption_answerer(config)
-        written = write_questions(prompts, config, Path(questions_path), vllm_replies(config, cluster), answerer)
+        written = write_questions(prompts, config, Path(questions_path), _drafts(config, Path(questions_path), cluster))
+        shutil.rmtree(f"{questions_path}.parts", ignore_errors=True)
     except SelmaError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -44,12 +44,20 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if written.failed else 0
 
 
-def _caption_answerer(config: QuestionsConfig) -> CaptionAnswerer | None:
-    if config.caption_model is None:
-        return None
-    from selma_ray.judging.caption_answerer import Seq2SeqAnswerer
+def _drafts(config: WriterConfig, path: Path, cluster: ClusterConfig) -> DraftLines:
+    """Return what writes questions on Ray; what is written is kept beside the file until that is whole, so that a killed job goes on."""
+    from selma_ray.judging.writing.on_ray import write_missing
+    from selma_ray.judging.writing.written import WrittenQuestions
 
-    return Seq2SeqAnswerer(config.caption_model)
+    folder = RunFolder(f"{path}.parts")
+
+    def draft(prompts: Sequence[str]) -> list[Mapping[str, Any]]:
+        written = WrittenQuestions(folder, config)
+        write_missing(prompts, config, written, cluster)
+        lines = written.lines()
+        return [lines[prompt] for prompt in prompts]
+
+    return draft
 
 
 if __name__ == "__main__":

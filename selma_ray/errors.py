@@ -11,7 +11,8 @@
     ├── RenderError             too many images failed, or a renderer cannot start
     ├── TrainingError           an expert could not be fitted
     ├── AdapterError            a LoRA adapter cannot be read or does not fit
-    ├── CaptionError            a caption is outside the miniature's grammar
+    ├── NoQuestionsError        a prompt has no questions by which its images could be judged
+    │   └── CaptionError        a caption is outside the miniature's grammar
     ├── JudgeError              a judge or a question set cannot be used
     └── ServingError            the service cannot start, or refuses a request
 
@@ -25,6 +26,7 @@ __all__ = [
     "JudgeError",
     "LLMError",
     "ModelNotFoundError",
+    "NoQuestionsError",
     "PromptYieldError",
     "RenderError",
     "RunMismatchError",
@@ -89,7 +91,11 @@ class AdapterError(SelmaError):
     """A LoRA adapter cannot be read, or does not fit the model or the other adapters."""
 
 
-class CaptionError(SelmaError):
+class NoQuestionsError(SelmaError):
+    """A prompt has no questions by which its images could be judged."""
+
+
+class CaptionError(NoQuestionsError):
     """A caption is outside the miniature's grammar."""
 
 

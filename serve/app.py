@@ -9,10 +9,11 @@ from ray import serve
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError
+from selma_ray.judging.sources import GrammarQuestions, QuestionSource, WholeQuestion
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.locate import MINIATURE, locate_text_to_image
 from selma_ray.run.opening import Run, open_run
-from selma_ray.run.serve import served_models
+from selma_ray.run.serve import served_models, service_source
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
 from selma_ray.serving.experts import open_experts
@@ -39,15 +40,17 @@ def build(args: ServeArgs) -> serve.Application:
     """Return the Ray Serve application; raises ConfigError where the model, the judge or the keys cannot be used."""
     given = args.model_dump(include=args.model_fields_set & ServingConfig.model_fields.keys())
     models = ServedModels(args.model_name or Path(args.model.name).name, args.model)
+    source: QuestionSource = GrammarQuestions() if args.model.name == MINIATURE else WholeQuestion()
     if args.run_dir is not None:
         run = _finished_run(args.run_dir)
         given = run.recipe.serving.model_dump() | given
         models = served_models(run, experts=given["experts"])
         models = replace(models, name=args.model_name or models.name)
+        source = service_source(run)
     config = validate(ServingConfig, given, source="serve arguments")
     # Checked here, before replicas are started that would fail one after the other.
     locate_text_to_image(models.merged.name, models.merged.revision)
-    return application(models, config, args.cluster, scorer_of(config), open_experts)
+    return application(models, config, args.cluster, scorer_of(config, source), open_experts)
 
 
 def _finished_run(run_dir: str) -> Run:

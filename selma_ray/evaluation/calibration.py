@@ -1,26 +1,16 @@
-"""The judge asked about images whose truth is known: drawn scenes of the miniature.
+"""The judge asked about images whose truth is known: drawn scenes of the miniature."""
 
-Half of the scenes show what their caption states, half differ from it in one thing, as images of an imperfect model do. They are
-not passed through an autoencoder, which would make the images more like a model's but may change what they show, and so the truth.
-"""
-
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from selma_ray.judging.judges.interface import Judge
 from selma_ray.judging.questions import PromptWithQuestions
-from selma_ray.miniature.facts import Facts
-from selma_ray.miniature.parsing import parse_facts
-from selma_ray.miniature.scenes import BACKGROUNDS, INVERSE, STYLES, Scene, render_scene
-from selma_ray.miniature.sprites import COLOURS
+from selma_ray.miniature import world
 
-__all__ = ["KnownScene", "ask_known_scenes", "draw_known_scenes", "truths"]
-
-_MOST_OF_TWO_GROUPS = 3  # objects that fit into half a canvas
+__all__ = ["KnownScene", "ask_known_scenes", "draw_known_scenes"]
 
 
 @dataclass(frozen=True)
@@ -33,40 +23,10 @@ class KnownScene:
 
 
 def draw_known_scenes(suite: Sequence[PromptWithQuestions], count: int, seed: int) -> list[KnownScene]:
-    """Draw `count` scenes for the prompts in turn, every second one with one thing wrong."""
-    scenes = []
-    for number in range(count):
-        prompt = suite[number * max(1, len(suite) // count) % len(suite)]
-        rng = random.Random(f"{seed} {number} {prompt.id}")
-        facts = parse_facts(prompt.prompt)
-        scene = facts.to_scene()
-        if len(scene.groups) == 2 and scene.relation is None:
-            scene = replace(scene, relation=rng.choice(list(INVERSE)))
-        if number % 2:
-            scene = _with_a_fault(scene, facts, rng)
-        scenes.append(KnownScene(prompt, render_scene(scene, rng), truths(facts, scene)))
-    return scenes
-
-
-def truths(facts: Facts, scene: Scene) -> tuple[bool, ...]:
-    """Return the true answers of the questions about `facts` (in the order of `questions_of_facts`) for what `scene` shows."""
-    shown = {group.object: group for group in scene.groups}
-    answers = [group.object in shown for group in facts.groups]
-    for group in facts.groups:
-        there = shown.get(group.object)
-        if group.colour:
-            answers.append(there is not None and there.colour == group.colour)
-        if group.counted:
-            answers.append(there is not None and there.count == group.count)
-    if facts.relation:
-        first, second = (group.object for group in facts.groups)
-        seen = scene.relation if [group.object for group in scene.groups] == [first, second] else None
-        answers.append(seen == facts.relation)
-    if facts.background:
-        answers.append(scene.background == facts.background)
-    if facts.style:
-        answers.append(scene.style == facts.style)
-    return tuple(answers)
+    """Draw `count` scenes for the miniature's prompts in turn, every second one with one thing wrong."""
+    captions, names = [prompt.prompt for prompt in suite], [prompt.id for prompt in suite]
+    drawn = world.draw_known_scenes(captions, names, count, seed)
+    return [KnownScene(suite[scene.caption_index], scene.image, scene.truths) for scene in drawn]
 
 
 def ask_known_scenes(judge: Judge, scenes: Sequence[KnownScene]) -> list[dict[str, Any]]:
@@ -78,34 +38,3 @@ def ask_known_scenes(judge: Judge, scenes: Sequence[KnownScene]) -> list[dict[st
         for scene, answers in zip(scenes, given, strict=True)
         for question, answer, truth in zip(scene.prompt.questions, answers, scene.truths, strict=True)
     ]
-
-
-def _with_a_fault(scene: Scene, facts: Facts, rng: random.Random) -> Scene:
-    """Change one thing that the caption states: a colour, a count, the relation, an object that is missing, the setting."""
-    groups = list(scene.groups)
-    place = rng.randrange(len(groups))
-    most = _MOST_OF_TWO_GROUPS if len(groups) == 2 else _MOST_OF_TWO_GROUPS + 1
-    faults = {
-        "colour": any(group.colour for group in facts.groups),
-        "count": any(group.counted for group in facts.groups),
-        "relation": facts.relation is not None,
-        "missing": len(groups) == 2,
-        "background": facts.background is not None,
-        "style": facts.style is not None,
-    }
-    fault = rng.choice([name for name, possible in faults.items() if possible] or ["colour"])
-    if fault == "colour":
-        colour = rng.choice([each for each in COLOURS if each != groups[place].colour])
-        groups[place] = replace(groups[place], colour=colour)
-    elif fault == "count":
-        count = rng.choice([each for each in range(1, most + 1) if each != groups[place].count])
-        groups[place] = replace(groups[place], count=count)
-    elif fault == "missing":
-        return replace(scene, groups=(groups[1 - place],), relation=None)
-    elif fault == "relation":
-        return replace(scene, relation=rng.choice([each for each in INVERSE if each != scene.relation]))
-    elif fault == "background":
-        return replace(scene, background=rng.choice([each for each in BACKGROUNDS if each != scene.background]))
-    else:
-        return replace(scene, style=rng.choice([each for each in STYLES if each != scene.style]))
-    return replace(scene, groups=tuple(groups))

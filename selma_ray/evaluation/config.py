@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from selma_ray.config import Placement, StrictModel
-from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.models.config import ModelConfig, SamplingConfig
 
 __all__ = ["EvaluationConfig", "OtherModel", "OtherResult"]
@@ -68,5 +68,5 @@ class EvaluationConfig(StrictModel):
     """Drawn scenes with known truth that the judge is asked about, on the miniature's own suite; 0 asks about none."""
     bootstrap_resamples: int = Field(default=2000, ge=100)
     """Resamples behind each confidence interval."""
-    judge: JudgeConfig = JudgeConfig()
-    """The judge."""
+    judge: JudgeSetting = JudgeConfig()
+    """The judge: its name, or its settings."""

@@ -86,7 +86,7 @@ def _selection_words(config: ImagesConfig) -> str:
     if config.selection is None:
         return "none"
     selection = config.selection
-    return f"the best {selection.keep_best} of each prompt by {selection.judge}, scores from {selection.min_score:g} on"
+    return f"the best {selection.keep_best} of each prompt by {selection.judge.name}, scores from {selection.min_score:g} on"
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from selma_ray.config import Placement, StrictModel
+from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.models.config import SamplingConfig
 
 __all__ = ["FreeEngineConfig", "ImagesConfig", "SelectionConfig"]
@@ -20,8 +21,11 @@ class FreeEngineConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """Which of a prompt's images are trained on; the others are kept beside them as split `rejected`, all with scores."""
 
-    judge: str = "miniature"
-    """The judge whose score in [0, 1] decides: `miniature`, a local folder, or a hub name."""
+    judge: JudgeSetting = JudgeConfig()
+    """The judge whose score in [0, 1] decides: its name, or its settings as those of evaluation.judge."""
+    judges: Placement[int] = Field(default=0, ge=0)
+    """Judges in actors of their own, which judge once all images are rendered; 0 keeps a judge beside each renderer, in its process,
+    wherever the questions are known by then."""
     keep_best: int = Field(default=1, ge=1)
     """Images kept for each prompt, those of the highest scores."""
     min_score: float = Field(default=0, ge=0, le=1)

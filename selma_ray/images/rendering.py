@@ -4,7 +4,6 @@ import io
 import logging
 import time
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from selma_ray.images.batching import SharedBatches
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import ImageEngine, open_engine
 from selma_ray.images.in_flight import begin_batch, begin_row, finish_row
-from selma_ray.images.selection import OpenScorer, ScoreImages, reject_unchosen
+from selma_ray.images.selection import OpenScorer, ScoreImages, choose
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import IMAGE_SCHEMA
@@ -78,7 +77,7 @@ class RenderPrompts:
             {**row, **common, "seconds": seconds, **self._outcome(row["id"], image)}
             for row, (image, seconds) in zip(rows, outcomes, strict=True)
         ]
-        if self._config.selection:
+        if self._score is not None:
             self._select(rendered, [image for image, _ in outcomes])
         return pa.Table.from_pylist(rendered, schema=RENDERED_SCHEMA)
 
@@ -126,15 +125,11 @@ class RenderPrompts:
         return {"image": {"bytes": content, "path": f"{id_}.{self._config.format}"}, "error": None}
 
     def _select(self, rendered: list[dict[str, Any]], images: Sequence[Image.Image | Exception]) -> None:
-        """Score the images and reject those that are not chosen; the images of a prompt stand side by side in one batch."""
+        """Score the images and reject those that are not chosen; a batch holds all images of its prompts."""
         assert self._score is not None
         assert self._config.selection is not None
-        there = [(row, image) for row, image in zip(rendered, images, strict=True) if isinstance(image, Image.Image)]
-        scores = self._score([image for _, image in there], [row["prompt"] for row, _ in there])
-        for (row, _), score in zip(there, scores, strict=True):
-            row["score"] = score
-        for _, group in groupby(rendered, key=lambda row: (row["skill"], row["prompt"])):
-            reject_unchosen(list(group), self._config.selection)
+        there = [image if isinstance(image, Image.Image) else None for image in images]
+        choose(rendered, there, self._score, self._config.selection)
 
 
 def encoded(image: Image.Image, format_: str) -> bytes:

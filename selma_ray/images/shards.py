@@ -1,7 +1,8 @@
 """The image dataset in a run's folder: Parquet shards by skill, each written whole, each row named by its content.
 
-images/skill=<skill>/<hash>.parquet     rendered rows; those of split `rejected` were not chosen
-failures/skill=<skill>/<hash>.parquet   rows that failed, with their error; the next start tries them again
+images/skill=<skill>/<hash>.parquet       rendered rows; those of split `rejected` were not chosen
+candidates/skill=<skill>/<hash>.parquet   rendered rows of whole prompts that a judge is yet to choose from
+failures/skill=<skill>/<hash>.parquet     rows that failed, with their error; the next start tries them again
 """
 
 from collections import Counter
@@ -19,6 +20,7 @@ from selma_ray.storage import RunFolder
 
 __all__ = [
     "WriteImages",
+    "candidate_shards",
     "check_failures",
     "drop_duplicates",
     "existing_ids",
@@ -29,20 +31,21 @@ __all__ = [
     "too_many_failures",
 ]
 
-_IMAGES, _FAILURES = "images", "failures"
+_IMAGES, _CANDIDATES, _FAILURES = "images", "candidates", "failures"
 _REJECTED = "rejected"
 _SHOWN_REASONS = 3
 
 
 class WriteImages:
-    """Writes rendered rows and passes on what progress needs of them."""
+    """Writes rendered rows and passes on what progress needs of them; `unjudged` ones are kept apart until a judge has chosen."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, unjudged: bool = False) -> None:
         self._folder = folder
+        self._write = write_candidates if unjudged else write_shards
 
     def __call__(self, rendered: pa.Table) -> pa.Table:
         """Write rows of RENDERED_SCHEMA; returns a light row for each."""
-        write_shards(self._folder, rendered)
+        self._write(self._folder, rendered)
         finish_batches(self._folder, rendered["batch"].unique().to_pylist())
         return rendered.select(["id", "skill", "prompt", "split", "error", "seconds", "again"])
 
@@ -58,6 +61,23 @@ def write_shards(folder: RunFolder, rows: pa.Table) -> None:
         _write_shard(folder, _FAILURES, skill, of_skill.filter(failed))
 
 
+def write_candidates(folder: RunFolder, rows: pa.Table) -> None:
+    """Write rows (the columns of IMAGE_SCHEMA) that a judge is to choose from; those of prompts of which none was rendered are failures."""
+    rows = pa.table([rows[name] for name in IMAGE_SCHEMA.names], schema=IMAGE_SCHEMA)
+    keys = list(zip(rows["skill"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
+    rendered = {key for key, error in zip(keys, rows["error"].to_pylist(), strict=True) if error is None}
+    there = pa.array([key in rendered for key in keys], pa.bool_())
+    write_shards(folder, rows.filter(pc.invert(there)))
+    candidates = rows.filter(there)
+    for skill in candidates["skill"].unique().to_pylist():
+        _write_shard(folder, _CANDIDATES, skill, candidates.filter(pc.equal(candidates["skill"], skill)))
+
+
+def candidate_shards(folder: RunFolder) -> list[str]:
+    """Return the paths of all shards that a judge is yet to choose from."""
+    return folder.files(_CANDIDATES, suffix=".parquet")
+
+
 def shards_of(folder: RunFolder, skill: str) -> list[str]:
     """Return the paths of a skill's shards of rendered rows."""
     return folder.files(_IMAGES, f"skill={skill}", suffix=".parquet")
@@ -65,7 +85,7 @@ def shards_of(folder: RunFolder, skill: str) -> list[str]:
 
 def existing_ids(folder: RunFolder) -> frozenset[str]:
     """Return the ids of all rows that need not be rendered any more."""
-    paths = folder.files(_IMAGES, suffix=".parquet")
+    paths = folder.files(_IMAGES, suffix=".parquet") + candidate_shards(folder)
     return frozenset(folder.read_table(paths, columns=["id"])["id"].to_pylist()) if paths else frozenset()
 
 

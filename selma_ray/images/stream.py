@@ -40,12 +40,14 @@ def render_stream(
     cluster: ClusterConfig,
     *,
     open_scorer: OpenScorer | None = None,
+    choose_later: bool = False,
     open_engine: OpenEngine = open_engine,
 ) -> Dataset:
     """Return the stream of finished images: a light row (id, skill, prompt, split, error, seconds, again) for each written.
 
     Takes rows of PROMPT_SCHEMA; only training prompts whose images are not in the folder are rendered. Images that fail
-    are recorded with their reason; `follow` stops where there are too many. A recipe with a selection needs `open_scorer`.
+    are recorded with their reason; `follow` stops where there are too many. A recipe with a selection needs `open_scorer`, or chooses
+    later: then all images of a prompt are kept for `choose_images`.
     """
     forget_failures(folder)
     planned = prompts.map_batches(
@@ -57,7 +59,13 @@ def render_stream(
     )
     rendered = planned.map_batches(
         RenderPrompts,
-        fn_constructor_args=(config, model, folder, open_scorer if config.selection else None, open_engine),
+        fn_constructor_args=(
+            config,
+            model,
+            folder,
+            None if choose_later or not config.selection else open_scorer,
+            open_engine,
+        ),
         batch_size=config.rows_per_batch,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -73,7 +81,7 @@ def render_stream(
     )
     return rendered.map_batches(
         WriteImages,
-        fn_constructor_args=(folder,),
+        fn_constructor_args=(folder, choose_later),
         compute=ActorPoolStrategy(min_size=1, max_size=config.max_renderers),
         num_cpus=0,
         **_LIGHT_STAGE,

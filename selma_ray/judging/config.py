@@ -1,12 +1,13 @@
-"""Which model judges images."""
+"""Which model judges images, and where the questions that it is asked come from."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from selma_ray.config import Placement, StrictModel
+from selma_ray.judging.writing.config import WriterConfig
 
-__all__ = ["JudgeConfig"]
+__all__ = ["JudgeConfig", "JudgeSetting", "QuestionsConfig"]
 
 
 class JudgeConfig(StrictModel):
@@ -34,3 +35,30 @@ class JudgeConfig(StrictModel):
     """GPUs one judge in vLLM is split over."""
     kv_cache_gb: Placement[int] = Field(default=1, ge=1)
     """Memory of the key-value cache of a judge in vLLM on the CPU, in GiB."""
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+JudgeSetting = Annotated[JudgeConfig, BeforeValidator(_named)]
+"""A judge in a recipe: its settings, or its name alone."""
+
+
+class QuestionsConfig(StrictModel):
+    """Where the questions about a caption come from, wherever images are judged by a run's own prompts."""
+
+    source: Literal["auto", "grammar", "suite", "written", "whole"] = "auto"
+    """`grammar`: the miniature's; `suite`: those of a file; `written`: a language model in vLLM writes them; `whole`: VQAScore's one
+    question about the whole prompt. `auto`: grammar where the model is the miniature, written elsewhere. A prompt that the source has
+    no questions for is asked the one about the whole prompt, and counted."""
+    suite: str | None = None
+    """Suite by name, or JSON Lines file of prompts with questions, for the source `suite`."""
+    writer: WriterConfig = WriterConfig()
+    """How a language model writes them, for the source `written`."""
+
+    @model_validator(mode="after")
+    def _suite_is_named(self) -> "QuestionsConfig":
+        if self.source == "suite" and self.suite is None:
+            raise ValueError("source suite needs questions.suite; name a suite or a JSON Lines file")
+        return self

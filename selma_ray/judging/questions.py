@@ -1,4 +1,4 @@
-"""Prompts with the questions that an image of them must answer, and where they come from: suites and the miniature's grammar."""
+"""Prompts with the questions that an image of them must answer, and the files that hold them."""
 
 import json
 from collections import Counter
@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
-from selma_ray.miniature.heldout import heldout_by_skill
-from selma_ray.miniature.questions import questions_for
-from selma_ray.records import content_id
 
 __all__ = [
     "PromptWithQuestions",
     "Question",
     "check_questions",
-    "load_suite",
-    "questions_for_prompt",
+    "read_suite",
     "spread_over_skills",
 ]
 
@@ -49,47 +45,13 @@ class PromptWithQuestions:
     questions: tuple[Question, ...]
 
 
-def load_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQuestions]:
-    """Load `miniature` or a JSON Lines file, cut to `max_prompts` spread evenly over its skills.
+def read_suite(path: Path) -> list[PromptWithQuestions]:
+    """Read a suite from a JSON Lines file.
 
     A line is {"id", "skill", "prompt", "questions": [{"id", "category", "question", "parents"}]}; a multiple-choice question has
     "choices" and its gold "answer" as well. Raises JudgeError, with counts, for duplicated ids, empty prompts and questions, prompts
     without questions, missing parents, cycles and answers that are no choice.
     """
-    suite = _miniature_suite() if name == "miniature" else _read_suite(Path(name))
-    return suite if max_prompts is None else spread_over_skills(suite, max_prompts)
-
-
-def questions_for_prompt(prompt: str) -> tuple[Question, ...]:
-    """Return the questions about a prompt of the miniature; raises CaptionError for a prompt outside its grammar."""
-    return tuple(Question(each.id, each.category, each.question, each.parents) for each in questions_for(prompt))
-
-
-def check_questions(questions: Sequence[Question]) -> None:
-    """Raise JudgeError where ids are duplicated, a parent is missing or questions depend on one another in a circle."""
-    for kind, detail in _faults_of(PromptWithQuestions("the prompt", "", "prompt", tuple(questions)), set()):
-        raise JudgeError(f"questions: {kind}, {detail}")
-
-
-def _miniature_suite() -> list[PromptWithQuestions]:
-    return [
-        PromptWithQuestions(content_id(prompt=caption), skill, caption, questions_for_prompt(caption))
-        for skill, captions in heldout_by_skill().items()
-        for caption in captions
-    ]
-
-
-def spread_over_skills(suite: Sequence[PromptWithQuestions], count: int) -> list[PromptWithQuestions]:
-    """Return `count` prompts, drawn from the skills in turn, in the suite's order."""
-    by_skill: dict[str, list[PromptWithQuestions]] = {}
-    for prompt in suite:
-        by_skill.setdefault(prompt.skill, []).append(prompt)
-    in_turn = [prompt for turn in zip_longest(*by_skill.values()) for prompt in turn if prompt is not None]
-    chosen = {prompt.id for prompt in in_turn[:count]}
-    return [prompt for prompt in suite if prompt.id in chosen]
-
-
-def _read_suite(path: Path) -> list[PromptWithQuestions]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -119,6 +81,22 @@ def _read_suite(path: Path) -> list[PromptWithQuestions]:
     if not suite:
         raise JudgeError(f"evaluation.suite {path} must hold at least one prompt, holds none; add lines to it")
     return suite
+
+
+def check_questions(questions: Sequence[Question]) -> None:
+    """Raise JudgeError where ids are duplicated, a parent is missing or questions depend on one another in a circle."""
+    for kind, detail in _faults_of(PromptWithQuestions("the prompt", "", "prompt", tuple(questions)), set()):
+        raise JudgeError(f"questions: {kind}, {detail}")
+
+
+def spread_over_skills(suite: Sequence[PromptWithQuestions], count: int) -> list[PromptWithQuestions]:
+    """Return `count` prompts, drawn from the skills in turn, in the suite's order."""
+    by_skill: dict[str, list[PromptWithQuestions]] = {}
+    for prompt in suite:
+        by_skill.setdefault(prompt.skill, []).append(prompt)
+    in_turn = [prompt for turn in zip_longest(*by_skill.values()) for prompt in turn if prompt is not None]
+    chosen = {prompt.id for prompt in in_turn[:count]}
+    return [prompt for prompt in suite if prompt.id in chosen]
 
 
 def _prompt_of(row: Mapping[str, Any]) -> PromptWithQuestions:

@@ -8,7 +8,8 @@ from PIL import Image
 from selma_ray.judging.dsg import SCORERS, Answered, mean_score
 from selma_ray.judging.judges.asking import as_yes_or_no, ask_images
 from selma_ray.judging.judges.interface import Answer, Judge
-from selma_ray.judging.questions import Question, questions_for_prompt
+from selma_ray.judging.questions import Question
+from selma_ray.judging.sources import WHOLE, QuestionSource
 
 __all__ = ["ImageScore", "ImageScorer", "ScoredQuestion", "answered", "score_answers", "score_images"]
 
@@ -40,19 +41,17 @@ class ImageScore:
 
 
 class ImageScorer:
-    """A judge with a DSG scorer, for whoever holds a prompt and an image."""
+    """Scores how well images follow their prompts: a judge that is asked a source's questions."""
 
-    def __init__(self, judge: Judge, scorer: str = "official") -> None:
+    def __init__(self, judge: Judge, source: QuestionSource, scorer: str = "official") -> None:
         self._judge = judge
+        self._source = source
         self._scorer = scorer
 
-    def questions(self, prompt: str) -> tuple[Question, ...]:
-        """Return the questions about a prompt; raises CaptionError for a prompt that has none."""
-        return questions_for_prompt(prompt)
-
-    def score(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Question]]) -> list[ImageScore]:
-        """Judge each image by its own questions."""
-        return score_images(self._judge, images, questions, self._scorer)
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
+        """Return a score in [0, 1] for each image; None for one that could not be judged."""
+        questions = [self._source.questions(prompt) for prompt in prompts]
+        return [scored.score for scored in score_images(self._judge, images, questions, self._scorer)]
 
 
 def score_images(
@@ -98,4 +97,6 @@ def score_answers(
         )
         for each, answer, score in zip(questions, answers, scores, strict=True)
     )  # fmt: skip
+    if [each.category for each in questions] == [WHOLE]:
+        return ImageScore(answers[0].p_yes, judge, scored)  # VQAScore is this probability
     return ImageScore(mean_score(scores), judge, scored)

@@ -23,11 +23,15 @@ from typing import Any
 
 from selma_ray.errors import JudgeError
 from selma_ray.judging.dsg1k import annotation_rows, read_parents
-from selma_ray.judging.questions import PromptWithQuestions, Question, load_suite, spread_over_skills
+from selma_ray.judging.questions import PromptWithQuestions, Question, read_suite, spread_over_skills
 from selma_ray.judging.soft import vqascore_question
+from selma_ray.judging.sources import grammar_questions
+from selma_ray.miniature import world
 from selma_ray.records import content_id
 
-__all__ = ["SUITES", "Suite", "SuiteFile", "fetch", "open_suite", "suite_folder"]
+__all__ = ["MINIATURE", "SUITES", "Suite", "SuiteFile", "fetch", "open_suite", "suite_folder"]
+
+MINIATURE = "miniature"
 
 _MAX_BYTES = 64 << 20
 _TIMEOUT_S = 60
@@ -58,8 +62,19 @@ def open_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQues
 
     Raises JudgeError where a file can neither be found nor downloaded, or breaks its format.
     """
+    suite = _opened(name)
+    return suite if max_prompts is None else spread_over_skills(suite, max_prompts)
+
+
+def _opened(name: str) -> list[PromptWithQuestions]:
+    if name == MINIATURE:
+        return [
+            PromptWithQuestions(content_id(prompt=caption), skill, caption, grammar_questions(caption))
+            for skill, captions in world.heldout_by_skill().items()
+            for caption in captions
+        ]
     if name not in SUITES:
-        return load_suite(name, max_prompts)
+        return read_suite(Path(name))
     suite = SUITES[name]
     paths = [fetch(file, suite_folder() / name, name) for file in suite.files]
     try:
@@ -69,7 +84,7 @@ def open_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQues
             f"evaluation.suite {name}: {paths[-1]} is not in its format ({type(error).__name__} {error}); delete it to have it "
             "downloaded again"
         ) from None
-    return prompts if max_prompts is None else spread_over_skills(prompts, max_prompts)
+    return prompts
 
 
 def suite_folder() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from selma_ray.errors import ModelNotFoundError
 from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
 
-__all__ = ["LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
+__all__ = ["MINIATURE", "LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
 
 MINIATURE = "miniature"
 MINIATURE_WEAK = "miniature-weak"

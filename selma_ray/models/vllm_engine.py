@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from selma_ray.cluster.threads import thread_env
 
-__all__ = ["EngineSettings", "engine_bundle", "engine_environment", "engine_options"]
+__all__ = ["EngineSettings", "engine_bundle", "engine_environment", "engine_options", "in_process_environment"]
 
 
 class EngineSettings(Protocol):
@@ -46,6 +46,15 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
         # The model then runs in the engine's process, not in one more that imports everything again: threads are set above.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return environment
+
+
+def in_process_environment(settings: EngineSettings) -> dict[str, str]:
+    """Return the environment variables of an engine that runs in the calling process, to be set before vLLM is imported."""
+    if settings.num_gpus:
+        return {}
+    # On the CPU it must not bind its threads to cores that others in this process use.
+    in_process = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return engine_environment(settings) | in_process
 
 
 def engine_bundle(settings: EngineSettings) -> dict[str, float]:

@@ -1,14 +1,11 @@
 """What scores adapters on the dev prompts of a run, for the choice of checkpoints and the search of merge weights."""
 
-from collections.abc import Sequence
-
-from selma_ray.errors import CaptionError, ConfigError
+from selma_ray.errors import ConfigError
 from selma_ray.judging.dev_scores import DevScorer
-from selma_ray.judging.questions import PromptWithQuestions, questions_for_prompt
-from selma_ray.judging.suites import open_suite
+from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.prompts.store import read_prompts
 from selma_ray.run.opening import Run
-from selma_ray.storage import RunFolder
+from selma_ray.run.questions import open_source, write_questions
 
 __all__ = ["dev_prompts", "dev_scorer"]
 
@@ -24,7 +21,7 @@ def dev_scorer(run: Run, suite: str | None, max_prompts: int | None, section: st
         evaluation.sampling,
         evaluation.judge,
         evaluation.dsg_scorer,
-        dev_prompts(run.folder, run.skill_names, suite, section),
+        dev_prompts(run, suite, section),
         max_prompts,
         recipe.seed,
         evaluation.batch_size,
@@ -32,19 +29,19 @@ def dev_scorer(run: Run, suite: str | None, max_prompts: int | None, section: st
     )
 
 
-def dev_prompts(
-    folder: RunFolder, skills: Sequence[str], suite_name: str | None, section: str
-) -> dict[str, list[PromptWithQuestions]]:
-    """Return each skill's dev prompts with their questions: those of a suite, or those the run kept.
+def dev_prompts(run: Run, suite_name: str | None, section: str) -> dict[str, list[PromptWithQuestions]]:
+    """Return each skill's dev prompts with their questions: those of a suite, or those the run kept, asked by its own source.
 
-    Raises ConfigError for a skill that has none; `section` is the part of the recipe that asks for them.
+    Questions that are yet to be written are written first. Raises ConfigError for a skill that has no dev prompts.
     """
     if suite_name:
+        from selma_ray.judging.suites import open_suite
+
         suite = open_suite(suite_name)
-        prompts = {skill: [prompt for prompt in suite if prompt.skill == skill] for skill in skills}
+        prompts = {skill: [prompt for prompt in suite if prompt.skill == skill] for skill in run.skill_names}
         remedy = f"add some to {section}.suite {suite_name}"
     else:
-        prompts = {skill: _kept_prompts(folder, skill, section) for skill in skills}
+        prompts = _kept_prompts(run)
         remedy = f"raise prompts.dev_fraction, or leave {section} out"
     for skill, of_skill in prompts.items():
         if not of_skill:
@@ -52,13 +49,14 @@ def dev_prompts(
     return prompts
 
 
-def _kept_prompts(folder: RunFolder, skill: str, section: str) -> list[PromptWithQuestions]:
-    rows = read_prompts(folder, skill, "dev").to_pylist()
-    try:
-        return [
-            PromptWithQuestions(row["id"], skill, row["prompt"], questions_for_prompt(row["prompt"])) for row in rows
+def _kept_prompts(run: Run) -> dict[str, list[PromptWithQuestions]]:
+    rows = {skill: read_prompts(run.folder, skill, "dev").to_pylist() for skill in run.skill_names}
+    if any(rows.values()):
+        write_questions(run, ["dev"])
+    source = open_source(run)
+    return {
+        skill: [
+            PromptWithQuestions(row["id"], skill, row["prompt"], source.questions(row["prompt"])) for row in of_skill
         ]
-    except CaptionError as error:
-        raise ConfigError(
-            f"{section}: a dev prompt of {skill} has no questions ({error}); name {section}.suite"
-        ) from None
+        for skill, of_skill in rows.items()
+    }

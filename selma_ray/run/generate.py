@@ -1,14 +1,19 @@
 """Prompts and images: the LLM's stream into the renderers, or ground truth in the place of either."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from selma_ray.cluster.placement import check_fit
+from selma_ray.images.selection import ScoreImages
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.sources import QuestionSource
 from selma_ray.run.opening import Run
 from selma_ray.run.progress import Progress, Report
+from selma_ray.run.question_source import source_name
+from selma_ray.run.questions import open_source, question_counts, questions_beside
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
 
@@ -40,23 +45,52 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         with llm_errors(recipe.prompts.llm):
             return _draw(run, prompts, report)
     model = recipe.data.model or recipe.model
+    chosen_later = _is_chosen_later(recipe)
     images = render_stream(
-        prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster, open_scorer=_scorer_of(recipe)
-    )
+        prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster,
+        open_scorer=None if chosen_later else _scorer_of(run), choose_later=chosen_later,
+    )  # fmt: skip
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
     prompt_words = watch_prompts(run.folder)
-    with llm_errors(recipe.prompts.llm), _showing_prompts(run.folder, prompt_words, total, report) as images_begin:
+    with (
+        questions_beside(run),
+        llm_errors(recipe.prompts.llm),
+        _showing_prompts(run.folder, prompt_words, total, report) as images_begin,
+    ):
         for row, progress in follow(images, run.folder, recipe.images, total):
             images_begin()
             figures = tuple(filter(None, (prompt_words(), progress.words)))
             report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}", figures))
-    summary = {
+    if chosen_later:
+        _choose(run, report)
+    summary: dict[str, Any] = {
         "prompts": prompt_summary(run.folder, run.skill_names),
+        "questions": question_counts(run),
         "images": image_summary(run.folder, run.skill_names),
     }
     check_failures(summary["images"], recipe.images)
     write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     return summary
+
+
+def _is_chosen_later(recipe: Recipe) -> bool:
+    """Tell whether images are chosen when all are rendered: a renderer cannot wait for questions that are yet to be written."""
+    selection = recipe.images.selection
+    return selection is not None and (selection.judges > 0 or source_name(recipe) == "written")
+
+
+def _choose(run: Run, report: Report) -> None:
+    from selma_ray.images.choosing import choose_images
+
+    selection = run.recipe.images.selection
+    scorer = _scorer_of(run)
+    assert selection is not None
+    assert scorer is not None
+
+    def told(done: int, total: int) -> None:
+        report(Progress("generate", done, total, f"files of images judged by {selection.judge.name}"))
+
+    choose_images(run.folder, selection, scorer, run.recipe.cluster, told)
 
 
 @contextmanager
@@ -127,22 +161,15 @@ def prompts_from(recipe: Recipe) -> str:
     return f"no language model ({llm.engine} stand-in)" if llm.engine == "free" else llm.name
 
 
-def _scorer_of(recipe: Recipe) -> Callable[[], Any] | None:
+def _scorer_of(run: Run) -> Callable[[], ScoreImages] | None:
     """Return what loads the judge that chooses among a prompt's images, where the recipe asks for a choice."""
-    selection = recipe.images.selection
-    return partial(_open_scorer, selection.judge) if selection else None
+    selection = run.recipe.images.selection
+    return partial(_open_scorer, selection.judge, open_source(run)) if selection else None
 
 
-def _open_scorer(judge: str) -> Callable[[Sequence[Any], Sequence[str]], list[float | None]]:
-    """Load a judge and return what scores images by their prompts; called in a renderer's process."""
-    from selma_ray.judging.config import JudgeConfig
+def _open_scorer(judge: JudgeConfig, source: QuestionSource) -> ScoreImages:
+    """Load a judge and return what scores images by their prompts; called in the process that judges."""
     from selma_ray.judging.judges.opening import open_judge
     from selma_ray.judging.scoring import ImageScorer
 
-    scorer = ImageScorer(open_judge(JudgeConfig(name=judge)))
-
-    def score(images: Sequence[Any], prompts: Sequence[str]) -> list[float | None]:
-        questions = [scorer.questions(prompt) for prompt in prompts]
-        return [scored.score for scored in scorer.score(images, questions)]
-
-    return score
+    return ImageScorer(open_judge(judge), source)

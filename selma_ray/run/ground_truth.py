@@ -1,7 +1,6 @@
 """Ground truth in the place of the LLM's prompts or the model's images: SELMA's ablations (section 5.4), which the miniature can draw."""
 
 import io
-import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +8,7 @@ import pyarrow as pa
 
 from selma_ray.errors import CaptionError, ConfigError
 from selma_ray.images.config import ImagesConfig
-from selma_ray.miniature.parsing import normalise_caption, parse_caption
-from selma_ray.miniature.scenes import render_scene
-from selma_ray.miniature.skills import SKILLS, sample_caption
+from selma_ray.miniature import world
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.splits import split_of
 from selma_ray.prompts.store import Candidate, read_decided, write_decided
@@ -21,7 +18,6 @@ from selma_ray.storage import RunFolder
 __all__ = ["draw_images", "write_captions"]
 
 _MODEL = "ground_truth"
-_MOST_DRAWS = 100  # draws for each caption kept, before a skill is said to have no more
 
 
 def write_captions(
@@ -31,14 +27,14 @@ def write_captions(
 
     None is in `excluded`, none is kept twice. Raises ConfigError for a skill that is not the miniature's, or too many captions.
     """
-    unknown = sorted(set(skills) - set(SKILLS))
+    unknown = sorted(set(skills) - set(world.SKILLS))
     if unknown:
         raise ConfigError(
-            f"data.prompts ground_truth needs skills of the miniature ({', '.join(SKILLS)}), got {unknown[0]}; take llm"
+            f"data.prompts ground_truth needs skills of the miniature ({', '.join(world.SKILLS)}), got {unknown[0]}; take llm"
         )
-    seen = {normalise_caption(prompt) for prompt in excluded}
+    seen = {world.normalise_caption(prompt) for prompt in excluded}
     for skill in skills:
-        captions = _different_captions(skill, config.per_skill, random.Random(seed_of(seed, captions=skill)), seen)
+        captions = _captions(skill, config.per_skill, seed, seen)
         if read_decided(folder, skill, 0) is None:
             kept = [Candidate(text, index=index, split=split_of(index, config)) for index, text in enumerate(captions)]
             write_decided(folder, skill, 0, kept)
@@ -62,16 +58,8 @@ def draw_images(
         yield prompt
 
 
-def _different_captions(skill: str, count: int, rng: random.Random, seen: set[str]) -> list[str]:
-    """Return captions that are not in `seen`, and add them to it."""
-    captions: list[str] = []
-    for _ in range(_MOST_DRAWS * count):
-        if len(captions) == count:
-            break
-        caption = sample_caption(skill, rng, test=False)
-        if (normal := normalise_caption(caption)) not in seen:
-            seen.add(normal)
-            captions.append(caption)
+def _captions(skill: str, count: int, seed: int, seen: set[str]) -> list[str]:
+    captions = world.sample_captions(skill, count, seed_of(seed, captions=skill), seen)
     if len(captions) < count:
         raise ConfigError(
             f"prompts.per_skill must be at most the captions that {skill} has ({len(captions)} were found), got {count}; lower it"
@@ -83,7 +71,7 @@ def _drawn(prompt: Mapping[str, Any], index: int, seed: int) -> dict[str, Any]:
     identity = {"skill": prompt["skill"], "prompt": prompt["prompt"], "image_index": index}
     image_seed = seed_of(seed, **identity)
     try:
-        image = render_scene(parse_caption(prompt["prompt"]), random.Random(image_seed))
+        image = world.draw_caption(prompt["prompt"], image_seed)
     except CaptionError as error:
         raise ConfigError(f"data.images ground_truth needs captions of the miniature ({error}); take model") from None
     row_id = content_id(**identity, seed=image_seed, model=_MODEL)

@@ -9,6 +9,7 @@ import yaml
 from selma_ray.config import first_difference, identity, validate
 from selma_ray.errors import ConfigError, ModelNotFoundError, RunMismatchError
 from selma_ray.models.config import ModelConfig
+from selma_ray.run.question_source import check_questions_can_be_had
 from selma_ray.run.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
 from selma_ray.storage import RunFolder
@@ -92,8 +93,9 @@ def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
     _check_other_models(recipe)
     locate_judge(recipe.evaluation.judge.name)
     if recipe.images.selection:
-        locate_judge(recipe.images.selection.judge)
+        locate_judge(recipe.images.selection.judge.name)
     check_llm(recipe.prompts.llm)
+    check_questions_can_be_had(recipe)
 
 
 def _check_other_models(recipe: Recipe) -> None:

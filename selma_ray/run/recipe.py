@@ -13,6 +13,7 @@ from selma_ray.errors import ConfigError
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.images.config import ImagesConfig
+from selma_ray.judging.config import QuestionsConfig
 from selma_ray.merging.config import MergingConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.config import PromptsConfig
@@ -49,6 +50,8 @@ class Recipe(StrictModel):
     """Stage 1: the LLM writes prompts."""
     images: ImagesConfig = ImagesConfig()
     """Stage 2: the model renders them."""
+    questions: QuestionsConfig = QuestionsConfig()
+    """Where the questions about the run's own captions come from, wherever their images are judged."""
     experts: ExpertsConfig = ExpertsConfig()
     """Stage 3: one LoRA expert per skill."""
     merging: MergingConfig = MergingConfig()

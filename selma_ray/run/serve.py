@@ -2,13 +2,16 @@
 
 from pathlib import PurePosixPath
 
+from selma_ray.judging.sources import GrammarQuestions, QuestionSource
 from selma_ray.run.opening import Run
+from selma_ray.run.question_source import source_name
+from selma_ray.run.questions import open_source
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.run import Service, start_service
 from selma_ray.serving.scorer import scorer_of
 from selma_ray.serving.served import ServedModels
 
-__all__ = ["served_models", "start_merged"]
+__all__ = ["served_models", "service_source", "start_merged"]
 
 _DEPTH_OF_EXPERTS = 3  # experts/NAME/adapter_config.json; checkpoints lie deeper
 
@@ -23,6 +26,14 @@ def served_models(run: Run, experts: bool) -> ServedModels:
     return ServedModels(run.recipe.merging.name, run.merged_model, run.recipe.model, folders)
 
 
+def service_source(run: Run) -> QuestionSource:
+    """Return the source of questions of a run's service.
+
+    For the miniature it is the grammar alone: its judge was never taught the question about the whole prompt.
+    """
+    return GrammarQuestions() if source_name(run.recipe) == "grammar" else open_source(run)
+
+
 def start_merged(run: Run) -> Service:
     """Serve the merged model of a run and return once it answers; the caller stops it."""
     recipe = run.recipe
@@ -30,6 +41,6 @@ def start_merged(run: Run) -> Service:
         served_models(run, recipe.serving.experts),
         recipe.serving,
         recipe.cluster,
-        scorer_of(recipe.serving),
+        scorer_of(recipe.serving, service_source(run)),
         open_experts,
     )

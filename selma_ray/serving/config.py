@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from selma_ray.config import StrictModel
+from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.models.config import SamplingConfig
 
 __all__ = ["JUDGE_METRICS", "ModelMetric", "ServingConfig", "is_loopback"]
@@ -61,10 +62,10 @@ class ServingConfig(StrictModel):
     """Seconds after which a request is answered 504."""
     stall_timeout_s: float = Field(default=120, gt=0)
     """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
-    judge: str | None = "miniature"
-    """The judge behind dsg, soft_dsg, vqascore and their kin in POST /v1/scores: `miniature`, a local folder, or a hub name;
-    none serves the scores of score_models alone. The miniature's was not taught vqascore's question ("Does this figure show
-    ...?"): of it, that score says nothing."""
+    judge: JudgeSetting | None = JudgeConfig()
+    """The judge behind dsg, soft_dsg, vqascore and their kin in POST /v1/scores: its name, or its settings as those of
+    evaluation.judge; null serves the scores of score_models alone. The miniature's was not taught vqascore's question ("Does this
+    figure show ...?"): of it, that score says nothing."""
     score_models: dict[ModelMetric, Annotated[str, StringConstraints(min_length=1)]] = Field(default_factory=dict)
     """More scores, each with its model, a folder or a hub name: {clipscore: openai/clip-vit-base-patch32}."""
     judge_batch_size: int = Field(default=16, ge=1)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from PIL import Image
 from ray import serve
 
-from selma_ray.errors import CaptionError, JudgeError
+from selma_ray.errors import JudgeError, NoQuestionsError
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import decode_upload
 from selma_ray.serving.errors import invalid_request, metric_not_served
@@ -58,7 +58,7 @@ class Scorer(Protocol):
     def questions(self, prompt: str, given: Sequence[Mapping[str, Any]] | None = None) -> Sequence[Any]:
         """Return the questions about a prompt, those that are given where there are any.
 
-        Raises CaptionError for a prompt it has none for, JudgeError for given ones that cannot be asked.
+        Raises NoQuestionsError for a prompt it has none for, JudgeError for given ones that cannot be asked.
         """
         ...
 
@@ -116,7 +116,7 @@ def prepare(
     if len(without_questions) < len(metrics):
         try:
             questions = scorer.questions(prompt, given_questions)
-        except CaptionError as error:
+        except NoQuestionsError as error:
             raise invalid_request(
                 f"{error}; send questions, or ask for a score that needs none",
                 "prompt",

@@ -8,8 +8,9 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.asking import ask_images
 from selma_ray.judging.judges.interface import Judge
 from selma_ray.judging.metrics import ANSWER_METRICS, ImageMetric, metrics_of_answers, open_metric
-from selma_ray.judging.questions import Question, check_questions, questions_for_prompt
+from selma_ray.judging.questions import Question, check_questions
 from selma_ray.judging.scoring import score_answers
+from selma_ray.judging.sources import QuestionSource
 from selma_ray.models.locate import locate_judge
 from selma_ray.serving.config import JUDGE_METRICS, ModelMetric, ServingConfig
 from selma_ray.serving.evaluator import Asked, Judged
@@ -26,8 +27,9 @@ class ServiceScorer:
 
     metrics_of_questions = frozenset(ANSWER_METRICS)
 
-    def __init__(self, judge: Judge | None, models: Mapping[str, ImageMetric]) -> None:
+    def __init__(self, judge: Judge | None, models: Mapping[str, ImageMetric], source: QuestionSource) -> None:
         self._judge = judge
+        self._source = source
         self._single: dict[str, ImageMetric] = dict(models)
         if judge is not None:
             self._single["vqascore"] = open_metric("vqascore", judge)
@@ -37,10 +39,10 @@ class ServiceScorer:
     def questions(self, prompt: str, given: Sequence[Mapping[str, Any]] | None = None) -> tuple[Question, ...]:
         """Return the questions about a prompt, those that are given where there are any.
 
-        Raises CaptionError for a prompt that has none, JudgeError for given ones that cannot be asked.
+        Raises NoQuestionsError for a prompt that has none, JudgeError for given ones that cannot be asked.
         """
         if given is None:
-            return questions_for_prompt(prompt)
+            return self._source.questions(prompt)
         questions = tuple(
             Question(each["id"], each["category"], each["question"], tuple(each["parents"])) for each in given
         )
@@ -81,20 +83,21 @@ def _shown(name: str) -> str:
 
 
 def open_scorer(
-    judge: str | None = "miniature", score_models: Mapping[ModelMetric, str] | None = None
+    judge: JudgeConfig | None, score_models: Mapping[ModelMetric, str], source: QuestionSource
 ) -> ServiceScorer:
     """Load a judge, and models of other scores by name, for the evaluator; called on the replica that holds them."""
     from selma_ray.judging.judges.opening import open_judge
 
-    models: dict[str, ImageMetric] = {
-        name: open_metric(name, model=model) for name, model in (score_models or {}).items()
-    }
-    return ServiceScorer(None if judge is None else open_judge(JudgeConfig(name=judge)), models)
+    models: dict[str, ImageMetric] = {name: open_metric(name, model=model) for name, model in score_models.items()}
+    return ServiceScorer(None if judge is None else open_judge(judge), models, source)
 
 
-def scorer_of(config: ServingConfig) -> Callable[[], ServiceScorer]:
-    """Return what loads the scorer of a service; raises ModelNotFoundError here, before replicas are started, for what is missing."""
+def scorer_of(config: ServingConfig, source: QuestionSource) -> Callable[[], ServiceScorer]:
+    """Return what loads the scorer of a service, that asks a source's questions about prompts that come without any.
+
+    Raises ModelNotFoundError here, before replicas are started, for what is missing.
+    """
     if config.evaluator_replicas:
-        for name in (*((config.judge,) if config.judge else ()), *config.score_models.values()):
+        for name in (*((config.judge.name,) if config.judge else ()), *config.score_models.values()):
             locate_judge(name)
-    return partial(open_scorer, config.judge, config.score_models)
+    return partial(open_scorer, config.judge, config.score_models, source)

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.sources import GrammarQuestions
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.api import build_app
@@ -42,7 +44,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalBac
     experts = save_experts(load_pipeline(model), tmp_path_factory.mktemp("experts"))
     models = ServedModels("merged", model, model, experts)
     generator = Generator(models, CONFIG, open_experts)
-    yield LocalBackend(generator, open_scorer("miniature")), models
+    yield LocalBackend(generator, open_scorer(JudgeConfig(), {}, GrammarQuestions())), models
     generator.close()
 
 

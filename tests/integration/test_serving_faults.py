@@ -24,6 +24,8 @@ from ray import cloudpickle, serve
 
 from selma_ray.adapters.mixing import Expert
 from selma_ray.cluster.config import ClusterConfig
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.sources import GrammarQuestions
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.batch import Outcome, StepBatch
@@ -230,7 +232,7 @@ def test_generation_goes_on_without_an_evaluator(http: httpx.Client) -> None:
 
 
 def test_online_scores_equal_offline_ones(http: httpx.Client) -> None:
-    scorer = open_scorer("miniature")
+    scorer = open_scorer(JudgeConfig(), {}, GrammarQuestions())
     contents = [draw(http, seed=seed).json()["data"][0]["b64_json"] for seed in range(3)]
     body = {"prompt": BODY["prompt"], "images": contents, "metrics": list(scorer.metrics)}
     online = http.post("/v1/scores", json=body).json()["data"]

@@ -11,7 +11,7 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.judging.judges.words import AnswerTokens, p_yes, spoken
 from selma_ray.models.locate import LocatedModel
-from selma_ray.models.vllm_engine import engine_environment, engine_options
+from selma_ray.models.vllm_engine import engine_options, in_process_environment
 
 __all__ = ["PROMPT_VERSION", "VllmJudge", "compose_question"]
 
@@ -38,8 +38,7 @@ class VllmJudge:
     """
 
     def __init__(self, located: LocatedModel, config: JudgeConfig) -> None:
-        if not config.num_gpus:
-            os.environ.update(_cpu_environment(config))
+        os.environ.update(in_process_environment(config))
         from vllm import LLM, SamplingParams
 
         self._params: Any = SamplingParams
@@ -115,9 +114,3 @@ def _engine_options(config: JudgeConfig) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "seed": 0,
     }
-
-
-def _cpu_environment(config: JudgeConfig) -> dict[str, str]:
-    """Return what vLLM's CPU engine reads; it runs in this process and must not bind its threads to cores."""
-    in_process = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return engine_environment(config) | in_process

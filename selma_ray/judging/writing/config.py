@@ -6,7 +6,7 @@ from pydantic import Field
 
 from selma_ray.config import Placement, StrictModel
 
-__all__ = ["QuestionLLMConfig", "QuestionsConfig"]
+__all__ = ["QuestionLLMConfig", "WriterConfig"]
 
 
 class QuestionLLMConfig(StrictModel):
@@ -34,15 +34,15 @@ class QuestionLLMConfig(StrictModel):
     """Longest answer, in tokens."""
 
 
-class QuestionsConfig(StrictModel):
-    """Which kind of questions, and how they are asked for."""
+class WriterConfig(StrictModel):
+    """Which kind of questions a language model writes, and how it is asked for them."""
 
     style: Literal["dsg", "tifa"] = "dsg"
     """`dsg`: yes/no questions that depend on one another, in three calls; `tifa`: multiple choice, in one."""
     format: Literal["json", "text"] = "json"
     """`json` holds the model to a schema; `text` is the reference's own format, read tolerantly."""
     examples: str | None = None
-    """In-context examples: a JSON Lines file of them, or for DSG its tifa160-dev-anns.csv; none takes a few of our own."""
+    """In-context examples: a JSON Lines file of them, or for DSG its tifa160-dev-anns.csv; default: a few of our own."""
     max_examples: int = Field(default=23, ge=1)
     """Examples shown, the first of the file."""
     caption_model: str | None = None
@@ -53,6 +53,6 @@ class QuestionsConfig(StrictModel):
     seed: int = Field(default=0, ge=0)
     """Seed of the repeated calls; the first call is greedy."""
     batch_size: int = Field(default=32, ge=1)
-    """Requests in one batch of an engine."""
-    llm: QuestionLLMConfig = QuestionLLMConfig()
-    """The language model."""
+    """Prompts whose questions are written together; what a batch has written is kept when a run is stopped."""
+    llm: QuestionLLMConfig | None = None
+    """The language model; default: in a run the one that writes its prompts, elsewhere the miniature's."""

@@ -1,90 +1,73 @@
-"""The language model that writes questions: vLLM, run by Ray Data; the shared examples of all requests are prefilled once."""
+"""The language model that writes questions: vLLM in this process; the examples that all requests share are prefilled once."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-from ray.data import TaskPoolStrategy
-
-from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.placement import role_options
-from selma_ray.errors import first_line
-from selma_ray.judging.writing.config import QuestionLLMConfig, QuestionsConfig
-from selma_ray.judging.writing.rounds import Ask, Reply, Request
+from selma_ray.errors import LLMError, first_line
+from selma_ray.judging.writing.config import QuestionLLMConfig
+from selma_ray.judging.writing.rounds import Reply, Request
 from selma_ray.models.locate import locate_llm
-from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options
+from selma_ray.models.vllm_engine import engine_options, in_process_environment
 
-__all__ = ["vllm_replies"]
-
-_ERROR_CHARS = 200
+__all__ = ["VllmWriter"]
 
 
-def vllm_replies(config: QuestionsConfig, cluster: ClusterConfig) -> Ask:
-    """Return a function that answers requests with vLLM; each call of it is one Ray Data execution."""
+class VllmWriter:
+    """Answers requests with a language model held in memory; raises LLMError where vLLM cannot run it."""
 
-    def ask(requests: Sequence[Request]) -> Mapping[str, Reply]:
-        processor = _processor(config, cluster)
-        rows = [vars(request) | {"schema": request.schema or ""} for request in requests]
-        dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // config.batch_size))
-        return {row["key"]: _reply(row) for row in processor(dataset).iter_rows()}
+    def __init__(self, llm: QuestionLLMConfig) -> None:
+        os.environ.update(in_process_environment(llm))
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
-    return ask
+        self._params: Any = SamplingParams
+        self._structured: Any = StructuredOutputsParams
+        self._settings = llm
+        path = locate_llm(llm.name, llm.revision).path
+        try:
+            self._llm: Any = LLM(model=path, **_engine_options(llm))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise LLMError(
+                f"questions.writer.llm {llm.name} cannot be run by vLLM ({first_line(error)}); name another model or give it more memory"
+            ) from None
+        self._tokenizer: Any = self._llm.get_tokenizer()
 
+    def __call__(self, requests: Sequence[Request]) -> Mapping[str, Reply]:
+        """Return the reply to each request by its key; one that is too long for the model has an error and spares the others."""
+        lengths = [len(self._tokenizer.encode(request.text)) for request in requests]
+        most = self._settings.max_model_len
+        fitting = [request for request, length in zip(requests, lengths, strict=True) if length < most]
+        replies = {
+            request.key: Reply(
+                "", f"the request has {length} tokens, questions.writer.llm.max_model_len={most} are too few"
+            )
+            for request, length in zip(requests, lengths, strict=True)
+            if length >= most
+        }
+        if fitting:
+            outputs = self._llm.generate(
+                [request.text for request in fitting], [self._sampling(request) for request in fitting], use_tqdm=False
+            )
+            replies |= {
+                request.key: Reply(output.outputs[0].text) for request, output in zip(fitting, outputs, strict=True)
+            }
+        return replies
 
-def _processor(config: QuestionsConfig, cluster: ClusterConfig) -> Any:
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-    llm = config.llm
-    processor = build_processor(
-        vLLMEngineProcessorConfig(
-            model_source=locate_llm(llm.name, llm.revision).path,
-            engine_kwargs=_engine_options(llm),
-            batch_size=config.batch_size,
-            concurrency=(1, llm.replicas),
-            placement_group_config={"bundle_per_worker": engine_bundle(llm)},
-            runtime_env={"env_vars": engine_environment(llm)},
-            should_continue_on_error=True,
-            chat_template_stage=False,
-            tokenize_stage=False,
-            detokenize_stage=False,
-            log_engine_metrics=False,
-        ),
-        preprocess=_Preprocess(llm.max_tokens),
-        postprocess=_postprocess,
-        # With these options they run inside the stages beside them: the source and the stage that decides.
-        preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
-        postprocess_map_kwargs={"num_cpus": 0},
-    )
-    for name in processor.list_stage_names():
-        processor.get_stage_by_name(name).map_batches_kwargs.update(role_options("llm", cluster))
-    return processor
-
-
-class _Preprocess:
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        sampling: dict[str, Any] = {"temperature": row["temperature"], "max_tokens": self._max_tokens}
-        if row["temperature"]:
-            sampling["seed"] = row["seed"]
-        if row["schema"]:
-            sampling["structured_outputs"] = {"json": row["schema"]}
-        else:
-            # A model that only completes text would go on with another example to its token limit.
-            sampling["stop"] = [row["stop"]]
-        return {"prompt": row["text"], "sampling_params": sampling}
+    def _sampling(self, request: Request) -> Any:
+        return self._params(**_sampling_options(request, self._settings.max_tokens, self._structured))
 
 
-def _postprocess(row: dict[str, Any]) -> dict[str, Any]:
-    return {"key": row["key"], "answer": row["generated_text"]}
-
-
-def _reply(row: Mapping[str, Any]) -> Reply:
-    error = row.get("__inference_error__")
-    if error:
-        return Reply("", first_line(str(error))[:_ERROR_CHARS])
-    return Reply(row["answer"] or "")
+def _sampling_options(request: Request, max_tokens: int, structured: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"temperature": request.temperature, "max_tokens": max_tokens}
+    if request.temperature:
+        options["seed"] = request.seed
+    if request.schema:
+        options["structured_outputs"] = structured(json=request.schema)
+    else:
+        # A model that only completes text would go on with another example to its token limit.
+        options["stop"] = [request.stop]
+    return options
 
 
 def _engine_options(llm: QuestionLLMConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
-from selma_ray.judging.writing.config import QuestionsConfig
+from selma_ray.judging.writing.config import WriterConfig
 
 __all__ = ["DsgExample", "TifaExample", "load_dsg_examples", "load_tifa_examples"]
 
@@ -34,7 +34,7 @@ class TifaExample:
     concepts: dict[str, list[str]] = field(default_factory=dict)
 
 
-def load_dsg_examples(config: QuestionsConfig) -> list[DsgExample]:
+def load_dsg_examples(config: WriterConfig) -> list[DsgExample]:
     """Return the examples that `config` names; raises JudgeError, with the line, for a file that cannot be used."""
     if config.examples is None:
         return [_dsg_example(row, "ours") for row in _json_lines(_FOLDER / "examples.jsonl")][: config.max_examples]
@@ -43,7 +43,7 @@ def load_dsg_examples(config: QuestionsConfig) -> list[DsgExample]:
     return _some(examples, path)[: config.max_examples]
 
 
-def load_tifa_examples(config: QuestionsConfig) -> list[TifaExample]:
+def load_tifa_examples(config: WriterConfig) -> list[TifaExample]:
     """Return the examples that `config` names; raises JudgeError for a file that cannot be used."""
     path = _FOLDER / "examples_tifa.jsonl" if config.examples is None else Path(config.examples)
     try:

@@ -1,22 +1,31 @@
-"""Question sets as files that can be read, mended and used as suites; what a file holds already is not asked again."""
+"""Question sets as files that can be read, corrected and used as suites; what a file holds already is not asked again."""
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
 from selma_ray.judging.tifa import CaptionAnswerer, filter_questions
-from selma_ray.judging.writing.config import QuestionsConfig
+from selma_ray.judging.writing.config import QuestionLLMConfig, WriterConfig
 from selma_ray.judging.writing.rounds import Ask, Draft, draft_questions
 from selma_ray.models.locate import locate_llm
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["PromptToAsk", "Written", "generator_name", "read_prompts", "write_questions"]
+__all__ = [
+    "DraftLines",
+    "PromptToAsk",
+    "Written",
+    "draft_lines",
+    "generator_name",
+    "question_llm",
+    "read_prompts",
+    "write_questions",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +51,38 @@ class Written:
     repaired: dict[str, int]
 
 
-def write_questions(
-    prompts: Sequence[PromptToAsk],
-    config: QuestionsConfig,
-    path: Path,
-    ask: Ask,
-    answerer: CaptionAnswerer | None = None,
-) -> Written:
+DraftLines = Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]
+"""Writes questions about prompts and returns a line for each: {prompt, questions, repaired}, or {prompt, failure, attempts, repaired}."""
+
+
+def draft_lines(
+    prompts: Sequence[str], config: WriterConfig, ask: Ask, answerer: CaptionAnswerer | None = None
+) -> list[dict[str, Any]]:
+    """Return a line for each prompt, its questions written by `ask`.
+
+    TIFA questions that `answerer` does not answer rightly from the prompt alone are dropped and counted.
+    """
+    drafts = draft_questions(prompts, config, ask) if prompts else []
+    if answerer is not None and config.style == "tifa":
+        for draft in drafts:
+            _drop_unanswered(draft, answerer)
+    return list(map(_line, drafts))
+
+
+def write_questions(prompts: Sequence[PromptToAsk], config: WriterConfig, path: Path, draft: DraftLines) -> Written:
     """Write a suite file with questions for every prompt that has none in it yet; a prompt whose text has changed is asked again.
 
     Prompts that fail stand in a file beside it, with their reasons, and are tried again the next time. Raises JudgeError for a file
-    that another generator wrote. TIFA questions that `answerer` does not answer rightly from the prompt alone are dropped and counted.
+    that another generator wrote.
     """
     _check_ids(prompts)
     generator = generator_name(config)
     found = _read(path, generator)
     pending = [each for each in prompts if found.get(each.id, {}).get("prompt") != each.prompt]
-    drafts = draft_questions([each.prompt for each in pending], config, ask) if pending else []
-    if answerer is not None and config.style == "tifa":
-        for draft in drafts:
-            _drop_unanswered(draft, answerer)
-    made = {each.id: _line(each, draft, generator) for each, draft in zip(pending, drafts, strict=True)}
+    drafted = draft([each.prompt for each in pending])
+    made = {
+        each.id: {**line, **asdict(each), "generator": generator} for each, line in zip(pending, drafted, strict=True)
+    }
     lines = [
         line
         for each in prompts
@@ -75,20 +95,26 @@ def write_questions(
         logger.warning(
             "%d of %d prompts have no questions, see %s", len(failures), len(prompts), path.with_suffix(".failed.jsonl")
         )
-    repaired = sum((draft.repaired for draft in drafts), Counter())
+    repaired = sum((Counter(line["repaired"]) for line in drafted), Counter[str]())
     return Written(len(lines), len(prompts) - len(pending), len(failures), dict(repaired))
 
 
-def generator_name(config: QuestionsConfig) -> str:
+def question_llm(config: WriterConfig) -> QuestionLLMConfig:
+    """Return the language model that writes; default: the miniature's."""
+    return config.llm or QuestionLLMConfig()
+
+
+def generator_name(config: WriterConfig) -> str:
     """Return a name for all that questions depend on: the model, the style and format, the examples, the seed."""
-    located = locate_llm(config.llm.name, config.llm.revision)
+    llm = question_llm(config)
+    located = locate_llm(llm.name, llm.revision)
     examples = (
         "ours"
         if config.examples is None
         else content_id(examples=Path(config.examples).read_text(errors="replace"))[:12]
     )
     return (
-        f"{config.llm.name}@{located.revision}#{config.style}-{config.format}-{_FORMAT_VERSION}-{examples}"
+        f"{llm.name}@{located.revision}#{config.style}-{config.format}-{_FORMAT_VERSION}-{examples}"
         f"x{config.max_examples}-{config.seed}" + (f"+{config.caption_model}" if config.caption_model else "")
     )
 
@@ -136,15 +162,11 @@ def _check_ids(prompts: Sequence[PromptToAsk]) -> None:
         )
 
 
-def _line(prompt: PromptToAsk, draft: Draft, generator: str) -> dict[str, Any]:
-    line: dict[str, Any] = asdict(prompt)
+def _line(draft: Draft) -> dict[str, Any]:
+    line: dict[str, Any] = {"prompt": draft.prompt, "repaired": dict(draft.repaired)}
     if draft.failure is not None:
-        return line | {"failure": draft.failure, "attempts": dict(draft.attempts), "generator": generator}
-    return line | {
-        "questions": [asdict(each) for each in draft.questions],
-        "generator": generator,
-        "repaired": dict(draft.repaired),
-    }
+        return line | {"failure": draft.failure, "attempts": dict(draft.attempts)}
+    return line | {"questions": [asdict(each) for each in draft.questions]}
 
 
 def _read(path: Path, generator: str) -> dict[str, dict[str, Any]]:

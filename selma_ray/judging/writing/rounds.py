@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selma_ray.judging.questions import Question
-from selma_ray.judging.writing.config import QuestionsConfig
+from selma_ray.judging.writing.config import WriterConfig
 from selma_ray.judging.writing.examples import load_dsg_examples, load_tifa_examples
 from selma_ray.judging.writing.parsing import (
     Parsed,
@@ -64,7 +64,7 @@ class Draft:
     errors: list[str] = field(default_factory=list)
 
 
-def draft_questions(prompts: Sequence[str], config: QuestionsConfig, ask: Ask) -> list[Draft]:
+def draft_questions(prompts: Sequence[str], config: WriterConfig, ask: Ask) -> list[Draft]:
     """Return the questions of each prompt; a prompt without any has a failure, and is not left out.
 
     What was repaired is counted by kind: lines ignored, parents dropped, calls whose ids did not match those of the tuples.
@@ -100,7 +100,7 @@ def draft_questions(prompts: Sequence[str], config: QuestionsConfig, ask: Ask) -
 class _Dsg:
     """DSG's three calls: tuples, then questions and dependencies of them."""
 
-    def __init__(self, config: QuestionsConfig) -> None:
+    def __init__(self, config: WriterConfig) -> None:
         self._config = config
         self._examples = load_dsg_examples(config)
 
@@ -155,7 +155,7 @@ class _Dsg:
 class _Tifa:
     """TIFA's one call."""
 
-    def __init__(self, config: QuestionsConfig) -> None:
+    def __init__(self, config: WriterConfig) -> None:
         self._config = config
         self._examples = load_tifa_examples(config)
 
@@ -180,9 +180,7 @@ class _Tifa:
         """Nothing is left to do."""
 
 
-def _request(
-    index: int, draft: Draft, call: Call, text: str, stop: str, schema: Any, config: QuestionsConfig
-) -> Request:
+def _request(index: int, draft: Draft, call: Call, text: str, stop: str, schema: Any, config: WriterConfig) -> Request:
     attempt = draft.attempts[call]
     return Request(
         f"{index}:{call}:{attempt}",

@@ -10,7 +10,7 @@ from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.judge_error import judge_error_summary
 from selma_ray.evaluation.summary import model_scores, summarise
 from selma_ray.judging.dsg import Answered, mean_score, official
-from selma_ray.judging.questions import load_suite
+from selma_ray.judging.suites import open_suite
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.scenes import render_scene
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id
@@ -33,7 +33,7 @@ RECIPE = "model: {name: miniature}\nmerging: {name: merged}\nseed: 0\n"
 def write_finished_run(folder: Path, max_prompts: int = 40) -> RunFolder:
     """Write evaluation, training curves, merge report, training images and done markers."""
     run, config = RunFolder(str(folder)), EvaluationConfig(bootstrap_resamples=400)
-    suite = load_suite("miniature", max_prompts)
+    suite = open_suite("miniature", max_prompts)
     run.write_bytes(RECIPE.encode(), "recipe.yaml")
     scores, files, answers_of = {}, {}, {}
     for model, chance in CHANCES.items():

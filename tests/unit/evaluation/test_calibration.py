@@ -1,19 +1,20 @@
 import numpy as np
 import pytest
 
-from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes, truths
+from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes
 from selma_ray.evaluation.judge_error import calibration_summary, figures_with_judge_error, judge_error_summary
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.opening import open_judge
-from selma_ray.judging.questions import load_suite
+from selma_ray.judging.suites import open_suite
+from selma_ray.miniature.known_scenes import truths
 from selma_ray.miniature.parsing import parse_facts
 from selma_ray.miniature.questions import questions_of_facts
 
-SUITE = load_suite("miniature", 50)
+SUITE = open_suite("miniature", 50)
 
 
 def test_a_scene_of_its_own_caption_has_only_true_answers():
-    for prompt in load_suite("miniature"):
+    for prompt in open_suite("miniature"):
         facts = parse_facts(prompt.prompt)
         scene = facts.to_scene()
         answers = truths(facts, scene)

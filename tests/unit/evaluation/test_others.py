@@ -3,10 +3,10 @@ import pytest
 from selma_ray.errors import ConfigError, JudgeError
 from selma_ray.evaluation.config import EvaluationConfig, OtherResult
 from selma_ray.evaluation.others import read_others, refuse_other_judges
-from selma_ray.judging.questions import load_suite
+from selma_ray.judging.suites import open_suite
 from tests.unit.evaluation.finished_runs import JUDGE, write_finished_run
 
-SUITE = load_suite("miniature", 5)
+SUITE = open_suite("miniature", 5)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_folder_without_a_finished_evaluation_is_named(tmp_path):
 
 def test_other_prompts_and_other_questions_are_refused(other):
     with pytest.raises(JudgeError, match="shares no prompt"):
-        read_others(comparing(other), load_suite("miniature")[-1:], [])
+        read_others(comparing(other), open_suite("miniature")[-1:], [])
     fewer = [type(prompt)(prompt.id, prompt.skill, prompt.prompt, prompt.questions[:1]) for prompt in SUITE]
     with pytest.raises(JudgeError, match="asked other questions"):
         read_others(comparing(other), fewer, [])

@@ -10,22 +10,24 @@ from selma_ray.adapters.training import add_adapter, export_adapter, trainable_p
 from selma_ray.errors import ConfigError
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.dev_scores import DevScorer
+from selma_ray.judging.sources import WHOLE
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.family import open_family
-from selma_ray.prompts.config import PromptsConfig
 from selma_ray.run.dev_scorer import dev_prompts
-from selma_ray.run.ground_truth import write_captions
-from selma_ray.storage import RunFolder
+from tests.unit.run.miniature_runs import run_with_captions
 
 SKILLS = ["common", "counting"]
 SAMPLING = SamplingConfig(steps=4, guidance_scale=2.0, width_px=64, height_px=64)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
-    write_captions(folder, SKILLS, PromptsConfig(per_skill=20, dev_fraction=0.1), seed=0)
-    return folder
+def run(tmp_path_factory):
+    return run_with_captions(tmp_path_factory.mktemp("run"), SKILLS, per_skill=20, dev_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    return run.folder
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,14 @@ def adapters(folder):
     return paths
 
 
-def test_each_skill_has_its_dev_prompts_with_questions(folder):
-    prompts = dev_prompts(folder, SKILLS, None, "experts.selection")
+def test_each_skill_has_its_dev_prompts_with_questions(run):
+    prompts = dev_prompts(run, None, "experts.selection")
     assert {skill: len(each) for skill, each in prompts.items()} == {"common": 2, "counting": 2}
     assert all(prompt.skill == skill and prompt.questions for skill, each in prompts.items() for prompt in each)
 
 
-def test_a_broken_adapter_scores_less_and_scores_repeat(folder, adapters):
-    prompts = dev_prompts(folder, SKILLS, None, "experts.selection")
+def test_a_broken_adapter_scores_less_and_scores_repeat(run, adapters):
+    prompts = dev_prompts(run, None, "experts.selection")
     score = DevScorer(ModelConfig(), SAMPLING, JudgeConfig(), "official", prompts, None, seed=0, batch_size=2)
     nothing, broken = (score(adapter, SKILLS) for adapter in adapters)
     assert nothing["images"] == broken["images"] == 4
@@ -57,25 +59,35 @@ def test_a_broken_adapter_scores_less_and_scores_repeat(folder, adapters):
     assert score(adapters[0], SKILLS) == nothing
 
 
-def test_prompts_are_taken_from_the_skills_in_turn(folder):
-    prompts = dev_prompts(folder, SKILLS, None, "experts.selection")
+def test_prompts_are_taken_from_the_skills_in_turn(run):
+    prompts = dev_prompts(run, None, "experts.selection")
     score = DevScorer(ModelConfig(), SAMPLING, JudgeConfig(), "official", prompts, max_prompts=3, seed=0)
     assert [prompt.skill for prompt in score._prompts_of(SKILLS)] == ["common", "counting", "common"]
 
 
-def test_dev_prompts_may_come_from_a_file(folder, tmp_path):
+def test_dev_prompts_may_come_from_a_file(tmp_path):
+    run = run_with_captions(tmp_path / "run", ["common"], per_skill=4, dev_fraction=0.25)
     suite = tmp_path / "dev.jsonl"
     question = {"id": 1, "category": "whole", "question": "is there a cat?", "parents": []}
     suite.write_text(json.dumps({"id": "a", "skill": "common", "prompt": "a cat", "questions": [question]}) + "\n")
-    assert [prompt.prompt for prompt in dev_prompts(folder, ["common"], str(suite), "experts.selection")["common"]] == [
-        "a cat"
-    ]
+    prompts = dev_prompts(run, str(suite), "experts.selection")
+    assert [prompt.prompt for prompt in prompts["common"]] == ["a cat"]
+    run = run_with_captions(tmp_path / "both", SKILLS, per_skill=4, dev_fraction=0.25)
     with pytest.raises(ConfigError, match=r"counting has none; add some to experts\.selection\.suite"):
-        dev_prompts(folder, SKILLS, str(suite), "experts.selection")
+        dev_prompts(run, str(suite), "experts.selection")
 
 
 def test_a_skill_without_dev_prompts_is_named(tmp_path):
-    folder = RunFolder(str(tmp_path))
-    write_captions(folder, ["common"], PromptsConfig(per_skill=4, dev_fraction=0), seed=0)
+    run = run_with_captions(tmp_path, ["common"], per_skill=4, dev_fraction=0)
     with pytest.raises(ConfigError, match=r"dev prompts of every skill, common has none; raise prompts\.dev_fraction"):
-        dev_prompts(folder, ["common"], None, "experts.selection")
+        dev_prompts(run, None, "experts.selection")
+
+
+def test_a_dev_prompt_outside_the_grammar_is_asked_about_as_a_whole(tmp_path):
+    run = run_with_captions(tmp_path, ["common"], per_skill=4, dev_fraction=0)
+    candidate = {"text": "a zeppelin over Lisbon", "index": 4, "split": "dev"}
+    run.folder.write_json(
+        {"skill": "common", "request": 1, "candidates": [candidate]}, "prompts/common/request-000001.json"
+    )
+    (prompt,) = dev_prompts(run, None, "merging.search")["common"]
+    assert [each.category for each in prompt.questions] == [WHOLE]

@@ -6,13 +6,13 @@ import torch
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges import miniature
 from selma_ray.judging.judges.opening import open_judge
-from selma_ray.judging.questions import load_suite
+from selma_ray.judging.suites import open_suite
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.judge import MiniatureJudge
 from selma_ray.miniature.locate import judge_dir
 from selma_ray.miniature.scenes import render_scene
 
-SUITE = load_suite("miniature", 12)
+SUITE = open_suite("miniature", 12)
 IMAGES = [render_scene(parse_caption(prompt.prompt), random.Random(0)) for prompt in SUITE]
 QUESTIONS = [[each.question for each in prompt.questions] for prompt in SUITE]
 

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from selma_ray.errors import JudgeError
-from selma_ray.judging.writing.config import QuestionsConfig
+from selma_ray.judging.writing.config import WriterConfig
 from selma_ray.judging.writing.examples import load_dsg_examples, load_tifa_examples
 from selma_ray.judging.writing.parsing import parse_json, parse_lines, parse_tifa_json, parse_tifa_text
 from selma_ray.judging.writing.requests import (
@@ -49,7 +49,7 @@ def examples_file(oracle, tmp_path_factory):
 
 def test_text_requests_are_the_references(oracle, examples_file):
     """Every prompt of the oracle, by its hash."""
-    examples = load_dsg_examples(QuestionsConfig(examples=str(examples_file)))
+    examples = load_dsg_examples(WriterConfig(examples=str(examples_file)))
     assert len(examples) == 23
     for prompt, calls in oracle.items():
         for call, expected in calls.items():
@@ -64,7 +64,7 @@ def test_text_requests_are_the_references(oracle, examples_file):
 
 def test_examples_are_read_from_dsgs_own_annotations(shared_eval):
     path = shared_eval / "dsg" / "dsg-1k-anns.csv"
-    examples = load_dsg_examples(QuestionsConfig(examples=str(path), max_examples=3))
+    examples = load_dsg_examples(WriterConfig(examples=str(path), max_examples=3))
     assert examples[0].prompt == "A rubix cube with ten squares of purple"
     assert examples[0].tuples[1] == "attribute - color (rubix cube, purple)"
     assert examples[0].dependencies == ("0", "1", "1")
@@ -73,7 +73,7 @@ def test_examples_are_read_from_dsgs_own_annotations(shared_eval):
 def test_requests_of_one_call_share_all_but_their_end():
     """What prefix caching lives on."""
     for compose, examples in ((dsg_text, load_dsg_examples), (dsg_json, load_dsg_examples)):
-        shown = examples(QuestionsConfig())
+        shown = examples(WriterConfig())
         first, second = (compose("tuple", prompt, {}, shown) for prompt in ("a red cup", "two dogs"))
         shared = first[: -len("a red cup\noutput: ")]
         assert second.startswith(shared)
@@ -81,7 +81,7 @@ def test_requests_of_one_call_share_all_but_their_end():
 
 
 def test_our_examples_answer_in_the_formats_they_teach():
-    for example in load_dsg_examples(QuestionsConfig()):
+    for example in load_dsg_examples(WriterConfig()):
         text = dsg_text("tuple", "x", {}, [example])
         lines = parse_lines(text.split("\noutput: ")[1].partition("\n\ninput")[0])
         assert tuple(lines.texts.values()) == example.tuples
@@ -93,7 +93,7 @@ def test_our_examples_answer_in_the_formats_they_teach():
             )
             jsonschema.validate(json.loads(answer), dsg_schema(call, range(1, len(example.tuples) + 1)))
             assert parse_json(answer).texts.keys() == dict(enumerate(example.tuples, start=1)).keys()
-    for example in load_tifa_examples(QuestionsConfig(style="tifa")):
+    for example in load_tifa_examples(WriterConfig(style="tifa")):
         jsonschema.validate(list(example.questions), tifa_schema())
         text = tifa_text("x", [example]).partition("are below:")[2].rpartition("\n\nDescription")[0]
         in_text, in_json = parse_tifa_text(text), parse_tifa_json(json.dumps(example.questions))
@@ -129,8 +129,8 @@ def test_bad_example_files_are_named(tmp_path, content, message):
     path = tmp_path / "examples.jsonl"
     path.write_text(content)
     with pytest.raises(JudgeError, match=message) as caught:
-        load_dsg_examples(QuestionsConfig(examples=str(path)))
+        load_dsg_examples(WriterConfig(examples=str(path)))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(JudgeError, match="cannot be read"):
-        load_tifa_examples(QuestionsConfig(examples=str(tmp_path / "absent.jsonl")))
+        load_tifa_examples(WriterConfig(examples=str(tmp_path / "absent.jsonl")))

@@ -1,37 +1,24 @@
-"""What the stage that writes questions hands to vLLM and reads from it; the engine itself is in tests/integration."""
+"""What the writer of questions hands to vLLM; the engine itself is in tests/integration."""
 
 import json
 
 import xgrammar
 
 from selma_ray.judging.writing.config import QuestionLLMConfig
-from selma_ray.judging.writing.engine import _engine_options, _Preprocess, _reply
+from selma_ray.judging.writing.engine import _engine_options, _sampling_options
 from selma_ray.judging.writing.requests import DSG_CALLS, dsg_schema, tifa_schema
-from selma_ray.judging.writing.rounds import Reply, Request
+from selma_ray.judging.writing.rounds import Request
 
 
 def test_the_first_call_is_greedy_and_held_to_its_schema():
     schema = json.dumps(dsg_schema("tuple", []))
-    row = vars(Request("0:tuple:0", "text", 0.0, 5, "\ninput:", schema))
-    asked = _Preprocess(100)(row)
-    assert asked["prompt"] == "text"
-    assert asked["sampling_params"] == {"temperature": 0.0, "max_tokens": 100, "structured_outputs": {"json": schema}}
+    asked = _sampling_options(Request("0:tuple:0", "text", 0.0, 5, "\ninput:", schema), 100, structured=dict)
+    assert asked == {"temperature": 0.0, "max_tokens": 100, "structured_outputs": {"json": schema}}
 
 
 def test_a_repeated_call_is_sampled_by_its_seed_and_text_stops_before_another_example():
-    row = vars(Request("0:tuple:1", "text", 0.7, 5, "\ninput:")) | {"schema": ""}
-    assert _Preprocess(100)(row)["sampling_params"] == {
-        "temperature": 0.7,
-        "max_tokens": 100,
-        "seed": 5,
-        "stop": ["\ninput:"],
-    }
-
-
-def test_replies():
-    assert _reply({"key": "a", "answer": "1 | x", "__inference_error__": ""}) == Reply("1 | x")
-    failed = _reply({"key": "a", "answer": None, "__inference_error__": "ValueError: too long\nTraceback"})
-    assert failed == Reply("", "ValueError: too long")
+    asked = _sampling_options(Request("0:tuple:1", "text", 0.7, 5, "\ninput:"), 100, structured=dict)
+    assert asked == {"temperature": 0.7, "max_tokens": 100, "seed": 5, "stop": ["\ninput:"]}
 
 
 def test_prefixes_are_cached_and_seeds_survive_on_the_cpu():

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from selma_ray.errors import CaptionError, JudgeError
-from selma_ray.judging.questions import load_suite, questions_for_prompt
+from selma_ray.judging.sources import grammar_questions
+from selma_ray.judging.suites import open_suite
 
 
 def line(prompt_id="a", prompt="a red cup", skill="common", questions=None):
@@ -25,7 +26,7 @@ def question(number, *parents):
 
 
 def test_reads_json_lines(tmp_path):
-    (prompt,) = load_suite(write(tmp_path / "suite.jsonl", [line()]))
+    (prompt,) = open_suite(write(tmp_path / "suite.jsonl", [line()]))
     assert (prompt.id, prompt.skill, prompt.prompt) == ("a", "common", "a red cup")
     assert [(each.id, each.category, each.parents) for each in prompt.questions] == [
         (1, "whole", (0,)),
@@ -35,7 +36,7 @@ def test_reads_json_lines(tmp_path):
 
 def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path):
     lines = [line(f"{skill}{number}", skill=skill) for skill in ("x", "y") for number in range(4)]
-    suite = load_suite(write(tmp_path / "suite.jsonl", [*lines, line("z0", skill="z")]), max_prompts=5)
+    suite = open_suite(write(tmp_path / "suite.jsonl", [*lines, line("z0", skill="z")]), max_prompts=5)
     assert [prompt.id for prompt in suite] == ["x0", "x1", "y0", "y1", "z0"]
 
 
@@ -58,27 +59,27 @@ def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path):
 )
 def test_faults_are_counted_and_the_first_is_named(tmp_path, lines, message):
     with pytest.raises(JudgeError, match=message) as caught:
-        load_suite(write(tmp_path / "suite.jsonl", lines))
+        open_suite(write(tmp_path / "suite.jsonl", lines))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file_is_one_line(tmp_path):
     with pytest.raises(JudgeError, match=r"absent.jsonl cannot be read"):
-        load_suite(str(tmp_path / "absent.jsonl"))
+        open_suite(str(tmp_path / "absent.jsonl"))
 
 
 def test_miniature_suite_is_fixed_and_its_graphs_are_sound():
-    suite = load_suite("miniature")
+    suite = open_suite("miniature")
     assert len(suite) == 500
     assert len({prompt.id for prompt in suite}) == 500
-    assert [prompt.skill for prompt in load_suite("miniature", 10)].count("counting") == 2
+    assert [prompt.skill for prompt in open_suite("miniature", 10)].count("counting") == 2
     for prompt in suite:
         ids = {each.id for each in prompt.questions} | {0}
         assert all(set(each.parents) <= ids - {each.id} for each in prompt.questions)
 
 
 def test_questions_for_a_prompt_of_the_miniature_and_for_another():
-    questions = questions_for_prompt("two red apples")
+    questions = grammar_questions("two red apples")
     assert {each.category for each in questions} == {"whole", "color", "count"}
     with pytest.raises(CaptionError):
-        questions_for_prompt("the spirit of history")
+        grammar_questions("the spirit of history")

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selma_ray.errors import JudgeError
-from selma_ray.judging.questions import load_suite
-from selma_ray.judging.writing.config import QuestionsConfig
-from selma_ray.judging.writing.files import PromptToAsk, generator_name, read_prompts, write_questions
+from selma_ray.judging.suites import open_suite
+from selma_ray.judging.writing.config import WriterConfig
+from selma_ray.judging.writing.files import PromptToAsk, draft_lines, generator_name, read_prompts, write_questions
 from selma_ray.judging.writing.rounds import Reply, draft_questions
 
 TUPLES = ["entity - whole (cup)", "attribute - color (cup, red)", "global - style (sketch)"]
@@ -54,7 +54,7 @@ class Script:
 
 @pytest.fixture(params=["json", "text"])
 def config(request):
-    return QuestionsConfig(format=request.param)
+    return WriterConfig(format=request.param)
 
 
 def test_three_calls_in_two_rounds(config):
@@ -130,7 +130,7 @@ def test_tifa_in_one_call(config):
 @given(st.lists(st.text(alphabet='0123|.,:{}[]"\nabc -', max_size=40), min_size=3, max_size=3), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_no_prompt_is_ever_lost(answers, is_json):
-    config = QuestionsConfig(format="json" if is_json else "text")
+    config = WriterConfig(format="json" if is_json else "text")
     script = Script(config, tuple=answers[0], question=answers[1], dependency=answers[2])
     (draft,) = draft_questions(["a"], config, script)
     assert bool(draft.questions) != bool(draft.failure)
@@ -141,33 +141,38 @@ def test_no_prompt_is_ever_lost(answers, is_json):
 PROMPTS = [PromptToAsk("a", "common", "a red cup"), PromptToAsk("b", "common", "two cups")]
 
 
+def write(prompts, config, path, ask, answerer=None):
+    """Write a file of questions with a scripted language model."""
+    return write_questions(prompts, config, path, lambda texts: draft_lines(texts, config, ask, answerer))
+
+
 def test_a_written_file_is_a_suite_and_is_not_written_twice(config, tmp_path):
     path, script = tmp_path / "questions.jsonl", Script(config)
-    written = write_questions(PROMPTS, config, path, script)
+    written = write(PROMPTS, config, path, script)
     assert (written.prompts, written.reused, written.failed) == (2, 0, 0)
-    suite = load_suite(str(path))
+    suite = open_suite(str(path))
     assert [(prompt.id, prompt.prompt, len(prompt.questions)) for prompt in suite] == [
         ("a", "a red cup", 3),
         ("b", "two cups", 3),
     ]
     content = path.read_text()
     script.rounds.clear()
-    again = write_questions(PROMPTS, config, path, script)
+    again = write(PROMPTS, config, path, script)
     assert (again.reused, script.rounds, path.read_text()) == (2, [], content)
 
     path.write_text(content.replace("Is it red?", "Is the cup red?"))  # a person mends the file
     longer = [PROMPTS[0], PromptToAsk("b", "common", "three cups"), PromptToAsk("c", "common", "a dog")]
-    assert write_questions(longer, config, path, script).reused == 1
+    assert write(longer, config, path, script).reused == 1
     assert {request.key for request in script.rounds[0]} == {"0:tuple:0", "1:tuple:0"}
-    suite = {prompt.id: prompt for prompt in load_suite(str(path))}
+    suite = {prompt.id: prompt for prompt in open_suite(str(path))}
     assert suite["a"].questions[1].question == "Is the cup red?"
     assert suite["b"].prompt == "three cups"
 
 
 def test_tifa_files_keep_choices_and_answers(tmp_path):
-    config = QuestionsConfig(style="tifa")
-    write_questions(PROMPTS[:1], config, tmp_path / "questions.jsonl", Script(config))
-    (prompt,) = load_suite(str(tmp_path / "questions.jsonl"))
+    config = WriterConfig(style="tifa")
+    write(PROMPTS[:1], config, tmp_path / "questions.jsonl", Script(config))
+    (prompt,) = open_suite(str(tmp_path / "questions.jsonl"))
     assert (prompt.questions[0].choices, prompt.questions[0].answer) == (("yes", "no"), "yes")
 
 
@@ -182,8 +187,8 @@ class Reader:
 
 
 def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(tmp_path):
-    config = QuestionsConfig(style="tifa", caption_model="some/model")
-    assert generator_name(config) != generator_name(QuestionsConfig(style="tifa"))
+    config = WriterConfig(style="tifa", caption_model="some/model")
+    assert generator_name(config) != generator_name(WriterConfig(style="tifa"))
     asked = [
         {
             "element": "cup",
@@ -196,8 +201,8 @@ def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(
     ]
     path = tmp_path / "questions.jsonl"
     prompts = [PROMPTS[0], PromptToAsk("d", "common", "a dog")]
-    written = write_questions(prompts, config, path, Script(config, tifa=json.dumps(asked)), Reader())
-    (prompt,) = load_suite(str(path))
+    written = write(prompts, config, path, Script(config, tifa=json.dumps(asked)), Reader())
+    (prompt,) = open_suite(str(path))
     assert [each.question for each in prompt.questions] == ["is there a cup?"]
     assert (written.failed, written.repaired) == (1, {"question that the prompt does not answer": 3})
     assert "answers none of its questions" in path.with_suffix(".failed.jsonl").read_text()
@@ -205,27 +210,27 @@ def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(
 
 def test_failures_stand_beside_the_file_and_are_tried_again(config, tmp_path):
     path = tmp_path / "questions.jsonl"
-    written = write_questions([*PROMPTS, PromptToAsk("c", "common", "")], config, path, Script(config))
+    written = write([*PROMPTS, PromptToAsk("c", "common", "")], config, path, Script(config))
     assert (written.prompts, written.failed) == (2, 1)
     (failed,) = map(json.loads, (tmp_path / "questions.failed.jsonl").read_text().splitlines())
     assert (failed["id"], failed["failure"]) == ("c", "the prompt is empty")
-    mended = write_questions([*PROMPTS, PromptToAsk("c", "common", "a dog")], config, path, Script(config))
+    mended = write([*PROMPTS, PromptToAsk("c", "common", "a dog")], config, path, Script(config))
     assert (mended.prompts, mended.reused, mended.failed) == (3, 2, 0)
     assert (tmp_path / "questions.failed.jsonl").read_text() == ""
 
 
 def test_files_of_another_generator_and_of_another_kind_are_refused(config, tmp_path):
     path = tmp_path / "questions.jsonl"
-    write_questions(PROMPTS, config, path, Script(config))
+    write(PROMPTS, config, path, Script(config))
     other = config.model_copy(update={"seed": 7})
     assert generator_name(other) != generator_name(config)
     with pytest.raises(JudgeError, match=re.escape(f"was written by {generator_name(config)}, not by")):
-        write_questions(PROMPTS, other, path, Script(config))
+        write(PROMPTS, other, path, Script(config))
     path.write_text("{}")
     with pytest.raises(JudgeError, match="no file of written questions"):
-        write_questions(PROMPTS, config, path, Script(config))
+        write(PROMPTS, config, path, Script(config))
     with pytest.raises(JudgeError, match="different ids, 1 are used again, first 'a'"):
-        write_questions([PROMPTS[0], PROMPTS[0]], config, tmp_path / "new.jsonl", Script(config))
+        write([PROMPTS[0], PROMPTS[0]], config, tmp_path / "new.jsonl", Script(config))
 
 
 def test_prompts_are_read_from_text_and_from_lines(tmp_path):

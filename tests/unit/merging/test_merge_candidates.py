@@ -11,49 +11,32 @@ from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.search import Candidate
 from selma_ray.merging.weights import ALL
 from selma_ray.models.config import ModelConfig, SamplingConfig
-from selma_ray.prompts.config import PromptsConfig
 from selma_ray.run.dev_scorer import dev_prompts
-from selma_ray.run.ground_truth import write_captions
-from selma_ray.storage import RunFolder
+from selma_ray.run.opening import Run
 from tests.unit.adapters.adapters_on_disk import save_random_adapter
+from tests.unit.run.miniature_runs import run_with_captions
 
 SKILLS = ["common", "counting"]
 SAMPLING = SamplingConfig(steps=1, guidance_scale=1.0, width_px=64, height_px=64)
 
 
 @pytest.fixture(scope="module")
-def run(tiny_pipeline_dir, tmp_path_factory) -> RunFolder:
-    folder = RunFolder(str(tmp_path_factory.mktemp("run")))
-    write_captions(folder, SKILLS, PromptsConfig(per_skill=8, dev_fraction=0.25), seed=0)
+def run(tiny_pipeline_dir, tmp_path_factory) -> Run:
+    run = run_with_captions(tmp_path_factory.mktemp("run"), SKILLS, per_skill=8, dev_fraction=0.25)
     for seed, skill in enumerate(SKILLS):
-        save_random_adapter(tiny_pipeline_dir, folder.local_path("experts", skill), seed)
-    return folder
+        save_random_adapter(tiny_pipeline_dir, run.folder.local_path("experts", skill), seed)
+    return run
 
 
 def test_a_candidates_score_is_that_of_its_adapter(run, tiny_pipeline_dir):
-    prompts = dev_prompts(run, SKILLS, None, "merging.search")
+    prompts = dev_prompts(run, None, "merging.search")
     assert [len(of_skill) for of_skill in prompts.values()] == [2, 2]
     model = ModelConfig(name=str(tiny_pipeline_dir))
     scorer = DevScorer(model, SAMPLING, JudgeConfig(), "official", prompts, None, 0)
     alone = Candidate(0, 0, {ALL: {"common": 0.0, "counting": 1.0}})
-    expected = scorer(str(run.local_path("experts", "counting")), SKILLS)
+    expected = scorer(str(run.folder.local_path("experts", "counting")), SKILLS)
     assert expected["images"] == 4
-    assert _score_candidate(alone, scorer, run, 1.0) == pytest.approx(expected["dsg"])
-
-
-def test_a_skill_without_dev_prompts_is_named(run):
-    with pytest.raises(ConfigError, match=r"merging.search needs dev prompts of every skill, style has none; raise"):
-        dev_prompts(run, [*SKILLS, "style"], None, "merging.search")
-
-
-def test_a_prompt_that_has_no_questions_is_named(tmp_path):
-    folder = RunFolder(str(tmp_path))
-    candidate = {"text": "a zeppelin over Lisbon", "index": 0, "split": "dev"}
-    folder.write_json({"skill": "style", "request": 0, "candidates": [candidate]}, "prompts/style/request-000000.json")
-    with pytest.raises(
-        ConfigError, match=r"merging.search: a dev prompt of style has no questions .*merging.search.suite"
-    ):
-        dev_prompts(folder, ["style"], None, "merging.search")
+    assert _score_candidate(alone, scorer, run.folder, 1.0) == pytest.approx(expected["dsg"])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,6 @@ def test_what_the_miniature_cannot_say_or_draw_is_refused(tmp_path, monkeypatch)
     row = {"id": "a", "skill": "counting", "index": 0, "prompt": "a stock market crash", "split": "train"}
     with pytest.raises(ConfigError, match=r"data\.images ground_truth needs captions of the miniature"):
         list(draw_images(folder, [row], ImagesConfig(), seed=0))
-    monkeypatch.setattr("selma_ray.run.ground_truth.sample_caption", lambda *_, **__: "a red apple")
+    monkeypatch.setattr("selma_ray.miniature.world.sample_caption", lambda *_, **__: "a red apple")
     with pytest.raises(ConfigError, match=r"must be at most the captions that common has \(1 were found\), got 20"):
         write_captions(folder, ["common"], CONFIG, seed=0)

@@ -16,8 +16,9 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.judging.metrics import ANSWER_METRICS, MODEL_METRICS, PROMPT_METRICS, open_metric
 from selma_ray.judging.preferences.convert import clip_from_open_clip, image_reward_from_release
-from selma_ray.judging.questions import Question, questions_for_prompt
+from selma_ray.judging.questions import Question
 from selma_ray.judging.scoring import score_images
+from selma_ray.judging.sources import GrammarQuestions, grammar_questions
 from selma_ray.serving.api import build_app
 from selma_ray.serving.config import JUDGE_METRICS, ModelMetric, ServingConfig
 from selma_ray.serving.encoding import decode_upload, encode
@@ -53,7 +54,7 @@ def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def scorer(judge: str, models: dict[str, str]) -> ServiceScorer:
-    return open_scorer(judge, models)
+    return open_scorer(JudgeConfig(name=judge), models, GrammarQuestions())
 
 
 def noise(count: int) -> list[Image.Image]:
@@ -72,7 +73,7 @@ def base64_png(image: Image.Image) -> str:
 
 def test_every_online_score_equals_the_offline_one(scorer: ServiceScorer, judge: str, models: dict[str, str]) -> None:
     images = noise(3)
-    questions = questions_for_prompt(PROMPT)
+    questions = grammar_questions(PROMPT)
     opened = open_judge(JudgeConfig(name=judge))
     assert scorer.metrics == (*JUDGE_METRICS, *models)
     client = client_of(scorer, judge=judge, score_models=models)
@@ -143,7 +144,7 @@ def test_questions_that_are_sent_are_asked_of_any_prompt(scorer: ServiceScorer) 
 
 def test_cost_counts_what_models_are_asked(scorer: ServiceScorer) -> None:
     image = encode(noise(1)[0], "png")
-    count = len(questions_for_prompt(PROMPT))
+    count = len(grammar_questions(PROMPT))
 
     def cost(*metrics: str) -> int:
         (asked,) = prepare(scorer, PROMPT, [image], metrics, 10**6)
@@ -155,7 +156,7 @@ def test_cost_counts_what_models_are_asked(scorer: ServiceScorer) -> None:
 
 
 def test_a_metric_that_is_not_configured_is_refused_with_the_names_of_those_that_are(models: dict[str, str]) -> None:
-    scorer = open_scorer(None, {"clipscore": models["clipscore"]})
+    scorer = open_scorer(None, {"clipscore": models["clipscore"]}, GrammarQuestions())
     client = client_of(scorer, judge=None, score_models={"clipscore": models["clipscore"]})
     image = base64_png(noise(1)[0])
     for path, body, param in (
@@ -177,7 +178,7 @@ def test_a_metric_that_is_not_configured_is_refused_with_the_names_of_those_that
 
 
 def test_a_service_without_an_evaluator_says_so() -> None:
-    client = client_of(open_scorer(None), evaluator_replicas=0)
+    client = client_of(open_scorer(None, {}, GrammarQuestions()), evaluator_replicas=0)
     for path, body in (("/v1/scores", {"image": "aaaa"}), ("/v1/images/generations", {"best_of": 2})):
         answer = client.post(path, json={"prompt": PROMPT} | body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "scores_not_served")
@@ -190,7 +191,9 @@ def test_a_score_that_cannot_be_given_is_null_with_its_reason(models: dict[str, 
         def answer(self, images, questions, choices=None):
             raise RuntimeError("the judge is out of order")
 
-    scorer = ServiceScorer(Broken(), {"clipscore": open_metric("clipscore", model=models["clipscore"])})
+    scorer = ServiceScorer(
+        Broken(), {"clipscore": open_metric("clipscore", model=models["clipscore"])}, GrammarQuestions()
+    )
     client = client_of(scorer, score_models={"clipscore": "x"})
     body = {"prompt": PROMPT, "image": base64_png(noise(1)[0]), "metrics": ["dsg", "vqascore", "clipscore"]}
     (found,) = client.post("/v1/scores", json=body).json()["data"]
@@ -202,7 +205,7 @@ def test_a_score_that_cannot_be_given_is_null_with_its_reason(models: dict[str, 
 
 
 def test_the_judges_name_shows_no_folder(tmp_path: Path) -> None:
-    scorer = open_scorer(str(save_tiny_vilt(tmp_path / "my-judge")))
+    scorer = open_scorer(JudgeConfig(name=str(save_tiny_vilt(tmp_path / "my-judge"))), {}, GrammarQuestions())
     assert scorer.judge is not None
     assert scorer.judge.startswith("my-judge@")
 
@@ -229,8 +232,8 @@ def test_configurations_that_cannot_score_are_named(config: dict, message: str) 
 def test_models_of_scores_that_are_missing_are_named_before_any_replica_starts() -> None:
     for config in ({"judge": "/nowhere"}, {"score_models": {"pickscore": "/nowhere"}}):
         with pytest.raises(ModelNotFoundError, match="/nowhere"):
-            scorer_of(ServingConfig(**config))
-        scorer_of(ServingConfig(evaluator_replicas=0, **config))
+            scorer_of(ServingConfig(**config), GrammarQuestions())
+        scorer_of(ServingConfig(evaluator_replicas=0, **config), GrammarQuestions())
 
 
 def test_an_upload_is_the_image_that_was_drawn() -> None:

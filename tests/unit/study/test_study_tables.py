@@ -3,7 +3,7 @@ import pytest
 
 from selma_ray.config import validate
 from selma_ray.evaluation.config import EvaluationConfig
-from selma_ray.judging.questions import load_suite
+from selma_ray.judging.suites import open_suite
 from selma_ray.records import ANSWER_SCHEMA
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
@@ -12,7 +12,7 @@ from selma_ray.study.study import Study
 from selma_ray.study.tables import StudyScores, write_tables
 
 CONFIG = EvaluationConfig(bootstrap_resamples=200)
-SUITE = load_suite("miniature", 10)
+SUITE = open_suite("miniature", 10)
 MODELS = ("base", "selma.merged", "selma.common")
 
 
