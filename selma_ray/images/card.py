@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-import yaml
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.shards import image_summary
@@ -37,16 +37,37 @@ def card_text(
     """Return the card of a run's images; `layouts` are the hub's `configs`, for files it would not find by itself."""
     summary = image_summary(folder, skills)
     count = summary["rendered"] + summary["rejected"]
-    header: dict[str, object] = {
-        "license": config.license,
-        "task_categories": ["text-to-image"],
-        "language": ["en"],
-        "tags": ["synthetic", "selma"],
-        "size_categories": [next((name for bound, name in _SIZES if count < bound), "n>1M")],
-    }
-    if layouts:
-        header["configs"] = list(layouts)
-    settings = {
+    header = _header(config.license, count, layouts)
+    images = [(skill, each["rendered"], each["rejected"], each["failed"]) for skill, each in summary["skills"].items()]
+    lines = [
+        "# Images that a text-to-image model rendered for its own training",
+        "",
+        "Prompts of several skills, and what was rendered of them, without human labels "
+        "([SELMA](https://arxiv.org/abs/2403.06952)). The second table says who wrote and who rendered.",
+        "",
+        *_table(("skill", "images", "rejected", "failed"), images),
+        "",
+        *_table(("setting", "value"), _settings(config, model, llm).items()),
+        "",
+        "Every row names its prompt, skill, seed, model and sampler; its id is a hash of them all.",
+        "",
+    ]
+    return str(DatasetCard(f"---\n{header}\n---\n" + "\n".join(lines)))
+
+
+def _header(license_: str, count: int, layouts: Sequence[dict[str, object]]) -> DatasetCardData:
+    return DatasetCardData(
+        license=license_,
+        task_categories=["text-to-image"],
+        language=["en"],
+        tags=["synthetic", "selma"],
+        size_categories=[next((name for bound, name in _SIZES if count < bound), "n>1M")],
+        configs=list(layouts) or None,
+    )
+
+
+def _settings(config: ImagesConfig, model: ModelConfig, llm: str) -> dict[str, object]:
+    return {
         "text-to-image model": model.name if config.engine == "diffusers" else f"none ({config.engine} stand-in)",
         "revision": locate_text_to_image(model.name, model.revision).revision,
         "precision": model.dtype,
@@ -60,26 +81,6 @@ def card_text(
         "prompts written by": llm,
         "licence": config.license,
     }
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(header, sort_keys=False).strip(),
-            "---",
-            "# Images that a text-to-image model rendered for its own training",
-            "",
-            "Prompts of several skills, and what was rendered of them, without human labels "
-            "([SELMA](https://arxiv.org/abs/2403.06952)). The second table says who wrote and who rendered.",
-            "",
-            *_table(("skill", "images", "rejected", "failed"), [
-                (skill, counts["rendered"], counts["rejected"], counts["failed"]) for skill, counts in summary["skills"].items()
-            ]),
-            "",
-            *_table(("setting", "value"), settings.items()),
-            "",
-            "Every row names its prompt, skill, seed, model and sampler; its id is a hash of them all.",
-            "",
-        ]
-    )  # fmt: skip
 
 
 def _selection_words(config: ImagesConfig) -> str:
