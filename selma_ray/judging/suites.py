@@ -10,18 +10,15 @@ The last two bring no questions for a judge: each prompt is asked VQAScore's one
 """
 
 import csv
-import hashlib
-import io
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
+from selma_ray.judging.downloads import SuiteFile, fetch
 from selma_ray.judging.dsg1k import annotation_rows, read_parents
 from selma_ray.judging.questions import PromptWithQuestions, Question, read_suite, spread_over_skills
 from selma_ray.judging.soft import vqascore_question
@@ -29,24 +26,11 @@ from selma_ray.judging.sources import grammar_questions
 from selma_ray.miniature import world
 from selma_ray.records import content_id
 
-__all__ = ["MINIATURE", "SUITES", "Suite", "SuiteFile", "fetch", "open_suite", "suite_folder"]
+__all__ = ["MINIATURE", "SUITES", "Suite", "open_suite", "suite_folder"]
 
 MINIATURE = "miniature"
 
-_MAX_BYTES = 64 << 20
-_TIMEOUT_S = 60
-_READ_BYTES = 1 << 16
 _RAW = "https://raw.githubusercontent.com"
-
-
-@dataclass(frozen=True)
-class SuiteFile:
-    """A published file; `sha256` is None where no digest is known."""
-
-    name: str
-    url: str
-    sha256: str | None = None
-    max_bytes: int = _MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -90,47 +74,6 @@ def _opened(name: str) -> list[PromptWithQuestions]:
 def suite_folder() -> Path:
     """Return the folder of downloaded suites, in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selma_ray" / "suites"
-
-
-def fetch(file: SuiteFile, folder: Path, suite: str) -> Path:
-    """Return the file's place in `folder`, downloading it where it is not there; a file of another digest is refused."""
-    path = folder / file.name
-    if path.is_file():
-        _check_digest(file, path.read_bytes(), str(path), suite)
-        return path
-    try:
-        content = _download(file)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise JudgeError(
-            f"evaluation.suite {suite} needs {file.name}, and {file.url} cannot be downloaded ({reason}); "
-            f"on a closed network put the file into {folder}"
-        ) from None
-    _check_digest(file, content, file.url, suite)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
-    return path
-
-
-def _download(file: SuiteFile) -> bytes:
-    buffer = io.BytesIO()
-    with urllib.request.urlopen(file.url, timeout=_TIMEOUT_S) as response:
-        while block := response.read(_READ_BYTES):
-            buffer.write(block)
-            if buffer.tell() > file.max_bytes:
-                raise ValueError(f"larger than {file.max_bytes} bytes")
-    return buffer.getvalue()
-
-
-def _check_digest(file: SuiteFile, content: bytes, place: str, suite: str) -> None:
-    digest = hashlib.sha256(content).hexdigest()
-    if file.sha256 is not None and digest != file.sha256:
-        raise JudgeError(
-            f"evaluation.suite {suite}: {place} has sha256 {digest[:12]}…, expected {file.sha256[:12]}…; it was changed or cut off: "
-            "delete it, or get the published version"
-        )
 
 
 def _read_dsg1k(annotations: Path) -> list[PromptWithQuestions]:
