@@ -13,6 +13,7 @@ from typing import Any
 
 from selma_ray import __version__
 from selma_ray.cluster.errors import known_error
+from selma_ray.errors import first_line
 
 __all__ = ["main"]
 
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = known_error(error)
         if known is None:
             print(
-                f"selma: unexpected {type(error).__name__}: {_first_line(error)}; --debug shows where", file=sys.stderr
+                f"selma: unexpected {type(error).__name__}: {first_line(error)}; --debug shows where", file=sys.stderr
             )
             return 1
-        print(f"selma: {_first_line(known)}", file=sys.stderr)
+        print(f"selma: {first_line(known)}", file=sys.stderr)
         return known.exit_code
     return 0
 
@@ -175,7 +176,3 @@ def _executed_of_study(options: argparse.Namespace) -> bool:
 
         run_study(study)
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -19,16 +21,32 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_command_with_one_line(sent, tmp_path):
+@pytest.mark.parametrize(
+    ("interrupts", "sent"),
+    [(signal.SIG_DFL, [signal.SIGINT]), (signal.SIG_IGN, [signal.SIGINT, signal.SIGTERM])],
+    ids=["foreground", "job of a shell script"],  # which ignores Ctrl-C, as it was not meant for it
+)
+def test_a_signal_ends_a_command_with_one_line(
+    interrupts: signal.Handlers, sent: list[signal.Signals], tmp_path: Path
+) -> None:
     words = [sys.executable, "-m", "selma_ray.cli", "generate", str(DEMO), f"run_dir={tmp_path / 'run'}", *LONG]
-    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),  # whatever these tests inherited
+    )
     for line in process.stdout or ():
         if line.startswith("  generate 0/"):
             break
     assert "prompts: " in line
     assert "no image yet" in line
-    process.send_signal(sent)
+    for signal_ in sent:
+        assert process.poll() is None
+        process.send_signal(signal_)
+        time.sleep(1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "Interrupted; the same command goes on where this one stopped."
