@@ -12,7 +12,7 @@ import torch
 from selma_ray.adapters.deltas import Delta, squared_singular_values
 from selma_ray.adapters.peft_format import LoraFactors
 
-__all__ = ["MergeReport", "inner_product", "sign_conflicts", "singular_values"]
+__all__ = ["MergeReport", "inner_product", "sign_conflicts"]
 
 
 class MergeReport:
@@ -85,11 +85,6 @@ def sign_conflicts(experts: Sequence[LoraFactors]) -> tuple[float, int]:
     assert up is not None
     assert down is not None
     return int((up & down).sum()) / up.numel(), up.numel()
-
-
-def singular_values(delta: Delta) -> torch.Tensor:
-    """Return the delta's singular values, falling, float64."""
-    return squared_singular_values(delta).sqrt()
 
 
 def _cosines(gram: torch.Tensor) -> list[list[float]]:

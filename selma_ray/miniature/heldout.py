@@ -5,7 +5,7 @@ from functools import cache
 
 from selma_ray.miniature.skills import SKILLS, sample_caption
 
-__all__ = ["CAPTIONS_PER_SKILL", "heldout_by_skill", "heldout_captions"]
+__all__ = ["CAPTIONS_PER_SKILL", "heldout_by_skill"]
 
 CAPTIONS_PER_SKILL = 100
 _SEED = 20240311
@@ -26,8 +26,3 @@ def heldout_by_skill() -> dict[str, tuple[str, ...]]:
                 captions.append(caption)
         chosen[skill] = tuple(captions)
     return chosen
-
-
-def heldout_captions() -> list[str]:
-    """Return the 500 captions, skill by skill in the order of `SKILLS`."""
-    return [caption for captions in heldout_by_skill().values() for caption in captions]

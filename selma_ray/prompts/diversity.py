@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-__all__ = ["DiversityFilter", "Match", "rouge_l", "tokens_of"]
+__all__ = ["DiversityFilter", "Match", "tokens_of"]
 
 _TOKEN = re.compile(r"[a-z0-9]+")
 _UNKNOWN = chr(0x10FFFF)
@@ -35,12 +35,6 @@ class Match:
 def tokens_of(text: str) -> list[str]:
     """Split a text as rouge-score does: lower case, runs of letters a-z and digits."""
     return _TOKEN.findall(text.lower())
-
-
-def rouge_l(first: str, second: str) -> float:
-    """Return the ROUGE-L F-measure of two texts."""
-    tokens, others = tokens_of(first), tokens_of(second)
-    return _f_measure(LCSseq.similarity(tokens, others), len(tokens), len(others))
 
 
 class DiversityFilter:

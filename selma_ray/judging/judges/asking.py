@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from PIL import Image
@@ -11,38 +10,11 @@ from selma_ray.errors import named_line
 from selma_ray.judging.batching import spare_others
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, Judge
 
-__all__ = ["Inquiry", "as_yes_or_no", "ask", "ask_images", "image_fault"]
+__all__ = ["as_yes_or_no", "ask_images", "image_fault"]
 
 logger = logging.getLogger(__name__)
 
 _REASON_CHARS = 200
-
-
-@dataclass(frozen=True)
-class Inquiry:
-    """A question about an image, with the choices where it is no yes/no question; no image gives no answer."""
-
-    image: Image.Image | None
-    question: str
-    choices: tuple[str, ...] = ()
-
-
-def ask(judge: Judge, inquiries: Sequence[Inquiry]) -> list[Answer]:
-    """Return one answer an inquiry, in order; those about the same image are asked together."""
-    rows_by_image: dict[int, list[int]] = {}
-    for row, each in enumerate(inquiries):
-        rows_by_image.setdefault(id(each.image), []).append(row)
-    grouped = [[inquiries[row] for row in rows] for rows in rows_by_image.values()]
-    answered = ask_images(
-        judge,
-        [asked[0].image for asked in grouped],
-        [[each.question for each in asked] for asked in grouped],
-        [[each.choices for each in asked] for asked in grouped],
-    )
-    answers: dict[int, Answer] = {}
-    for rows, given in zip(rows_by_image.values(), answered, strict=True):
-        answers.update(zip(rows, given, strict=True))
-    return [answers[row] for row in range(len(inquiries))]
 
 
 def ask_images(

@@ -7,7 +7,7 @@ from PIL import Image
 from selma_ray.errors import JudgeError
 from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.config import JudgeConfig
-from selma_ray.judging.judges.asking import Inquiry, as_yes_or_no, ask, ask_images
+from selma_ray.judging.judges.asking import as_yes_or_no, ask_images
 from selma_ray.judging.judges.interface import Answer
 from selma_ray.judging.judges.opening import ChoosingJudge, judge_identity, open_judge
 from selma_ray.judging.judges.vllm_vlm import compose_question
@@ -53,9 +53,6 @@ def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge, judge_dir, 
     for index in range(3):
         assert_same(together[index], small[index])
         assert_same(together[index], backwards[index])
-    flat = [Inquiry(images[row], question) for row, asked in enumerate(QUESTIONS) for question in asked]
-    mixed = ask(judge, flat[::-1])[::-1]
-    assert_same(mixed, [answer for answers in together for answer in answers])
 
 
 def test_yes_and_no_have_probabilities_that_agree_with_p_yes(judge, images):

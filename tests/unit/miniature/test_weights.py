@@ -1,4 +1,5 @@
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 from selma_ray.errors import ModelNotFoundError
 from selma_ray.miniature import locate
-from selma_ray.miniature.heldout import heldout_captions
+from selma_ray.miniature.heldout import heldout_by_skill
 from selma_ray.miniature.judge import MiniatureJudge
 from selma_ray.miniature.pretrain.package import SIZE_LIMIT_MB
 from selma_ray.miniature.questions import questions_for
@@ -22,7 +23,7 @@ def test_the_pipeline_loads_and_draws():
         assert any(name.endswith(f"attn2.{projection}") for name in names)
     image = pipeline("a red car", num_inference_steps=2, height=64, width=64).images[0]
     assert image.size == (64, 64)
-    lengths = [len(pipeline.tokenizer(caption).input_ids) for caption in heldout_captions()]
+    lengths = [len(pipeline.tokenizer(caption).input_ids) for caption in chain(*heldout_by_skill().values())]
     assert max(lengths) <= pipeline.tokenizer.model_max_length == 64
     assert pipeline.text_encoder.dtype == torch.float32
 
