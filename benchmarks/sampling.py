@@ -24,7 +24,7 @@ from selma_ray.judging.suites import open_suite
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline, use_scheduler
 from selma_ray.serving.batch import StepBatch
-from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.requests import ImageRequest
 
 BATCH = 8

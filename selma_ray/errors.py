@@ -8,6 +8,7 @@
     ├── StorageError            the run folder cannot be read or written
     ├── PromptYieldError        a skill cannot reach its number of prompts
     ├── LLMError                the language model keeps dying, refuses or cannot be reached
+    ├── DrawingError            a model cannot draw what it is asked for
     ├── RenderError             too many images failed, or a renderer cannot start
     ├── TrainingError           an expert could not be fitted
     ├── AdapterError            a LoRA adapter cannot be read or does not fit
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterError",
     "CaptionError",
     "ConfigError",
+    "DrawingError",
     "JudgeError",
     "LLMError",
     "ModelNotFoundError",
@@ -77,6 +79,17 @@ class PromptYieldError(SelmaError):
 
 class LLMError(SelmaError):
     """The language model keeps dying, refuses requests or cannot be reached."""
+
+
+class DrawingError(SelmaError):
+    """A model cannot draw what it is asked for; `field` names what must change, as the fields of a Drawing do."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[type["DrawingError"], tuple[str, str]]:
+        return type(self), (str(self), self.field)
 
 
 class RenderError(SelmaError):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from selma_ray.adapters.peft_format import LoraFactors, write_adapter
-from selma_ray.models.rendering import denoiser_of
+from selma_ray.models.parts import denoiser_of
 
 RANKS = {"counting": 4, "style": 2, "common": 3}
 

@@ -7,7 +7,8 @@ from peft import PeftModel
 
 from selma_ray.adapters.mixture_of_experts import is_mixture, load_mixture
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.rendering import denoiser_of, load_pipeline
+from selma_ray.models.parts import denoiser_name, denoiser_of
+from selma_ray.models.rendering import load_pipeline
 
 __all__ = ["load_adapted_pipeline"]
 
@@ -21,5 +22,5 @@ def load_adapted_pipeline(model: ModelConfig, adapter_dir: str | Path | None) ->
         load_mixture(denoiser_of(pipeline), adapter_dir)
         return pipeline
     adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
-    pipeline.register_modules(**{"unet" if getattr(pipeline, "unet", None) is not None else "transformer": adapted})
+    pipeline.register_modules(**{denoiser_name(pipeline): adapted})
     return pipeline

@@ -14,10 +14,10 @@ from selma_ray.errors import AdapterError, ModelNotFoundError, first_line
 from selma_ray.merging.pipeline_files import copy_file, pipeline_files
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.parts import DENOISERS
 
 __all__ = ["bake_pipeline", "denoiser_name", "pipeline_folder"]
 
-_DENOISERS = ("unet", "transformer")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,7 +69,7 @@ def bake_pipeline(
 def denoiser_name(source: Path) -> str:
     """Return whether a pipeline's denoiser is its unet or its transformer."""
     parts = json.loads((source / "model_index.json").read_text())
-    for name in _DENOISERS:
+    for name in DENOISERS:
         if name in parts:
             return name
     raise AdapterError(

@@ -26,6 +26,7 @@ from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights, weights_of
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.parts import DTYPES
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder, storage_errors
 
@@ -33,7 +34,6 @@ __all__ = ["MergeSummary", "merge_experts", "write_candidate"]
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _REPORT_FILE = "report.json"
 
 
@@ -142,7 +142,7 @@ def _build(
     source = pipeline_folder(model)
     # What is low-rank stands in the adapter, exactly; what is dense is made again.
     baked = merged if config.method in DENSE_METHODS else adapter.factors
-    bake_pipeline(source, part / "pipeline", shapes, baked, _DTYPES[model.dtype], model.variant)
+    bake_pipeline(source, part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
     denoiser = denoiser_name(source)
     merge = {"merge_method": config.method, "merge_scale": f"{config.scale:g}", "merge_weights": json.dumps(weights)}
     _export(part, adapter, shapes, denoiser, config, merge)

@@ -1,21 +1,28 @@
-"""What a family of text-to-image models must offer so that experts can be fitted to it.
+"""What a family of text-to-image models must offer: to be trained (Family, Encoders) and to draw step by step (Predictor).
 
-Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels, T text tokens, D text width.
+A family is one file, which offers both, and one line in `_FAMILIES`.
+
+Shapes: N examples or rows, H x W pixels, C latent channels, h x w latent pixels, T text tokens, D text width.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
+from selma_ray.models.conditions import Condition, Conditions
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.course import Course
+from selma_ray.models.drawing import Drawing
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
 
-__all__ = ["Batch", "Encoders", "Family", "open_family"]
+__all__ = ["Batch", "Encoders", "Family", "Predictor", "open_family", "open_predictor"]
 
 Batch = Mapping[str, torch.Tensor]
 """Encoded examples by name, N first: `latent_mean` and `latent_std` (NChw) and whatever the family conditions on."""
@@ -66,26 +73,60 @@ class Family(Protocol):
         """
 
 
+class Predictor(Protocol):
+    """A loaded pipeline, taken apart so that images at different timesteps can share a call of the denoiser."""
+
+    denoiser: Any
+    """The UNet or transformer; whoever adapts it adapts what is predicted."""
+
+    def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
+        """Embed the texts of each image; raises DrawingError for what the model cannot draw."""
+
+    def start(self, drawing: Drawing) -> Course:
+        """Draw the initial noise of an image; raises DrawingError for what the model cannot draw."""
+
+    def predict(
+        self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
+    ) -> torch.Tensor:
+        """Return the model's prediction for each row (NChw), whatever the lengths of their texts."""
+
+    def guide(
+        self, drawing: Drawing, predicted_NChw: torch.Tensor, unconditional_NChw: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the prediction to follow, by the family's own way of guidance; without a negative condition there is one alone."""
+
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
+        """Turn finished latents into RGB images."""
+
+
+# By the class of the pipeline: module, family, predictor. Imported when needed, so that no model pays for the others.
+_FAMILIES: Mapping[str, tuple[str, str, str]] = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion", "StableDiffusionPredictor"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL", "StableDiffusionXLPredictor"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3", "StableDiffusion3Predictor"),
+    "FluxPipeline": ("flux", "Flux", "FluxPredictor"),
+}
+
+
 def open_family(model: ModelConfig) -> Family:
     """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
-    from selma_ray.models.flux import Flux
-    from selma_ray.models.sd3 import StableDiffusion3
-    from selma_ray.models.sdxl import StableDiffusionXL
-    from selma_ray.models.stable_diffusion import StableDiffusion
-
-    families: dict[str, Callable[[ModelConfig, LocatedModel], Family]] = {
-        "StableDiffusionPipeline": StableDiffusion,
-        "StableDiffusionXLPipeline": StableDiffusionXL,
-        "StableDiffusion3Pipeline": StableDiffusion3,
-        "FluxPipeline": Flux,
-    }
     located = locate_text_to_image(model.name, model.revision)
     pipeline_class = _pipeline_class(model, located)
-    if pipeline_class not in families:
+    if pipeline_class not in _FAMILIES:
         raise ConfigError(
-            f"model.name must be a family that experts can be fitted to ({', '.join(families)}), got {model.name} ({pipeline_class})"
+            f"model.name must be a family that experts can be fitted to ({', '.join(_FAMILIES)}), got {model.name} ({pipeline_class})"
         )
-    return families[pipeline_class](model, located)
+    module, family, _ = _FAMILIES[pipeline_class]
+    return getattr(import_module(f"selma_ray.models.{module}"), family)(model, located)
+
+
+def open_predictor(pipeline: Any) -> Predictor:
+    """Return a loaded pipeline taken apart, by its family; raises ConfigError for a family that cannot be served."""
+    name = type(pipeline).__name__
+    if name not in _FAMILIES:
+        raise ConfigError(f"the model to serve must be one of {', '.join(_FAMILIES)}, got {name}")
+    module, _, predictor = _FAMILIES[name]
+    return getattr(import_module(f"selma_ray.models.{module}"), predictor)(pipeline)
 
 
 def _pipeline_class(model: ModelConfig, located: LocatedModel) -> str:

@@ -1,18 +1,23 @@
-"""Flow matching, the training of SD3 and FLUX: a transformer predicts the velocity from latents to noise (2403.03206, section 3).
+"""Flow matching, as SD3 and FLUX have it: a transformer predicts the velocity from latents to noise (2403.03206, section 3).
 
-Shapes: N examples, C latent channels, h x w latent pixels.
+Shapes: N examples or images, C latent channels, h x w latent pixels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 
-from selma_ray.errors import ConfigError
+from selma_ray.errors import ConfigError, DrawingError
+from selma_ray.models.conditions import Condition
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.course import Course
+from selma_ray.models.drawing import Drawing
 from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel
 from selma_ray.models.parts import (
@@ -24,8 +29,9 @@ from selma_ray.models.parts import (
     sample_latents,
     squared_errors,
 )
+from selma_ray.models.predicting import PipelinePredictor
 
-__all__ = ["FlowMatching"]
+__all__ = ["FlowMatching", "FlowPredictor"]
 
 
 class FlowMatching(ABC):
@@ -102,17 +108,60 @@ class FlowMatching(ABC):
         noisy_NChw = (1.0 - sigmas_N111) * latents_NChw + sigmas_N111 * noise_NChw
         dtype = next(denoiser.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
-        velocity_NChw = self._velocity(denoiser, noisy_NChw.to(dtype), sigmas_N, conditioning)
+        timesteps_N = sigmas_N * self.schedule.config.num_train_timesteps
+        velocity_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, self._told(conditioning))
         return squared_errors(velocity_NChw, noise_NChw - latents_NChw)
 
+    @staticmethod
     @abstractmethod
-    def _velocity(
-        self, denoiser: torch.nn.Module, noisy_NChw: torch.Tensor, sigmas_N: torch.Tensor, batch: Batch
+    def _denoise(
+        denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
     ) -> torch.Tensor:
-        """Return the transformer's prediction (NChw)."""
+        """Call the transformer; returns the velocity (NChw)."""
+
+    def _told(self, conditioning: dict[str, torch.Tensor]) -> Condition:
+        """Return what the transformer is told in training, given what was encoded."""
+        return conditioning
 
     def _sample_sigmas(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Draw noise levels in (0, 1), logit-normal and then shifted as the scheduler's are (2403.03206, section 5.3.2)."""
         uniform_N = torch.cat([torch.randn(1, generator=generator) for generator in generators]).sigmoid()
         shift = 1.0 if self.schedule.config.use_dynamic_shifting else self.schedule.config.shift
         return shift * uniform_N / (1.0 + (shift - 1.0) * uniform_N)
+
+
+class FlowPredictor(PipelinePredictor):
+    """What families of flow matching do alike: a velocity's course, and the autoencoder's shift."""
+
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
+        """Decode and return RGB images."""
+        vae = self._pipeline.vae
+        latents_NChw = latents_NChw / vae.config.scaling_factor + vae.config.shift_factor
+        return self._pipeline.image_processor.postprocess(
+            vae.decode(latents_NChw, return_dict=False)[0], output_type="pil"
+        )
+
+    def _course(self, drawing: Drawing, channels: int, patch: int, schedule: Mapping[str, Any]) -> Course:
+        """Draw the initial noise as diffusers' pipelines do; raises DrawingError for a size that has no whole patches."""
+        unit_px = self._pipeline.vae_scale_factor * patch
+        if drawing.height_px % unit_px or drawing.width_px % unit_px:
+            raise DrawingError(
+                f"size must have sides that are multiples of {unit_px} with this model, got {drawing.width_px}x{drawing.height_px}",
+                "size_px",
+            )
+        scale = self._pipeline.vae_scale_factor
+        shape_NChw = (1, channels, drawing.height_px // scale, drawing.width_px // scale)
+        return Course(
+            self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device, schedule
+        )
+
+    def _shift(self, drawing: Drawing, patch: int, default_most: float) -> float:
+        """Return how far noise levels are shifted for an image of this size (2403.03206, section 5.3.2)."""
+        config, unit_px = self._pipeline.scheduler.config, self._pipeline.vae_scale_factor * patch
+        return calculate_shift(
+            (drawing.height_px // unit_px) * (drawing.width_px // unit_px),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", default_most),
+        )

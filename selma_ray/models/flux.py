@@ -1,20 +1,57 @@
 """FLUX.1: CLIP's pooled embedding and T5's states, a transformer over patches of 2 x 2 latents, guidance as an input.
 
-Shapes: N examples, T text tokens, D text width, P pooled width, C latent channels, h x w latent pixels.
+Shapes: N examples or images, T text tokens, D text width, P pooled width, C latent channels, h x w latent pixels.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from selma_ray.models.family import Batch
-from selma_ray.models.flow_matching import FlowMatching
-from selma_ray.models.parts import ImageEncoder, encoding_pipeline
+from selma_ray.errors import DrawingError
+from selma_ray.models.conditions import Condition, Conditions
+from selma_ray.models.course import Course
+from selma_ray.models.drawing import Drawing
+from selma_ray.models.encoding import PipelineEncoders
+from selma_ray.models.flow_matching import FlowMatching, FlowPredictor
+from selma_ray.models.parts import encoding_pipeline
 
-__all__ = ["Flux", "FluxEncoders"]
+__all__ = ["Flux", "FluxPredictor"]
 
+_PATCH = 2  # latent pixels on each side of what the transformer sees as one
 _TRAINING_GUIDANCE = 3.5  # what diffusers' LoRA script for FLUX tells a guidance-distilled transformer
+
+
+def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
+    text_NTD, pooled_NP, _ = pipeline.encode_prompt(texts, device=pipeline._execution_device)
+    return {"text_NTD": text_NTD, "pooled_NP": pooled_NP}
+
+
+def _denoise(
+    denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
+) -> torch.Tensor:
+    """Call the transformer on packed latents; `guidance_N` is left out where the transformer has no such input."""
+    count, channels, height, width = noisy_NChw.shape
+    device, dtype = noisy_NChw.device, noisy_NChw.dtype
+    packed = denoiser(
+        hidden_states=FluxPipeline._pack_latents(noisy_NChw, count, channels, height, width),
+        timestep=(timesteps_N / 1000).to(dtype),
+        guidance=conditioning["guidance_N"] if _config_of(denoiser).guidance_embeds else None,
+        pooled_projections=conditioning["pooled_NP"],
+        encoder_hidden_states=conditioning["text_NTD"],
+        txt_ids=torch.zeros(conditioning["text_NTD"].shape[1], 3, device=device, dtype=dtype),
+        img_ids=FluxPipeline._prepare_latent_image_ids(count, height // _PATCH, width // _PATCH, device, dtype),
+        return_dict=False,
+    )[0]
+    patches = packed.view(count, height // _PATCH, width // _PATCH, channels, _PATCH, _PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height, width)
+
+
+def _config_of(denoiser: torch.nn.Module) -> Any:
+    """Return the transformer's own configuration, whatever wraps it: PEFT and DeepSpeed have a `config` of their own."""
+    return next(module.config for module in denoiser.modules() if isinstance(module, FluxTransformer2DModel))
 
 
 class Flux(FlowMatching):
@@ -23,48 +60,46 @@ class Flux(FlowMatching):
     predictions_per_step = 1
     transformer_class = FluxTransformer2DModel
     tokens = 512  # of T5
+    _denoise = staticmethod(_denoise)
 
-    def load_encoders(self) -> "FluxEncoders":
+    def load_encoders(self) -> PipelineEncoders:
         """Load the autoencoder and both text encoders in the model's precision; no transformer is read."""
-        return FluxEncoders(encoding_pipeline(self.model, self.located, FluxPipeline, transformer=None))
+        pipeline = encoding_pipeline(self.model, self.located, FluxPipeline, transformer=None)
+        return PipelineEncoders(pipeline, _encode_texts)
 
-    def _velocity(
-        self, denoiser: torch.nn.Module, noisy_NChw: torch.Tensor, sigmas_N: torch.Tensor, batch: Batch
+    def _told(self, conditioning: dict[str, torch.Tensor]) -> Condition:
+        pooled_NP = conditioning["pooled_NP"]
+        return conditioning | {"guidance_N": pooled_NP.new_full((len(pooled_NP),), _TRAINING_GUIDANCE)}
+
+
+class FluxPredictor(FlowPredictor):
+    """A FluxPipeline: guidance is an input, so that a step needs one row an image; it knows no negative prompt."""
+
+    _encode_texts = staticmethod(_encode_texts)
+    _denoise = staticmethod(_denoise)
+
+    def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
+        """Embed the prompts and add the guidance; raises DrawingError for a negative prompt."""
+        for drawing in drawings:
+            if drawing.negative_prompt:
+                raise DrawingError(
+                    "negative_prompt must be empty with this model, which has its guidance built in", "negative_prompt"
+                )
+        embedded = self._texts.embedded([drawing.prompt for drawing in drawings])
+        return [Conditions({**embedded[drawing.prompt], **self._guidance(drawing)}, None) for drawing in drawings]
+
+    def start(self, drawing: Drawing) -> Course:
+        """Draw the initial noise of an image."""
+        schedule: dict[str, Any] = {"mu": self._shift(drawing, _PATCH, 1.15)}
+        if not getattr(self._pipeline.scheduler.config, "use_flow_sigmas", False):
+            schedule["sigmas"] = np.linspace(1.0, 1 / drawing.steps, drawing.steps)
+        return self._course(drawing, self.denoiser.config.in_channels // _PATCH**2, _PATCH, schedule)
+
+    def predict(
+        self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
     ) -> torch.Tensor:
-        count, channels, height, width = noisy_NChw.shape
-        device, dtype = noisy_NChw.device, noisy_NChw.dtype
-        guided = _config_of(denoiser).guidance_embeds
-        packed = denoiser(
-            hidden_states=FluxPipeline._pack_latents(noisy_NChw, count, channels, height, width),
-            timestep=sigmas_N.to(dtype),
-            guidance=torch.full((count,), _TRAINING_GUIDANCE, device=device, dtype=dtype) if guided else None,
-            pooled_projections=batch["pooled_NP"],
-            encoder_hidden_states=batch["text_NTD"],
-            txt_ids=torch.zeros(batch["text_NTD"].shape[1], 3, device=device, dtype=dtype),
-            img_ids=FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, device, dtype),
-            return_dict=False,
-        )[0]
-        patches = packed.view(count, height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height, width)
+        """Return the velocity for each row; timesteps are rounded to the model's precision first, as the pipeline rounds them."""
+        return super().predict(inputs_NChw, timesteps_N.to(self._dtype), conditions)
 
-
-class FluxEncoders(ImageEncoder):
-    """An autoencoder and FLUX's two text encoders that encode one row at a time."""
-
-    @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], height_px: int = 0, width_px: int = 0) -> dict[str, torch.Tensor]:
-        """Return `text_NTD` and `pooled_NP` in the encoders' precision, on the CPU; sizes do not matter to this family."""
-        encoded = [self._pipeline.encode_prompt(prompt, prompt, device=self._pipeline.device) for prompt in prompts]
-        return {
-            "text_NTD": torch.cat([text for text, _, _ in encoded]).cpu(),
-            "pooled_NP": torch.cat([pooled for _, pooled, _ in encoded]).cpu(),
-        }
-
-    def encode_no_caption(self) -> dict[str, torch.Tensor]:
-        """Return the conditioning of the empty prompt."""
-        return self.encode_prompts([""])
-
-
-def _config_of(denoiser: torch.nn.Module):
-    """Return the transformer's own configuration, whatever wraps it: PEFT and DeepSpeed have a `config` of their own."""
-    return next(module.config for module in denoiser.modules() if isinstance(module, FluxTransformer2DModel))
+    def _guidance(self, drawing: Drawing) -> Condition:
+        return {"guidance_N": torch.tensor([drawing.guidance_scale], dtype=torch.float32, device=self._device)}

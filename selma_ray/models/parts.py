@@ -1,13 +1,12 @@
-"""What families share: the pipeline without its denoiser, images to latents row by row, and noise that batches do not change.
+"""What families share: the denoiser alone, the pipeline without it, and noise that batches do not change.
 
-Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels.
+Shapes: N examples, C latent channels, h x w latent pixels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -17,7 +16,10 @@ from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel
 
 __all__ = [
-    "ImageEncoder",
+    "DENOISERS",
+    "DTYPES",
+    "denoiser_name",
+    "denoiser_of",
     "encoding_pipeline",
     "latent_shape",
     "load_config",
@@ -28,7 +30,21 @@ __all__ = [
     "squared_errors",
 ]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names that recipes have for them."""
+
+DENOISERS = ("unet", "transformer")
+"""Names that a pipeline's denoiser may have, which are also those of its folder."""
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Return under which name a pipeline has the part that predicts noise."""
+    return next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
+
+
+def denoiser_of(pipeline: Any) -> torch.nn.Module:
+    """Return the part of a pipeline that predicts noise: its UNet or its transformer."""
+    return getattr(pipeline, denoiser_name(pipeline))
 
 
 def load_denoiser(model: ModelConfig, located: LocatedModel, denoiser_class: Any, subfolder: str) -> torch.nn.Module:
@@ -65,35 +81,10 @@ def encoding_pipeline(model: ModelConfig, located: LocatedModel, pipeline_class:
             **left_out,
             revision=model.revision,
             variant=model.variant,
-            torch_dtype=_DTYPES[model.dtype],
+            torch_dtype=DTYPES[model.dtype],
             use_safetensors=True,
         )
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class ImageEncoder:
-    """A pipeline's autoencoder, which encodes one image at a time.
-
-    Row by row, so that what is cached for a row depends on that row alone, to the bit, whatever shard it came in.
-    """
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # its activations overflow in fp16
-
-    @torch.inference_mode()
-    def encode_images(self, images_NHW3: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return `latent_mean` and `latent_std` (NChw, fp32, on the CPU, unscaled) of uint8 images."""
-        posteriors = [self._pipeline.vae.encode(self._pixels(image_HW3)).latent_dist for image_HW3 in images_NHW3]
-        return {
-            "latent_mean": torch.cat([posterior.mean for posterior in posteriors]).float().cpu(),
-            "latent_std": torch.cat([posterior.std for posterior in posteriors]).float().cpu(),
-        }
-
-    def _pixels(self, image_HW3: np.ndarray) -> torch.Tensor:
-        pixels_3HW = torch.from_numpy(np.array(image_HW3)).permute(2, 0, 1)
-        return pixels_3HW[None].to(self._pipeline.device, self._pipeline.vae.dtype) / 127.5 - 1.0
 
 
 def sample_latents(

@@ -13,13 +13,12 @@ from PIL import Image
 from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.parts import DTYPES
 
-__all__ = ["CPU_LANES", "DTYPES", "Renderer", "denoiser_of", "load_pipeline", "use_scheduler"]
+__all__ = ["CPU_LANES", "Renderer", "load_pipeline", "use_scheduler"]
 
 CPU_LANES = 4
 """Rows a CPU denoises at once: as fast there as any larger number."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,6 @@ def load_pipeline(model: ModelConfig) -> DiffusionPipeline:
         ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def denoiser_of(pipeline: Any) -> torch.nn.Module:
-    """Return the part of a pipeline that predicts noise: its UNet or its transformer."""
-    return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
 
 
 class Renderer:

@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two text encoders, a pooled text embedding, and the image's size as conditioning.
 
-Shapes: N examples, T text tokens, D text width (both encoders together), P pooled width.
+Shapes: N examples or images, T text tokens, D text width (both encoders together), P pooled width, H x W pixels, C latent channels,
+h x w latent pixels.
 """
 
 from collections.abc import Sequence
@@ -8,22 +9,49 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 
-from selma_ray.models.family import Batch
+from selma_ray.models.conditions import Condition, Conditions
+from selma_ray.models.drawing import Drawing
 from selma_ray.models.parts import encoding_pipeline, load_config
-from selma_ray.models.stable_diffusion import StableDiffusion, StableDiffusionEncoders
+from selma_ray.models.stable_diffusion import StableDiffusion, StableDiffusionEncoders, StableDiffusionPredictor
 
-__all__ = ["StableDiffusionXL", "StableDiffusionXLEncoders"]
+__all__ = ["StableDiffusionXL", "StableDiffusionXLEncoders", "StableDiffusionXLPredictor"]
+
+
+def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
+    text_NTD, _, pooled_NP, _ = pipeline.encode_prompt(
+        texts, device=pipeline._execution_device, do_classifier_free_guidance=False
+    )
+    return {"text_NTD": text_NTD, "pooled_NP": pooled_NP}
+
+
+def _time_ids(height_px: int, width_px: int) -> list[int]:
+    """Return original size, crop and target size: no crop, and the same size as the target."""
+    return [height_px, width_px, 0, 0, height_px, width_px]
+
+
+def _denoise(
+    denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
+) -> torch.Tensor:
+    return denoiser(
+        noisy_NChw,
+        timesteps_N,
+        encoder_hidden_states=conditioning["text_NTD"],
+        added_cond_kwargs={"text_embeds": conditioning["pooled_NP"], "time_ids": conditioning["time_ids_N6"]},
+        return_dict=False,
+    )[0]
 
 
 class StableDiffusionXL(StableDiffusion):
     """A StableDiffusionXLPipeline's parts; the loss is Stable Diffusion's, the conditioning its own."""
 
+    _denoise = staticmethod(_denoise)
+
     def load_encoders(self) -> "StableDiffusionXLEncoders":
         """Load the autoencoder and both text encoders in the model's precision, on the best device; no UNet is read."""
-        return StableDiffusionXLEncoders(
-            encoding_pipeline(self.model, self.located, StableDiffusionXLPipeline, unet=None)
-        )
+        pipeline = encoding_pipeline(self.model, self.located, StableDiffusionXLPipeline, unet=None)
+        return StableDiffusionXLEncoders(pipeline, _encode_texts)
 
     def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of an encoded example, without N."""
@@ -31,29 +59,61 @@ class StableDiffusionXL(StableDiffusion):
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
         return super().example_shapes(height_px, width_px) | {"pooled_NP": (pooled,), "time_ids_N6": (6,)}
 
-    def _conditioning(self, batch: Batch) -> dict[str, Any]:
-        added = {"text_embeds": batch["pooled_NP"], "time_ids": batch["time_ids_N6"]}
-        return {"encoder_hidden_states": batch["text_NTD"], "added_cond_kwargs": added}
-
 
 class StableDiffusionXLEncoders(StableDiffusionEncoders):
-    """An autoencoder and SDXL's two text encoders that encode one row at a time."""
+    """An autoencoder and SDXL's two text encoders."""
 
-    @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], height_px: int, width_px: int) -> dict[str, torch.Tensor]:
-        """Return `text_NTD`, `pooled_NP` and `time_ids_N6`: the image's size, no crop, the same size as the target."""
-        encoded = [
-            self._pipeline.encode_prompt(prompt, device=self._pipeline.device, do_classifier_free_guidance=False)
-            for prompt in prompts
-        ]
-        return {
-            "text_NTD": torch.cat([text for text, _, _, _ in encoded]).float().cpu(),
-            "pooled_NP": torch.cat([pooled for _, _, pooled, _ in encoded]).float().cpu(),
-            "time_ids_N6": torch.tensor([[height_px, width_px, 0, 0, height_px, width_px]] * len(prompts)).float(),
-        }
+    def encode_prompts(self, prompts: Sequence[str], height_px: int = 0, width_px: int = 0) -> dict[str, torch.Tensor]:
+        """Return the conditioning of each prompt and of its image's size, in fp32, on the CPU."""
+        time_ids_N6 = torch.tensor([_time_ids(height_px, width_px)] * len(prompts)).float()
+        return super().encode_prompts(prompts) | {"time_ids_N6": time_ids_N6}
 
     def encode_no_caption(self) -> dict[str, torch.Tensor]:
         """Return what guidance starts from at sampling time: zeros where the pipeline says so, else the empty prompt's."""
-        encoded = self.encode_prompts([""], 0, 0)
+        encoded = self.encode_prompts([""])
         zeroed = self._pipeline.config.force_zeros_for_empty_prompt
         return {name: encoded[name] * (0.0 if zeroed else 1.0) for name in ("text_NTD", "pooled_NP")}
+
+
+class StableDiffusionXLPredictor(StableDiffusionPredictor):
+    """A StableDiffusionXLPipeline, at the size it is asked for and without crops."""
+
+    _encode_texts = staticmethod(_encode_texts)
+    _denoise = staticmethod(_denoise)
+
+    def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
+        """Embed the texts and add the size; without a negative prompt its condition is zero where the model wants that."""
+        zeros = self._pipeline.config.force_zeros_for_empty_prompt
+        conditions = []
+        for drawing, embedded in zip(drawings, super().encode(drawings), strict=True):
+            size = {"time_ids_N6": torch.tensor([_time_ids(*drawing.size_px)], dtype=self._dtype, device=self._device)}
+            negative = embedded.negative
+            if negative is not None:
+                negative = _zeroed(negative) if zeros and not drawing.negative_prompt else negative
+                negative = {**negative, **size}
+            conditions.append(Conditions({**embedded.positive, **size}, negative))
+        return conditions
+
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
+        """Decode, in full precision where the autoencoder overflows in half, and return RGB images."""
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            latents_NChw = latents_NChw.to(vae.dtype) / vae.config.scaling_factor
+            if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+                std_C = latents_NChw.new_tensor(vae.config.latents_std)
+                mean_C = latents_NChw.new_tensor(vae.config.latents_mean)
+                latents_NChw = latents_NChw * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
+            pixels_N3HW = vae.decode(latents_NChw, return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(torch.float16)
+        if pipeline.watermark is not None:
+            pixels_N3HW = pipeline.watermark.apply_watermark(pixels_N3HW)
+        return pipeline.image_processor.postprocess(pixels_N3HW, output_type="pil")
+
+
+def _zeroed(condition: Condition) -> Condition:
+    return {name: torch.zeros_like(tensor) for name, tensor in condition.items()}

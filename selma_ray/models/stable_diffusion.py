@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and every model in their format: one CLIP text encoder, a UNet, epsilon or v-prediction.
 
-Shapes: N examples, H x W pixels, C latent channels, h x w latent pixels, T text tokens, D text width.
+Shapes: N examples or images, H x W pixels, C latent channels, h x w latent pixels, T text tokens, D text width.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
+from PIL import Image
 from transformers import CLIPTextConfig
 
 from selma_ray.errors import ConfigError
+from selma_ray.models.conditions import Condition
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.course import Course
+from selma_ray.models.drawing import Drawing
+from selma_ray.models.encoding import PipelineEncoders
 from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel
 from selma_ray.models.parts import (
-    ImageEncoder,
     encoding_pipeline,
     latent_shape,
     load_config,
@@ -27,14 +31,27 @@ from selma_ray.models.parts import (
     sample_latents,
     squared_errors,
 )
+from selma_ray.models.predicting import PipelinePredictor
 
-__all__ = ["StableDiffusion", "StableDiffusionEncoders"]
+__all__ = ["StableDiffusion", "StableDiffusionEncoders", "StableDiffusionPredictor"]
+
+
+def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
+    """Return the last hidden states, padded to the encoder's length: the denoiser attends to the padding at sampling time too."""
+    return {"text_NTD": pipeline.encode_prompt(texts, pipeline._execution_device, 1, False)[0]}
+
+
+def _denoise(
+    denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
+) -> torch.Tensor:
+    return denoiser(noisy_NChw, timesteps_N, encoder_hidden_states=conditioning["text_NTD"], return_dict=False)[0]
 
 
 class StableDiffusion:
     """A StableDiffusionPipeline's parts, each loaded from its own sub-folder when it is needed."""
 
     predictions_per_step = 2
+    _denoise = staticmethod(_denoise)
 
     def __init__(self, model: ModelConfig, located: LocatedModel) -> None:
         self.model = model
@@ -42,9 +59,8 @@ class StableDiffusion:
 
     def load_encoders(self) -> "StableDiffusionEncoders":
         """Load the autoencoder and the text encoder in the model's precision, on the best device; no UNet is read."""
-        return StableDiffusionEncoders(
-            encoding_pipeline(self.model, self.located, StableDiffusionPipeline, unet=None, safety_checker=None)
-        )
+        pipeline = encoding_pipeline(self.model, self.located, StableDiffusionPipeline, unet=None, safety_checker=None)
+        return StableDiffusionEncoders(pipeline, _encode_texts)
 
     def load_denoiser(self) -> torch.nn.Module:
         """Load the UNet alone, in fp32."""
@@ -109,8 +125,8 @@ class StableDiffusion:
         else:
             target_NChw = self.schedule.get_velocity(latents_NChw, noise_NChw, timesteps_N)
         dtype = next(denoiser.parameters()).dtype
-        conditioning = self._conditioning({name: tensor.to(dtype) for name, tensor in batch.items()})
-        prediction_NChw = denoiser(noisy_NChw.to(dtype), timesteps_N, **conditioning, return_dict=False)[0]
+        conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
+        prediction_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, conditioning)
         error_N = squared_errors(prediction_NChw, target_NChw)
         return error_N if min_snr_gamma is None else self._min_snr_weights(timesteps_N, min_snr_gamma) * error_N
 
@@ -120,29 +136,42 @@ class StableDiffusion:
         of_error_N = snr_N if self.schedule.config.prediction_type == "epsilon" else snr_N + 1
         return snr_N.clamp(max=gamma) / of_error_N
 
-    def _conditioning(self, batch: Batch) -> dict[str, Any]:
-        """Return what the denoiser is told beside noisy latents and timesteps."""
-        return {"encoder_hidden_states": batch["text_NTD"]}
-
     def _sample_timesteps(self, generators: Sequence[torch.Generator], device: torch.device) -> torch.Tensor:
         steps = self.schedule.config.num_train_timesteps
         return torch.cat([torch.randint(steps, (1,), generator=generator) for generator in generators]).to(device)
 
 
-class StableDiffusionEncoders(ImageEncoder):
-    """An autoencoder and a CLIP text encoder that encode one row at a time."""
+class StableDiffusionEncoders(PipelineEncoders):
+    """An autoencoder and a CLIP text encoder."""
 
-    @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], height_px: int = 0, width_px: int = 0) -> dict[str, torch.Tensor]:
-        """Return `text_NTD`, the last hidden states of each prompt padded to the encoder's length, as the pipeline does.
+        """Return the conditioning of each prompt in fp32, on the CPU; sizes do not matter to this family."""
+        return {name: tensor.float() for name, tensor in super().encode_prompts(prompts).items()}
 
-        Padding is kept: the denoiser attends to it at sampling time too. Sizes do not matter to this family.
-        """
-        return {"text_NTD": torch.cat([self._encode_prompt(prompt) for prompt in prompts]).float().cpu()}
 
-    def encode_no_caption(self) -> dict[str, torch.Tensor]:
-        """Return the conditioning of the empty prompt, which guidance starts from at sampling time."""
-        return self.encode_prompts([""])
+class StableDiffusionPredictor(PipelinePredictor):
+    """A StableDiffusionPipeline, for epsilon and v prediction; raises ConfigError for a UNet distilled for guidance."""
 
-    def _encode_prompt(self, prompt: str) -> torch.Tensor:
-        return self._pipeline.encode_prompt(prompt, self._pipeline.device, 1, do_classifier_free_guidance=False)[0]
+    _encode_texts = staticmethod(_encode_texts)
+    _denoise = staticmethod(_denoise)
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if self.denoiser.config.time_cond_proj_dim is not None:
+            raise ConfigError(
+                "the model to serve must not be distilled for guidance as latent consistency models are; serve the model it came from"
+            )
+
+    def start(self, drawing: Drawing) -> Course:
+        """Draw the initial noise of an image as diffusers' pipeline draws it."""
+        scale = self._pipeline.vae_scale_factor
+        shape_NChw = (1, self.denoiser.config.in_channels, drawing.height_px // scale, drawing.width_px // scale)
+        return Course(self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device)
+
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
+        """Decode, apply the pipeline's own safety checker where it has one, and return RGB images."""
+        pipeline = self._pipeline
+        pixels_N3HW = pipeline.vae.decode(latents_NChw / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        pixels_N3HW, flagged = pipeline.run_safety_checker(pixels_N3HW, self._device, self._dtype)
+        denormalized = [True] * len(pixels_N3HW) if flagged is None else [not flag for flag in flagged]
+        return pipeline.image_processor.postprocess(pixels_N3HW, output_type="pil", do_denormalize=denormalized)

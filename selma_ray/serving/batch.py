@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from selma_ray.serving.conditions import Conditions, Denoiser
+from selma_ray.models.course import Course
+from selma_ray.serving.denoiser import Denoiser, RequestRows, Row
 from selma_ray.serving.requests import MERGED, ImageRequest
-from selma_ray.serving.schedulers import Course
 
 __all__ = ["Outcome", "StepBatch"]
 
@@ -36,14 +36,8 @@ class Outcome:
 class _Running:
     ticket: int
     request: ImageRequest
-    conditions: Conditions
+    rows: RequestRows
     course: Course
-
-    def advance(self, predicted_NCHW: torch.Tensor, unconditional_NCHW: torch.Tensor | None) -> None:
-        """Take one step, with classifier-free guidance where the request asks for it (Ho & Salimans, equation 6)."""
-        if unconditional_NCHW is not None:
-            predicted_NCHW = unconditional_NCHW + self.request.guidance_scale * (predicted_NCHW - unconditional_NCHW)
-        self.course.advance(predicted_NCHW)
 
     @property
     def preview_due(self) -> int | None:
@@ -202,22 +196,23 @@ class StepBatch:
 
 
 def _started(denoiser: Denoiser, entries: Sequence[tuple[int, ImageRequest]]) -> list[_Running]:
-    conditions = denoiser.encode([request for _, request in entries])
+    encoded = denoiser.encode([request for _, request in entries])
     return [
-        _Running(ticket, request, condition, denoiser.start(request))
-        for (ticket, request), condition in zip(entries, conditions, strict=True)
+        _Running(ticket, request, rows, denoiser.start(request))
+        for (ticket, request), rows in zip(entries, encoded, strict=True)
     ]
 
 
 def _take_step(denoiser: Denoiser, moving: Sequence[_Running]) -> None:
     """Predict for all rows in one call: one for every request, and a second, unconditional one for the guided."""
-    guided = [running for running in moving if running.conditions.negative is not None]
-    conditions = [running.conditions.positive for running in moving]
-    conditions += [running.conditions.negative for running in guided if running.conditions.negative is not None]
+    guided = [running for running in moving if running.rows.negative is not None]
+    rows: list[Row] = [running.rows.positive for running in moving]
+    rows += [running.rows.negative for running in guided if running.rows.negative is not None]
     inputs = {running.ticket: running.course.model_input() for running in moving}
     inputs_NCHW = torch.cat([inputs[running.ticket] for running in (*moving, *guided)])
     timesteps_N = torch.stack([running.course.timestep for running in (*moving, *guided)])
-    predicted = denoiser.predict(inputs_NCHW, timesteps_N, conditions).split(1)
+    predicted = denoiser.predict(inputs_NCHW, timesteps_N, rows).split(1)
     unconditional = {running.ticket: row for running, row in zip(guided, predicted[len(moving) :], strict=True)}
     for running, predicted_NCHW in zip(moving, predicted[: len(moving)], strict=True):
-        running.advance(predicted_NCHW, unconditional.get(running.ticket))
+        followed_NCHW = denoiser.guide(running.request, predicted_NCHW, unconditional.get(running.ticket))
+        running.course.advance(followed_NCHW)

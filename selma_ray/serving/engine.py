@@ -12,7 +12,7 @@ from PIL import Image
 
 from selma_ray.errors import ServingError
 from selma_ray.serving.batch import Outcome, StepBatch
-from selma_ray.serving.conditions import Denoiser
+from selma_ray.serving.denoiser import Denoiser
 from selma_ray.serving.errors import queue_full, unavailable
 from selma_ray.serving.requests import ImageRequest
 

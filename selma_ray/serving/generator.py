@@ -124,7 +124,7 @@ class Generator:
         self._engine.close()
 
     def _merged_denoiser(self, weights: MergedWeights) -> Any:
-        from selma_ray.serving.denoisers import denoiser_for
+        from selma_ray.serving.denoiser import denoiser_for
 
         model = self._models.merged
         if weights.adapter is not None:
@@ -143,7 +143,7 @@ def engine_for(
     Raises ConfigError for a family that cannot be served, AdapterError for an expert that does not fit.
     """
     from selma_ray.serving.batch import StepBatch
-    from selma_ray.serving.denoisers import denoiser_for
+    from selma_ray.serving.denoiser import denoiser_for
 
     full_size_px = (config.sampling.height_px, config.sampling.width_px)
     mixing = None if base is None else denoiser_for(base, experts, config.cache_interval)
@@ -162,9 +162,8 @@ def use_threads(num_threads: int | None) -> None:
 def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None = None) -> Any:
     """Return a pipeline with the denoiser of `model` that shares everything else with `pipeline`."""
     from selma_ray.adapters.applying import load_adapted_pipeline
-    from selma_ray.models.rendering import denoiser_of
+    from selma_ray.models.parts import denoiser_name, denoiser_of
 
     other = copy(pipeline)
-    part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
-    setattr(other, part, denoiser_of(load_adapted_pipeline(model, adapter_dir)))
+    setattr(other, denoiser_name(pipeline), denoiser_of(load_adapted_pipeline(model, adapter_dir)))
     return other

@@ -19,7 +19,7 @@ from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.run import merge_experts
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.rendering import denoiser_of
+from selma_ray.models.parts import denoiser_of
 from selma_ray.storage import RunFolder
 from tests.tiny_models import save_tiny_sdxl
 from tests.unit.adapters.adapters_on_disk import MORE_TARGETS, save_random_adapter

@@ -14,7 +14,7 @@ from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.batch import StepBatch
-from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.requests import ImageRequest, Mix
 from selma_ray.serving.served import ServedModels

@@ -90,7 +90,7 @@ def test_patches_go_in_and_out_as_the_pipeline_packs_them(family, batch):
 
     recorder = Recorder(family.load_denoiser())
     noisy = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(0))
-    velocity = family._velocity(recorder, noisy, torch.tensor([0.5, 0.6]), batch)
+    velocity = family._denoise(recorder, noisy, torch.tensor([500.0, 600.0]), family._told(batch))
     assert torch.equal(velocity, noisy)
     unpacked = FluxPipeline._unpack_latents(recorder.called["hidden_states"], 64, 48, vae_scale_factor=4)
     assert torch.equal(unpacked, noisy)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from selma_ray.serving.batch import StepBatch
-from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.requests import ImageRequest
 
 __all__ = ["FULL_SIZE_PX", "assert_equal_to_solo", "random_request", "run_mix", "solo_image"]

@@ -10,7 +10,7 @@ from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline, use_scheduler
 from selma_ray.serving.batch import StepBatch
-from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.requests import ImageRequest
 from tests.tiny_models import save_tiny_sdxl, save_tiny_stable_diffusion

@@ -12,9 +12,10 @@ import torch
 
 from selma_ray.errors import ServingError
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.family import open_predictor
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.batch import StepBatch
-from selma_ray.serving.denoisers import StableDiffusionDenoiser
+from selma_ray.serving.denoiser import Denoiser, denoiser_for
 from selma_ray.serving.engine import Engine
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.requests import ImageRequest
@@ -22,11 +23,11 @@ from selma_ray.serving.requests import ImageRequest
 WAIT_S = 60
 
 
-class GatedDenoiser(StableDiffusionDenoiser):
+class GatedDenoiser(Denoiser):
     """Waits before every prediction until the gate is open; fails while told to."""
 
     def __init__(self, pipeline) -> None:
-        super().__init__(pipeline)
+        super().__init__(open_predictor(pipeline))
         self.gate = threading.Event()
         self.reached = threading.Event()
         self.broken = False
@@ -123,11 +124,11 @@ def test_new_weights_are_for_requests_that_come_later(engine: Engine, denoiser: 
     other = pipeline.from_pipe(pipeline, unet=deepcopy(pipeline.unet))
     with torch.no_grad():
         other.unet.conv_out.weight.zero_()
-    engine.replace_merged(StableDiffusionDenoiser(other))
+    engine.replace_merged(denoiser_for(other))
     (after,) = engine.submit([request()])
     denoiser.gate.set()
     old, new = before.result(WAIT_S), after.result(WAIT_S)
-    alone = StepBatch(StableDiffusionDenoiser(pipeline), 2, (64, 64))
+    alone = StepBatch(denoiser_for(pipeline), 2, (64, 64))
     alone.submit(request())
     (outcome,) = [outcome for _ in range(2) for outcome in alone.step()]
     assert old.tobytes() == outcome.image.tobytes() != new.tobytes()
@@ -153,7 +154,7 @@ def test_a_stuck_engine_is_not_healthy(engine: Engine, denoiser: GatedDenoiser) 
 
 
 def test_closing_cancels_what_is_in_flight(pipeline) -> None:
-    engine = Engine(StepBatch(StableDiffusionDenoiser(pipeline), 2, (64, 64)), max_in_flight=4)
+    engine = Engine(StepBatch(denoiser_for(pipeline), 2, (64, 64)), max_in_flight=4)
     (endless,) = engine.submit([request(steps=900)])
     engine.close()
     with pytest.raises(CancelledError):

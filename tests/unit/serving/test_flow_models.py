@@ -16,7 +16,7 @@ from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.generator import Generator

@@ -10,9 +10,9 @@ import torch
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline
+from selma_ray.models.step_caching import DeepFeatures, RowMemory
 from selma_ray.serving.batch import StepBatch
-from selma_ray.serving.caching import DeepFeatures, RowMemory
-from selma_ray.serving.denoisers import denoiser_for
+from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.requests import ImageRequest
 
 

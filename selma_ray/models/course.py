@@ -1,4 +1,4 @@
-"""A request's own course through the denoising steps: its scheduler state, its noise and its latents.
+"""An image's own course through the denoising steps: its scheduler state, its noise and its latents.
 
 Shapes: N images, C latent channels, H x W latent positions.
 """
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from selma_ray.serving.errors import invalid_request
+from selma_ray.errors import DrawingError
 
 __all__ = ["Course"]
 
 
 class Course:
-    """The latents of one request and where they stand, moved on by a scheduler instance of its own.
+    """The latents of one image and where they stand, moved on by a scheduler instance of its own.
 
     `flow` holds what a flow-matching model's schedule depends on beside the number of steps (sigmas, mu); it is None for diffusion.
-    Raises RequestError (400) for a number of steps that the scheduler cannot take.
+    Raises DrawingError for a number of steps that the scheduler cannot take.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Course:
             possible = False
         if not possible:
             name = type(scheduler).__name__
-            raise invalid_request(f"{steps} steps are not possible with {name}; ask for fewer", "num_inference_steps")
+            raise DrawingError(f"{steps} steps are not possible with {name}; ask for fewer", "steps")
         # The order in which diffusers' pipelines draw: first the initial noise, then what the scheduler's steps draw.
         self._generator = torch.Generator("cpu").manual_seed(seed)
         noise_NCHW = randn_tensor(shape_NCHW, generator=self._generator, device=device, dtype=dtype)

@@ -1,0 +1,71 @@
+"""A loaded pipeline taken apart, so that the rows of one step may stand at different timesteps.
+
+Shapes: N rows or images, C latent channels, h x w latent pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from selma_ray.models.conditions import Condition, Conditions, Texts, stacked
+from selma_ray.models.course import Course
+from selma_ray.models.drawing import Drawing
+from selma_ray.models.parts import denoiser_of
+
+__all__ = ["PipelinePredictor"]
+
+
+class PipelinePredictor(ABC):
+    """What most families do alike: texts that are remembered, one call of the denoiser, classifier-free guidance."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self.denoiser: Any = denoiser_of(pipeline)
+        self._device = pipeline._execution_device
+        self._dtype = self.denoiser.dtype
+        self._texts = Texts(self._embed)
+
+    def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
+        """Embed the prompts, and the negative prompts where guidance needs them; texts seen lately are remembered."""
+        return self._texts.guided(drawings)
+
+    @abstractmethod
+    def start(self, drawing: Drawing) -> Course:
+        """Draw the initial noise of an image as diffusers' pipeline draws it."""
+
+    def predict(
+        self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditions: Sequence[Condition]
+    ) -> torch.Tensor:
+        """Return the denoiser's prediction for each row (NChw), all in one call."""
+        return self._denoise(self.denoiser, inputs_NChw, timesteps_N.to(self._device), stacked(conditions))
+
+    def guide(
+        self, drawing: Drawing, predicted_NChw: torch.Tensor, unconditional_NChw: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the prediction to follow: classifier-free guidance where there are two (Ho & Salimans, equation 6)."""
+        if unconditional_NChw is None:
+            return predicted_NChw
+        return unconditional_NChw + drawing.guidance_scale * (predicted_NChw - unconditional_NChw)
+
+    @abstractmethod
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
+        """Turn finished latents into RGB images."""
+
+    @staticmethod
+    @abstractmethod
+    def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
+        """Return the conditioning of each text, N first, in the encoders' precision and on their device."""
+
+    @staticmethod
+    @abstractmethod
+    def _denoise(
+        denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
+    ) -> torch.Tensor:
+        """Call the denoiser with what the family conditions on; returns its prediction (NChw)."""
+
+    def _embed(self, texts: list[str]) -> list[Condition]:
+        encoded = self._encode_texts(self._pipeline, texts)
+        return [{name: tensor[row : row + 1] for name, tensor in encoded.items()} for row in range(len(texts))]

@@ -1,0 +1,120 @@
+"""A model as the engine sees it: a family's predictor, with experts mixed apart for each row, and step caching.
+
+Shapes: N rows or images, C latent channels, h x w latent pixels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from selma_ray.adapters.mixing import Expert, ExpertLayers, Mix
+from selma_ray.errors import ConfigError, DrawingError
+from selma_ray.models.conditions import Condition
+from selma_ray.models.course import Course
+from selma_ray.models.family import Predictor, open_predictor
+from selma_ray.models.parts import denoiser_name
+from selma_ray.models.step_caching import DeepFeatures, RowMemory
+from selma_ray.serving.errors import invalid_request
+from selma_ray.serving.requests import ImageRequest
+
+__all__ = ["Denoiser", "RequestRows", "Row", "denoiser_for"]
+
+_PARAMS = {"steps": "num_inference_steps", "size_px": "size"}
+"""What the API calls a Drawing's fields, where it has another name for them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the denoiser's batch."""
+
+    condition: Condition
+    mix: Mix = ()
+    """Experts that take part in this row."""
+    memory: RowMemory = field(default_factory=RowMemory)
+    """What step caching keeps of this row."""
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """The rows of one request; `negative` is None where one prediction a step is enough."""
+
+    positive: Row
+    negative: Row | None
+
+
+def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1) -> "Denoiser":
+    """Return the denoiser of a loaded pipeline, with experts that its requests may mix, and step caching above interval 1.
+
+    Raises ConfigError for a family that cannot be served and for step caching without a UNet, AdapterError for an expert that
+    does not fit.
+    """
+    predictor = open_predictor(pipeline)
+    if cache_interval > 1 and denoiser_name(pipeline) != "unet":
+        raise ConfigError(
+            f"cache_interval must be 1 for {type(pipeline).__name__}, got {cache_interval}; step caching is for UNets"
+        )
+    return Denoiser(predictor, experts, cache_interval)
+
+
+class Denoiser:
+    """Starts, predicts and decodes requests; what the model cannot draw is a RequestError (400)."""
+
+    def __init__(
+        self, predictor: Predictor, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1
+    ) -> None:
+        self._predictor = predictor
+        self._deep_features = DeepFeatures(predictor.denoiser, cache_interval) if cache_interval > 1 else None
+        self._experts = ExpertLayers(predictor.denoiser, experts or {})
+
+    def encode(self, requests: Sequence[ImageRequest]) -> list[RequestRows]:
+        """Embed the texts of each request; raises RequestError (400) for what the model cannot draw."""
+        with _refused():
+            encoded = self._predictor.encode(requests)
+        return [
+            RequestRows(
+                Row(conditions.positive, request.mix or ()),
+                None if conditions.negative is None else Row(conditions.negative, request.mix or ()),
+            )
+            for request, conditions in zip(requests, encoded, strict=True)
+        ]
+
+    def start(self, request: ImageRequest) -> Course:
+        """Draw the initial noise of a request; raises RequestError (400) for what the model cannot draw."""
+        with _refused():
+            return self._predictor.start(request)
+
+    def predict(self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Return the prediction for each row (NChw), in one call of the model whatever experts the rows mix; two with step caching."""
+        if self._deep_features is None:
+            return self._predict(inputs_NChw, timesteps_N, rows)
+        return self._deep_features.predict(
+            lambda chosen: self._predict(inputs_NChw[chosen], timesteps_N[chosen], [rows[index] for index in chosen]),
+            [row.memory for row in rows],
+        )
+
+    def guide(
+        self, request: ImageRequest, predicted_NChw: torch.Tensor, unconditional_NChw: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the prediction that a request follows."""
+        return self._predictor.guide(request, predicted_NChw, unconditional_NChw)
+
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
+        """Turn finished latents into RGB images."""
+        return self._predictor.decode(latents_NChw)
+
+    def _predict(self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        self._experts.weigh([row.mix for row in rows])
+        return self._predictor.predict(inputs_NChw, timesteps_N, [row.condition for row in rows])
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn what a model cannot draw into the refusal of a request."""
+    try:
+        yield
+    except DrawingError as error:
+        raise invalid_request(str(error), _PARAMS.get(error.field, error.field)) from None

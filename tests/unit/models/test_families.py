@@ -1,0 +1,97 @@
+"""What every family keeps, a row each: it draws by the conditioning it is trained with, and says what it cannot draw."""
+
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from selma_ray.errors import ConfigError, DrawingError
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.drawing import Drawing
+from selma_ray.models.family import Family, Predictor, open_family, open_predictor
+from selma_ray.models.rendering import load_pipeline
+from tests.tiny_models import save_tiny_stable_diffusion
+from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
+from tests.unit.models.tiny_sdxl import save_tiny_sdxl
+
+FAMILIES: dict[str, Callable[[Path, Path], None]] = {
+    "stable_diffusion": lambda folder, _: save_tiny_stable_diffusion(folder),
+    "sdxl": save_tiny_sdxl,
+    "sd3": save_tiny_sd3,
+    "flux": save_tiny_flux,
+}
+DRAWING = Drawing("two apples", 3, 2, 2.0, 64, 48)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def model(request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("family") / request.param
+    FAMILIES[request.param](folder, tiny_pipeline_dir)
+    return ModelConfig(name=str(folder))
+
+
+@pytest.fixture(scope="module")
+def family(model: ModelConfig) -> Family:
+    return open_family(model)
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: ModelConfig) -> DiffusionPipeline:
+    return load_pipeline(model)
+
+
+@pytest.fixture(scope="module")
+def predictor(pipeline: DiffusionPipeline) -> Predictor:
+    return open_predictor(pipeline)
+
+
+@torch.inference_mode()
+def test_it_draws_by_what_it_is_trained_with(family: Family, predictor: Predictor) -> None:
+    encoders = family.load_encoders()
+    trained_with = encoders.encode_prompts([DRAWING.prompt], *DRAWING.size_px)
+    (conditions,) = predictor.encode([DRAWING])
+    assert trained_with.keys() <= conditions.positive.keys()
+    for name, tensor in trained_with.items():
+        torch.testing.assert_close(conditions.positive[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    shapes = family.example_shapes(*DRAWING.size_px)
+    assert {name: tuple(tensor.shape[1:]) for name, tensor in trained_with.items()} == {
+        name: shape for name, shape in shapes.items() if not name.startswith("latent_")
+    }
+    assert predictor.start(DRAWING).latents_NCHW.shape[1:] == shapes["latent_mean"]
+    assert (conditions.negative is not None) == (family.predictions_per_step == 2)
+
+
+@torch.inference_mode()
+def test_one_step_of_its_own_is_one_step_of_the_pipeline(pipeline: DiffusionPipeline, predictor: Predictor) -> None:
+    (conditions,) = predictor.encode([DRAWING])
+    course = predictor.start(DRAWING)
+    while not course.finished:
+        told = [each for each in (conditions.positive, conditions.negative) if each is not None]
+        inputs_NChw = torch.cat([course.model_input()] * len(told))
+        predicted, *unconditional = predictor.predict(inputs_NChw, course.timestep.repeat(len(told)), told).split(1)
+        course.advance(predictor.guide(DRAWING, predicted, *(unconditional or [None])))
+    images = pipeline(
+        prompt=DRAWING.prompt, num_inference_steps=DRAWING.steps, guidance_scale=DRAWING.guidance_scale,
+        width=DRAWING.width_px, height=DRAWING.height_px, generator=torch.Generator().manual_seed(DRAWING.seed),
+        output_type="np",
+    ).images  # fmt: skip
+    (image,) = predictor.decode(course.latents_NCHW)
+    assert image.size == (DRAWING.width_px, DRAWING.height_px)
+    assert np.abs(np.asarray(image) / 255 - images[0]).max() < 0.006
+
+
+def test_what_cannot_be_drawn_is_named_also_after_being_sent(tiny_pipeline_dir: Path) -> None:
+    predictor = open_predictor(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir))))
+    with pytest.raises(DrawingError, match="5000 steps are not possible") as refusal:
+        predictor.start(Drawing("a", 0, 5000, 2.0, 64, 48))
+    sent = copy(refusal.value)  # by what Ray sends
+    assert (str(sent), sent.field) == (str(refusal.value), "steps")
+
+
+def test_another_pipeline_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"must be one of StableDiffusionPipeline, .*, got dict"):
+        open_predictor({})
