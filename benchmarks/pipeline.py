@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import machine, print_result, print_table, read_settings
+from selma_ray.progress import Progress
 from selma_ray.run.opening import open_run
-from selma_ray.run.progress import Progress
 from selma_ray.run.recipe import load_recipe
 from selma_ray.run.stages import run_stage
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from selma_ray.errors import ConfigError
+from selma_ray.progress import Progress, Report
 from selma_ray.run.opening import Run
-from selma_ray.run.progress import Progress, Report
 from selma_ray.run.stages import STAGES, finished, run_stage
 from selma_ray.study.study import Study
 
@@ -173,7 +173,8 @@ def _example_prompt(run: Run) -> str:
 def _summary_line(name: str, summary: dict[str, Any]) -> str:
     if name == "generate":
         prompts, images = summary["prompts"], summary["images"]
-        return f"{prompts['kept']} prompts kept, {prompts['rejected']} rejected; {images['rendered']} images, {images['failed']} failed"
+        line = f"{prompts['kept']} prompts kept, {prompts['rejected']} rejected; {images['rendered']} images, {images['failed']} failed"
+        return line + _whole_words(summary.get("questions"))
     if name == "train":
         return f"{len(summary)} experts fitted: " + ", ".join(
             f"{skill} loss {expert['loss']:.3f}" for skill, expert in summary.items()
@@ -181,6 +182,13 @@ def _summary_line(name: str, summary: dict[str, Any]) -> str:
     if name == "merge":
         return f"{summary['method']} of {len(summary['experts'])} experts over {summary['modules']} modules"
     return f"{len(summary['models'])} models scored on {summary['prompts']} prompts"
+
+
+def _whole_words(questions: dict[str, Any] | None) -> str:
+    """Return in words how many prompts have no questions of their own, where there are such."""
+    if not questions or questions["source"] == "whole" or not questions["whole"]:
+        return ""
+    return f"; {questions['whole']} of {questions['prompts']} prompts are judged by one question about the whole prompt"
 
 
 def _score_table(summary: dict[str, Any]) -> Table:

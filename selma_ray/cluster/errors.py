@@ -2,12 +2,41 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from selma_ray import errors
-from selma_ray.errors import SelmaError
+from selma_ray.errors import SelmaError, last_line
 
-__all__ = ["causes_of", "known_error"]
+__all__ = ["ActorFailure", "actor_failure", "causes_of", "known_error", "reason_of"]
+
+_REASON_CHARS = 300
+
+
+@dataclass(frozen=True)
+class ActorFailure:
+    """How an actor of a stage ended a stream: it could not start, or died more often than its restarts allow."""
+
+    could_not_start: bool
+    reason: str
+    """The last line of what Ray says of it."""
+
+
+def actor_failure(error: BaseException, *stages: str) -> ActorFailure | None:
+    """Return how an actor of one of `stages`, named by its class, ended a stream; None where the failure is another's.
+
+    Only the text of Ray's errors names the class.
+    """
+    for message in map(str, causes_of(error)):
+        if any(stage in message for stage in stages) and ("actor died" in message or "creation task" in message):
+            return ActorFailure("creation task" in message, last_line(message)[:_REASON_CHARS])
+    return None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in one line what a failed task or actor raised: our own error's words, else the last line of Ray's text."""
+    known = known_error(error)
+    return str(known) if known else last_line(error)[:_REASON_CHARS]
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,37 +2,103 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from selma_ray.cluster.config import ClusterConfig, Role
 from selma_ray.errors import ConfigError
 
-__all__ = ["beside_driver", "check_fit", "role_options"]
+__all__ = [
+    "Demand",
+    "available_resources",
+    "beside_driver",
+    "check_fit",
+    "is_local",
+    "role_options",
+    "shared_resources",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def check_fit(demands: Mapping[str, Mapping[str, float]], config: ClusterConfig) -> None:
-    """Raise ConfigError where a stage needs more than a local cluster has; warn where two that run at once do so together.
+@dataclass(frozen=True)
+class Demand:
+    """The least that a part of a stage takes of the cluster, by the recipe's key that says so."""
 
-    `demands` names the recipe's key of each stage and its least resources. A cluster that was joined may grow on demand.
-    """
-    if config.address or os.environ.get("RAY_ADDRESS"):
-        return
+    key: str
+    role: Role
+    resources: Mapping[str, float]
+    """CPU and GPU."""
+
+
+def is_local(config: ClusterConfig) -> bool:
+    """Tell whether the run starts a cluster of its own on this machine; one that is joined may grow on demand."""
+    return not (config.address or os.environ.get("RAY_ADDRESS"))
+
+
+def available_resources(role: Role, config: ClusterConfig) -> Mapping[str, float]:
+    """Return what the connected cluster has for a role now: all of it, or with labels that of the nodes that bear the role's."""
     import ray
 
-    available = ray.cluster_resources()
+    if not config.use_labels:
+        return ray.cluster_resources()
+    totals = Counter[str]()
+    for node in ray.nodes():
+        if node["Alive"] and node.get("Labels", {}).get("role") == role:
+            totals.update(node["Resources"])
+    return totals
+
+
+def shared_resources(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Return what one process takes that does the work of several parts in turn: of each resource the most that a part takes.
+
+    Never their sum: Ray refuses 1.25 GPUs, and the parts do not work at the same time.
+    """
+    return {
+        name: max(part.get(name, 0) for part in parts) for name in dict.fromkeys(key for part in parts for key in part)
+    }
+
+
+def check_fit(demands: Sequence[Demand], config: ClusterConfig, *, take_turns: bool = True) -> None:
+    """Raise ConfigError where a stage needs more than a local cluster has, before it waits for ever.
+
+    Parts that do not fit together are warned of where they can `take_turns`, and refused where they wait for one another.
+    """
+    if not is_local(config):
+        return
+    pools: dict[str, list[Demand]] = {}
+    for demand in demands:
+        pools.setdefault(demand.role if config.use_labels else "", []).append(demand)
+    for sharing in pools.values():
+        _check_pool(sharing, config, take_turns)
+
+
+def _check_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bool) -> None:
+    role = demands[0].role
+    available = available_resources(role, config)
+    if config.use_labels and not available:
+        raise ConfigError(
+            f"cluster.use_labels is true, but no node bears the label role={role}, which {demands[0].key} needs; set it to false on one "
+            "machine, or start nodes with that label"
+        )
     for resource in ("CPU", "GPU"):
-        there, needed = available.get(resource, 0), {key: demand.get(resource, 0) for key, demand in demands.items()}
+        there = available.get(resource, 0)
+        needed = {demand.key: demand.resources.get(resource, 0) for demand in demands}
         for key, amount in needed.items():
             if amount > there:
                 raise ConfigError(
                     f"{key} must fit the local cluster's {there:g} {resource}, needs {amount:g}; lower it"
                 )
-        if sum(needed.values()) > there:
-            parts = " and ".join(f"{key} needs {amount:g}" for key, amount in needed.items())
-            logger.warning("%s, the local cluster has %g %s: they run one after the other", parts, there, resource)
+        if sum(needed.values()) <= there:
+            continue
+        parts = " and ".join(f"{key} needs {amount:g}" for key, amount in needed.items())
+        if not take_turns:
+            raise ConfigError(
+                f"{parts}, the local cluster has {there:g} {resource}, and they work at once; lower one of them"
+            )
+        logger.warning("%s, the local cluster has %g %s: they run one after the other", parts, there, resource)
 
 
 def role_options(role: Role, config: ClusterConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ answers. What is written already is not done again.
 
 import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ import ray
 from selma_ray import errors
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import cpu_count
-from selma_ray.cluster.placement import role_options
-from selma_ray.errors import ConfigError, RenderError
+from selma_ray.cluster.placement import Demand, check_fit, role_options, shared_resources
+from selma_ray.errors import RenderError
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.judge_error import judge_error_summary
@@ -33,24 +32,16 @@ from selma_ray.judging.dsg import mean_score
 from selma_ray.judging.judges.opening import judge_identity
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.models.locate import locate_text_to_image
+from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["EvaluationProgress", "ModelUnderTest", "evaluate_models"]
+__all__ = ["ModelUnderTest", "evaluate_models"]
 
 logger = logging.getLogger(__name__)
 
 MINIATURE = "miniature"
 _JUDGE_ERROR_DRAWS = 400
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """How far an evaluation has come, in images."""
-
-    done: int
-    total: int
-    detail: str
 
 
 def evaluate_models(
@@ -60,7 +51,7 @@ def evaluate_models(
     config: EvaluationConfig,
     seed: int,
     cluster: ClusterConfig,
-    on_progress: Callable[[EvaluationProgress], None] | None = None,
+    report: Report | None = None,
 ) -> EvaluationSummary:
     """Evaluate `models` on `suite` and return their figures; writes `evaluation/<model>/images`, `answers` and scores.parquet.
 
@@ -79,8 +70,8 @@ def evaluate_models(
             if number == 0:  # the judge's name is known, and little work lost
                 refuse_other_judges(_judge_name(folder, chunk, judge_key), others, config)
             done += len(chunk.prompts)
-            if on_progress:
-                on_progress(EvaluationProgress(done, total, chunk.model))
+            if report:
+                report(Progress("evaluate", done, total, chunk.model))
     scores = {name: _scores(folder, name, of_model, judge_key, config) for name, of_model in chunks.items()}
     details = _details(folder, chunks, judge_key, config)
     details["judges"] = refuse_other_judges(details["judge"], others, config)
@@ -201,17 +192,17 @@ def _stream(
     render = partial(RenderChunk, folder, dict(models), config)
     judge = partial(JudgeChunk, folder, config, judge_key)
     renderers = min(config.renderers * len(models), len(pending))
+    rendering = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
     judging = {"num_cpus": config.judge.num_cpus, "num_gpus": config.judge.num_gpus}
     if config.judges == 0:
-        both = {
-            "num_cpus": max(config.num_cpus, config.judge.num_cpus),
-            "num_gpus": config.num_gpus + config.judge.num_gpus,
-        }
-        pools = [_Pool((render, judge), renderers, both)]
+        pools = [_Pool("evaluation.renderers", (render, judge), renderers, shared_resources(rendering, judging))]
     else:
-        rendering = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
-        pools = [_Pool((render,), renderers, rendering), _Pool((judge,), min(config.judges, len(pending)), judging)]
-        _check_fit(pools, cluster)
+        judges = min(config.judges, len(pending))
+        pools = [
+            _Pool("evaluation.renderers", (render,), renderers, rendering),
+            _Pool("evaluation.judges", (judge,), judges, judging),
+        ]
+    check_fit([pool.demand() for pool in pools], cluster, take_turns=False)
     dataset = ray.data.from_items([{"chunk": index} for index in range(len(pending))], override_num_blocks=len(pending))
     spare_cpus = cpu_count() - sum(pool.resources["num_cpus"] for pool in pools)
     for pool in pools:
@@ -233,23 +224,16 @@ def _stream(
 
 @dataclass(frozen=True)
 class _Pool:
-    """Actors that do the same steps on chunks: at most `most`, each with `resources`."""
+    """Actors that do the same steps on chunks: at most `most`, each with `resources`; `key` is the recipe's."""
 
+    key: str
     steps: tuple[Callable[[], Callable[[Chunk], None]], ...]
     most: int
     resources: dict[str, float]
 
-
-def _check_fit(pools: Sequence[_Pool], cluster: ClusterConfig) -> None:
-    """Raise ConfigError where a local cluster cannot hold one actor of each pool: they would wait for each other for ever."""
-    if cluster.address or os.environ.get("RAY_ADDRESS"):
-        return  # a cluster may grow
-    needed = sum(pool.resources["num_cpus"] for pool in pools)
-    if needed > cpu_count():
-        raise ConfigError(
-            f"evaluation.judges beside renderers need {needed:g} CPUs at least, this machine offers {cpu_count()}; "
-            "set evaluation.judges=0 or lower evaluation.num_cpus and evaluation.judge.num_cpus"
-        )
+    def demand(self) -> Demand:
+        """Return what one actor takes; each pool needs one, as they wait for one another."""
+        return Demand(self.key, "render", {"CPU": self.resources["num_cpus"], "GPU": self.resources["num_gpus"]})
 
 
 class WorkOnChunks:

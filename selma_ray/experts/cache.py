@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from selma_ray.cluster.config import ClusterConfig
+from selma_ray.cluster.errors import reason_of
 from selma_ray.cluster.placement import role_options
-from selma_ray.errors import TrainingError, last_line
+from selma_ray.errors import TrainingError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.experts.preferences import preference_pairs
@@ -181,7 +182,7 @@ def _encode(
         examples = sum(row["examples"] for row in encoded.iter_rows())
     except ray.exceptions.RayError as error:
         raise TrainingError(
-            f"images could not be encoded ({last_line(error)}); mend the cause and run the same command again"
+            f"images could not be encoded ({reason_of(error)}); fix the cause and run the same command again"
         ) from error
     logger.info("encoded %d examples", examples)
 

@@ -5,13 +5,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.placement import role_options
-from selma_ray.errors import ConfigError, TrainingError, last_line
+from selma_ray.cluster.errors import reason_of
+from selma_ray.cluster.placement import Demand, available_resources, check_fit, is_local, role_options
+from selma_ray.errors import TrainingError
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
@@ -19,25 +19,14 @@ from selma_ray.experts.lanes import Lane, divide
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
 from selma_ray.models.config import ModelConfig
+from selma_ray.progress import Progress, Report
 from selma_ray.storage import RunFolder
 
-__all__ = ["ExpertProgress", "ExpertResult", "plan_experts", "train_experts"]
+__all__ = ["ExpertResult", "plan_experts", "train_experts"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class ExpertProgress:
-    """How far training has come: optimiser steps over all experts, and each expert's own step and loss in words."""
-
-    done_steps: int
-    total_steps: int
-    detail: str
-
-
-OnProgress = Callable[[ExpertProgress], None]
 
 
 def train_experts(
@@ -46,7 +35,7 @@ def train_experts(
     model: ModelConfig,
     seed: int,
     cluster: ClusterConfig,
-    on_progress: OnProgress | None = None,
+    report: Report | None = None,
     score: AdapterScorer | None = None,
 ) -> dict[str, ExpertResult]:
     """Fit the planned LoRAs (SELMA, section 3.3) and return their results by name; finished ones are kept.
@@ -69,7 +58,7 @@ def train_experts(
         # Finished ones keep their places, so that lanes stay the same and a rerun finds their checkpoints.
         for wave in ([job for job in jobs if not job.experts], [job for job in jobs if job.experts]):
             scores = CandidateScores(wave, config.selection, score, cluster)
-            reporter = _Reporter(jobs, on_progress, scores)
+            reporter = _Reporter(jobs, report, scores)
             _raise_for(_fit_wave(wave, slots, cluster, reporter, scores))
     return {job.name: _result_of(job) for job in jobs}
 
@@ -96,25 +85,14 @@ def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
 
     A local cluster has what it has. One that was joined may grow on demand, so there all experts ask at once and Ray queues.
     """
-    import ray
-
     if config.max_concurrent:
         return config.max_concurrent
-    if not _is_local(cluster):
+    if not is_local(cluster):
         return sys.maxsize
-    resources = ray.cluster_resources()
     demand = {name: amount * config.workers_per_expert for name, amount in _worker_resources(config).items()}
-    for name, amount in demand.items():
-        if amount > resources.get(name, 0):
-            raise ConfigError(
-                f"experts.workers_per_expert x experts.{name.lower()}s_per_worker must fit the cluster "
-                f"({resources.get(name, 0):g} {name}), got {amount:g}; lower one of them"
-            )
+    check_fit([Demand("experts.workers_per_expert x experts.cpus_per_worker", "train", demand)], cluster)
+    resources = available_resources("train", cluster)
     return int(min(resources[name] / amount for name, amount in demand.items()))
-
-
-def _is_local(cluster: ClusterConfig) -> bool:
-    return not (cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _worker_resources(config: ExpertsConfig) -> dict[str, float]:
@@ -128,7 +106,7 @@ def _fit_wave(
     unfinished = [job for job in wave if finished_result(job) is None]
     lanes = divide(wave, slots)
     failures: dict[str, Exception] = {}
-    if _is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
+    if is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Daemons, so that an interrupt ends the driver, and with it Ray's controllers, without waiting for training.
     threads = [
@@ -219,7 +197,7 @@ def _result_of(job: ExpertJob) -> ExpertResult:
 
 def _raise_for(failures: Mapping[str, Exception]) -> None:
     if failures:
-        reasons = "; ".join(f"{name}: {last_line(error)}" for name, error in failures.items())
+        reasons = "; ".join(f"{name}: {reason_of(error)}" for name, error in failures.items())
         raise TrainingError(
             f"{len(failures)} expert(s) could not be fitted ({reasons}); finished ones are kept, so run again"
         )
@@ -228,15 +206,15 @@ def _raise_for(failures: Mapping[str, Exception]) -> None:
 class _Reporter:
     """Reads what the workers wrote about their progress, and tells it when it changed."""
 
-    def __init__(self, jobs: Sequence[ExpertJob], on_progress: OnProgress | None, scores: CandidateScores) -> None:
+    def __init__(self, jobs: Sequence[ExpertJob], report: Report | None, scores: CandidateScores) -> None:
         self._jobs = jobs
-        self._on_progress = on_progress
+        self._report = report
         self._scores = scores
-        self._last: ExpertProgress | None = None
+        self._last: Progress | None = None
 
     def report(self) -> None:
         """Tell the steps done by all experts, and the step and loss of each that is being fitted, if they changed."""
-        if self._on_progress is None:
+        if self._report is None:
             return
         states = [(job, *_progress_of(job)) for job in self._jobs]
         done, total = sum(step for _, step, _ in states), sum(job.config.steps for job in self._jobs)
@@ -247,10 +225,10 @@ class _Reporter:
         ]
         words = [*running, self._scores.detail()] if self._scores.detail() else running
         detail = " · ".join(words) or ("finished" if done == total else "starting")
-        progress = ExpertProgress(done, total, detail)
+        progress = Progress("train", done, total, detail)
         if progress != self._last:
             self._last = progress
-            self._on_progress(progress)
+            self._report(progress)
 
 
 def _progress_of(job: ExpertJob) -> tuple[int, float]:

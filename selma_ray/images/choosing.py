@@ -1,26 +1,24 @@
 """Choosing among images that are rendered already: judges in actors of their own, once the questions about all prompts are there."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.errors import known_error
+from selma_ray.cluster.errors import reason_of
 from selma_ray.cluster.placement import role_options
-from selma_ray.errors import RenderError, last_line
+from selma_ray.errors import RenderError
 from selma_ray.images.config import SelectionConfig
 from selma_ray.images.selection import OpenScorer, choose
 from selma_ray.images.shards import candidate_shards, write_shards
+from selma_ray.progress import Progress, Report
 from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
 
-__all__ = ["ChooseImages", "OnChosen", "choose_images"]
-
-OnChosen = Callable[[int, int], None]
-"""Told (files of images judged, files in all)."""
+__all__ = ["ChooseImages", "choose_images"]
 
 _MAX_RESTARTS = 3  # of a judge that dies; a file that kills it every time ends the stage
 
@@ -30,7 +28,7 @@ def choose_images(
     config: SelectionConfig,
     open_scorer: OpenScorer,
     cluster: ClusterConfig,
-    on_chosen: OnChosen | None = None,
+    report: Report | None = None,
 ) -> None:
     """Judge every candidate of a run and write the images with their scores; a stage that was stopped goes on.
 
@@ -55,11 +53,11 @@ def choose_images(
     )
     try:
         for done, _ in enumerate(stream.iter_rows(), start=1):
-            if on_chosen:
-                on_chosen(done, len(paths))
+            if report:
+                report(Progress("generate", done, len(paths), f"files of images judged by {judge.name}"))
     except Exception as error:
-        raise known_error(error) or RenderError(
-            f"the judge {judge.name} of images.selection failed ({last_line(error)[:300]}); fix it and run the same command again"
+        raise RenderError(
+            f"the judge {judge.name} of images.selection failed ({reason_of(error)}); fix it and run the same command again"
         ) from error
 
 

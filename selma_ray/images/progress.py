@@ -11,8 +11,8 @@ from typing import Any
 
 from ray.data import Dataset
 
-from selma_ray.cluster.errors import causes_of
-from selma_ray.errors import RenderError, last_line
+from selma_ray.cluster.errors import actor_failure
+from selma_ray.errors import RenderError
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.shards import drop_duplicates, existing_ids, too_many_failures
@@ -108,15 +108,14 @@ def follow(
 
 
 def _rows(images: Dataset) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a stream; only the text of Ray's errors tells that an actor's constructor failed, and why."""
+    """Yield the rows of a stream; raises RenderError where a renderer cannot start."""
     try:
         yield from images.iter_rows()
     except Exception as error:
-        for message in map(str, causes_of(error)):
-            if "creation task" in message and "RenderPrompts" in message:
-                reason = last_line(message)[:300]
-                raise RenderError(f"a renderer cannot start: {reason}; mend the recipe's model or images") from error
-        raise
+        failure = actor_failure(error, "RenderPrompts")
+        if failure is None or not failure.could_not_start:
+            raise
+        raise RenderError(f"a renderer cannot start: {failure.reason}; fix the recipe's model or images") from error
 
 
 def read_progress(folder: RunFolder) -> RenderingProgress | None:

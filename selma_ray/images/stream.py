@@ -49,6 +49,7 @@ def render_stream(
     are recorded with their reason; `follow` stops where there are too many. A recipe with a selection needs `open_scorer`, or chooses
     later: then all images of a prompt are kept for `choose_images`.
     """
+    judge = config.selection.judge if config.selection and not choose_later else None  # in the renderer's process
     forget_failures(folder)
     planned = prompts.map_batches(
         PlanImages,
@@ -75,8 +76,8 @@ def render_stream(
             max_concurrent_calls_per_actor=_CALLS_PER_RENDERER,
             enable_true_multi_threading=True,
         ),
-        num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus or None,
+        num_cpus=max(config.num_cpus, judge.num_cpus) if judge else config.num_cpus,
+        num_gpus=(max(config.num_gpus, judge.num_gpus) if judge else config.num_gpus) or None,
         **role_options("render", cluster),
     )
     return rendered.map_batches(

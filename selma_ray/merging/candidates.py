@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from selma_ray.cluster.config import ClusterConfig
@@ -11,13 +11,11 @@ from selma_ray.judging.dev_scores import DevScorer
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.search import Candidate, SearchResult, num_candidates, search_weights
 from selma_ray.models.locate import locate_judge, locate_text_to_image
+from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
 __all__ = ["search_merge"]
-
-OnScore = Callable[[int, int, str], None]
-"""Told (candidates scored, candidates in all, the last one's score in words)."""
 
 
 def search_merge(
@@ -27,7 +25,7 @@ def search_merge(
     resources: Mapping[str, float],
     seed: int,
     cluster: ClusterConfig,
-    on_score: OnScore | None = None,
+    report: Report | None = None,
 ) -> SearchResult:
     """Return the weights of a run's experts that score best on the dev prompts of `scorer`, whose skills are merged.
 
@@ -49,8 +47,8 @@ def search_merge(
         done = max(done, candidates[0].number)
         for number, value in _scores(candidates, scorer, resources, folder, merging.scale, cluster):
             done += 1
-            if on_score:
-                on_score(done, total, f"candidate {number}: {100 * value:.1f}% DSG on dev prompts")
+            if report:
+                report(Progress("merge", done, total, f"candidate {number}: {100 * value:.1f}% DSG on dev prompts"))
             yield number, value
 
     key = content_id(

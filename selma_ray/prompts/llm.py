@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from ray.data import Dataset
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.errors import causes_of, known_error
-from selma_ray.errors import ConfigError, LLMError, last_line
+from selma_ray.cluster.errors import actor_failure, causes_of, known_error
+from selma_ray.errors import ConfigError, LLMError
 from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.free import free_stage
@@ -49,25 +49,25 @@ def llm_errors(llm: LLMConfig) -> Iterator[None]:
         known = known_error(error)
         if isinstance(known, LLMError):
             raise known from error
-        explanations = (_explained(llm, str(link)) for link in causes_of(error))
-        explanation = next(filter(None, explanations), None)
+        explanation = _explained(llm, error)
         if explanation is None:
             raise
         raise LLMError(explanation) from error
 
 
-def _explained(llm: LLMConfig, message: str) -> str | None:
-    """Return one line for people, or None where the failure is another's; only the text of Ray's errors names the stage."""
-    if "Reached maximum retries" in message:
+def _explained(llm: LLMConfig, error: Exception) -> str | None:
+    """Return one line for people, or None where the failure is another's."""
+    if any("Reached maximum retries" in str(link) for link in causes_of(error)):
         return (
             f"prompts.llm.remote.url {llm.remote.url} did not answer a request that was tried {llm.remote.max_retries + 1} times; "
-            "start the server or mend the address, then run the same command again"
+            "start the server or fix the address, then run the same command again"
         )
-    if "actor died" in message and any(stage in message for stage in _ENGINE_STAGES):
-        if "creation task" in message:
-            return f"an engine of the language model {llm.name} cannot start: {last_line(message)[:300]}; mend the settings of prompts.llm"
-        return (
-            f"an engine of the language model {llm.name} died again after prompts.llm.max_restarts={llm.max_restarts} restarts; "
-            "give it more memory or a smaller max_model_len, or raise max_restarts, then run the same command again"
-        )
-    return None
+    failure = actor_failure(error, *_ENGINE_STAGES)
+    if failure is None:
+        return None
+    if failure.could_not_start:
+        return f"an engine of the language model {llm.name} cannot start: {failure.reason}; fix the settings of prompts.llm"
+    return (
+        f"an engine of the language model {llm.name} died again after prompts.llm.max_restarts={llm.max_restarts} restarts; "
+        "give it more memory or a smaller max_model_len, or raise max_restarts, then run the same command again"
+    )

@@ -3,8 +3,8 @@
 from typing import Any
 
 from selma_ray.errors import ConfigError
+from selma_ray.progress import Report
 from selma_ray.run.opening import Run
-from selma_ray.run.progress import Progress, Report
 
 __all__ = ["evaluate", "models_under_test"]
 
@@ -17,8 +17,7 @@ def evaluate(run: Run, report: Report) -> dict[str, Any]:
     recipe = run.recipe
     suite = open_suite(recipe.evaluation.suite, recipe.evaluation.max_prompts)
     summary = evaluate_models(
-        run.folder, models_under_test(run), suite, recipe.evaluation, recipe.seed, recipe.cluster,
-        on_progress=lambda event: report(Progress("evaluate", event.done, event.total, event.detail)),
+        run.folder, models_under_test(run), suite, recipe.evaluation, recipe.seed, recipe.cluster, report,
     )  # fmt: skip
     return summary.as_dict()
 

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from selma_ray.cluster.placement import check_fit
+from selma_ray.cluster.placement import Demand, check_fit, shared_resources
+from selma_ray.images.config import ImagesConfig
 from selma_ray.images.selection import ScoreImages
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import QuestionSource
+from selma_ray.progress import Progress, Report
+from selma_ray.prompts.config import LLMConfig
 from selma_ray.run.opening import Run
-from selma_ray.run.progress import Progress, Report
 from selma_ray.run.question_source import source_name
 from selma_ray.run.questions import open_source, question_counts, questions_beside
 from selma_ray.run.recipe import Recipe
@@ -33,7 +35,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     from selma_ray.prompts.stream import prompt_stream, prompt_summary
 
     recipe = run.recipe
-    check_fit(_least_resources(recipe), recipe.cluster)
+    check_fit(_demands(recipe), recipe.cluster)
     suite = open_suite(recipe.evaluation.suite)
     excluded = [test.prompt for test in suite]
     if recipe.data.prompts == "ground_truth":
@@ -53,7 +55,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     total = train_count(recipe.prompts) * len(run.skills) * recipe.images.per_prompt
     prompt_words = watch_prompts(run.folder)
     with (
-        questions_beside(run),
+        questions_beside(run, report),
         llm_errors(recipe.prompts.llm),
         _showing_prompts(run.folder, prompt_words, total, report) as images_begin,
     ):
@@ -87,10 +89,7 @@ def _choose(run: Run, report: Report) -> None:
     assert selection is not None
     assert scorer is not None
 
-    def told(done: int, total: int) -> None:
-        report(Progress("generate", done, total, f"files of images judged by {selection.judge.name}"))
-
-    choose_images(run.folder, selection, scorer, run.recipe.cluster, told)
+    choose_images(run.folder, selection, scorer, run.recipe.cluster, report)
 
 
 @contextmanager
@@ -132,25 +131,27 @@ def _draw(run: Run, prompts: Any, report: Report) -> dict[str, Any]:
         report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
     return {
         "prompts": prompt_summary(run.folder, run.skill_names),
+        "questions": question_counts(run),
         "images": image_summary(run.folder, run.skill_names),
     }
 
 
-def _least_resources(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Return what the two pools of the stream take at least, by the key of the recipe that says so."""
+def _demands(recipe: Recipe) -> list[Demand]:
+    """Return what the two pools of the stream take at least."""
     images, llm = recipe.images, recipe.prompts.llm
-    demands = {
-        "images.min_renderers": {
-            "CPU": images.min_renderers * images.num_cpus,
-            "GPU": images.min_renderers * images.num_gpus,
-        }
-    }
+    judging = _resources(images.selection.judge) if images.selection and not _is_chosen_later(recipe) else {}
+    rendering = shared_resources(_resources(images), judging)
+    demands = [
+        Demand("images.min_renderers", "render", {key: images.min_renderers * each for key, each in rendering.items()})
+    ]
     if llm.engine in ("vllm", "free") and recipe.data.prompts != "ground_truth":
-        demands["prompts.llm.min_replicas"] = {
-            "CPU": llm.min_replicas * llm.tensor_parallel_size * llm.num_cpus,
-            "GPU": llm.min_replicas * llm.tensor_parallel_size * llm.num_gpus,
-        }
+        engines = llm.min_replicas * llm.tensor_parallel_size
+        demands.append(Demand("prompts.llm.min_replicas", "llm", {k: engines * v for k, v in _resources(llm).items()}))
     return demands
+
+
+def _resources(settings: ImagesConfig | LLMConfig | JudgeConfig) -> dict[str, float]:
+    return {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
 
 
 def prompts_from(recipe: Recipe) -> str:

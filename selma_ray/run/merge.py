@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from selma_ray.progress import Progress, Report
 from selma_ray.run.opening import Run
-from selma_ray.run.progress import Progress, Report
 
 __all__ = ["merge"]
 
@@ -21,16 +21,17 @@ def merge(run: Run, report: Report) -> dict[str, Any]:
 
 
 def _searched(run: Run, report: Report) -> Any:
+    from selma_ray.cluster.placement import shared_resources
     from selma_ray.merging.candidates import search_merge
     from selma_ray.run.dev_scorer import dev_scorer
 
     recipe, evaluation = run.recipe, run.recipe.evaluation
     search = recipe.merging.search
-    resources = {
-        "num_cpus": max(evaluation.num_cpus, evaluation.judge.num_cpus),
-        "num_gpus": evaluation.num_gpus + evaluation.judge.num_gpus,
-    }
+    resources = shared_resources(
+        {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus},
+        {"num_cpus": evaluation.judge.num_cpus, "num_gpus": evaluation.judge.num_gpus},
+    )
     return search_merge(
         run.folder, recipe.merging, dev_scorer(run, search.suite, search.max_prompts, "merging.search"), resources, recipe.seed,
-        recipe.cluster, on_score=lambda done, total, detail: report(Progress("merge", done, total, detail)),
+        recipe.cluster, report,
     )  # fmt: skip

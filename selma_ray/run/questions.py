@@ -15,6 +15,7 @@ from selma_ray.judging.sources import (
     without_questions,
 )
 from selma_ray.judging.writing.written import WrittenQuestions
+from selma_ray.progress import Progress, Report
 from selma_ray.prompts.progress import read_prompt_progress
 from selma_ray.prompts.store import read_prompts
 from selma_ray.records import Split
@@ -46,7 +47,7 @@ def _source(run: Run) -> QuestionSource:
             return _written(run).source()
 
 
-def write_questions(run: Run, splits: Sequence[Split] | None = None) -> None:
+def write_questions(run: Run, splits: Sequence[Split] | None = None, report: Report | None = None) -> None:
     """Write the questions that a run's judged prompts lack, in one pass; nothing where its source needs none written."""
     if source_name(run.recipe) != "written":
         return
@@ -54,16 +55,17 @@ def write_questions(run: Run, splits: Sequence[Split] | None = None) -> None:
 
     wanted = splits_judged(run.recipe) if splits is None else splits
     if wanted:
-        write_missing(_prompts(run, wanted), writer_of(run.recipe), _written(run), run.recipe.cluster)
+        write_missing(_prompts(run, wanted), writer_of(run.recipe), _written(run), run.recipe.cluster, report)
 
 
 @contextmanager
-def questions_beside(run: Run) -> Iterator[None]:
+def questions_beside(run: Run, report: Report) -> Iterator[None]:
     """Write questions in a thread, beside whatever the block does, as soon as all prompts are kept; waits for them at the end."""
     if source_name(run.recipe) != "written" or not splits_judged(run.recipe):
         yield
         return
     failures: list[BaseException] = []
+    latest = [Progress("questions", 0, 0, "the language model that writes questions is starting")]
     stopped = threading.Event()
 
     def write() -> None:
@@ -71,7 +73,7 @@ def questions_beside(run: Run) -> Iterator[None]:
             if stopped.wait(_POLL_S):
                 return
         try:
-            write_questions(run)
+            write_questions(run, report=latest.append)
         except BaseException as error:
             failures.append(error)
 
@@ -83,7 +85,8 @@ def questions_beside(run: Run) -> Iterator[None]:
         stopped.set()
         raise
     while thread.is_alive():  # not joined without end, so that an interrupt is taken
-        time.sleep(0.2)
+        report(latest[-1])
+        time.sleep(0.5)
     if failures:
         raise failures[0]
 

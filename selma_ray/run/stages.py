@@ -6,11 +6,11 @@ from typing import Any
 
 from selma_ray.cluster.connection import connect
 from selma_ray.errors import ConfigError
+from selma_ray.progress import Report
 from selma_ray.run.evaluate import evaluate
 from selma_ray.run.generate import generate
 from selma_ray.run.merge import merge
 from selma_ray.run.opening import Run
-from selma_ray.run.progress import Report
 from selma_ray.run.train import train
 
 __all__ = ["STAGES", "finished", "run_stage"]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from selma_ray.progress import Report
 from selma_ray.run.opening import Run
-from selma_ray.run.progress import Progress, Report
 
 __all__ = ["train"]
 
@@ -15,8 +15,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     recipe = run.recipe
     results = train_experts(
         run.folder, plan_experts(run.skill_names, recipe.experts), recipe.model, recipe.seed, recipe.cluster,
-        on_progress=lambda event: report(Progress("train", event.done_steps, event.total_steps, event.detail)),
-        score=_dev_scorer(run),
+        report, _dev_scorer(run),
     )  # fmt: skip
     return {name: result.as_dict() for name, result in results.items()}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from selma_ray.cluster.connection import connect
 from selma_ray.experts.plan import MIXED_PREFIX, MIXTURE
+from selma_ray.progress import Report
 from selma_ray.run.evaluate import models_under_test
 from selma_ray.run.opening import Run, open_run
-from selma_ray.run.progress import Progress, Report
 from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse
@@ -78,7 +78,7 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
     connect(study.recipe.cluster)
     evaluate_models(
         folder, models, suite, config, seed, study.recipe.cluster,
-        on_progress=lambda event: report(Progress("score", event.done, event.total, event.detail)),
+        report,
     )  # fmt: skip
     folder.mark_done("scores", {"models": list(models)})
     write_tables(study, StudyScores.read(study, suite, config))

@@ -24,8 +24,8 @@ def test_questions_become_a_suite_and_a_pass_goes_on_where_it_stopped(tmp_path):
     written = WrittenQuestions(RunFolder(str(tmp_path)), CONFIG)
     told = []
     prompts = [*(prompt.prompt for prompt in PROMPTS), "a cat under an umbrella"]
-    write_missing(prompts, CONFIG, written, ClusterConfig(), lambda *progress: told.append(progress))
-    assert told[-1] == (3, 3)
+    write_missing(prompts, CONFIG, written, ClusterConfig(), told.append)
+    assert (told[-1].done, told[-1].total) == (3, 3)
     lines = written.lines()
     assert set(lines) == set(prompts)
     write_missing(prompts, CONFIG, written, ClusterConfig(), lambda *_: pytest.fail("all are written"))

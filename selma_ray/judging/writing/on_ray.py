@@ -1,20 +1,18 @@
 """Questions written by a pool of language models on Ray, one pass over all prompts; a pass that was stopped goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.errors import known_error
+from selma_ray.cluster.errors import reason_of
 from selma_ray.cluster.placement import role_options
-from selma_ray.errors import LLMError, last_line
+from selma_ray.errors import LLMError
 from selma_ray.judging.writing.config import WriterConfig
 from selma_ray.judging.writing.files import draft_lines, question_llm
 from selma_ray.judging.writing.written import WrittenQuestions
+from selma_ray.progress import Progress, Report
 
-__all__ = ["OnWritten", "write_missing"]
-
-OnWritten = Callable[[int, int], None]
-"""Told (prompts asked about so far, prompts in all)."""
+__all__ = ["write_missing"]
 
 _MAX_RESTARTS = 3  # of an engine that dies; a batch that kills it every time ends the pass
 
@@ -24,7 +22,7 @@ def write_missing(
     config: WriterConfig,
     written: WrittenQuestions,
     cluster: ClusterConfig,
-    on_written: OnWritten | None = None,
+    report: Report | None = None,
 ) -> None:
     """Write questions about every prompt that was not asked about yet, in batches of `config.batch_size` in the order given.
 
@@ -58,12 +56,11 @@ def write_missing(
     try:
         for row in stream.iter_rows():
             asked += int(row["prompts"])
-            if on_written:
-                on_written(asked, count)
+            if report:
+                report(Progress("questions", asked, count, f"prompts asked about by {llm.name}"))
     except Exception as error:
-        raise known_error(error) or LLMError(
-            f"questions could not be written by {llm.name} ({last_line(error)[:300]}); fix questions.writer.llm and run the same "
-            "command again"
+        raise LLMError(
+            f"questions could not be written by {llm.name} ({reason_of(error)}); fix questions.writer.llm and run the same command again"
         ) from error
 
 

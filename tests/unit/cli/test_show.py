@@ -7,7 +7,7 @@ from rich.console import Console
 from selma_ray.cli import commands as cli
 from selma_ray.cli import show as console
 from selma_ray.errors import ConfigError
-from selma_ray.run.progress import Progress
+from selma_ray.progress import Progress
 from tests.unit.evaluation.finished_runs import SKILLS, write_finished_run
 
 

@@ -74,7 +74,7 @@ def test_a_renderer_that_cannot_start_is_one_line(folder):
             yield
 
     with pytest.raises(
-        RenderError, match=r"a renderer cannot start: \S+ConfigError: sampling.scheduler must .* fits; mend"
+        RenderError, match=r"a renderer cannot start: \S+ConfigError: sampling.scheduler must .* fits; fix"
     ):
         list(follow(Failing(), folder, ImagesConfig(), total=8))
 

@@ -166,7 +166,7 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
         (
             "The actor died because of an error raised in its creation task, ray::MapWorker(MapBatches(vLLMEngineStageUDF))"
             "\n  File vllm.py\nValueError: no memory for the cache",
-            "cannot start: ValueError: no memory for the cache; mend",
+            "cannot start: ValueError: no memory for the cache; fix",
         ),
         ("RuntimeError: Reached maximum retries of 6 for input row", "did not answer a request that was tried 7 times"),
         (
