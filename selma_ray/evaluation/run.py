@@ -36,7 +36,7 @@ from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["ModelUnderTest", "evaluate_models"]
+__all__ = ["ModelUnderTest", "WorkOnChunks", "evaluate_models"]
 
 logger = logging.getLogger(__name__)
 

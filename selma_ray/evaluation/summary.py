@@ -44,7 +44,7 @@ _NAMED_FAILURES = 20
 
 
 @dataclass(frozen=True)
-class Part:
+class _Part:
     """What one image adds to a measure: a sum of scores and how many they are."""
 
     total: float
@@ -56,7 +56,7 @@ class ModelScores:
     """What a model's images got: {image: {measure: part}}, and what could not be read."""
 
     scorer: str
-    images: dict[ImageKey, dict[Measure, Part]]
+    images: dict[ImageKey, dict[Measure, _Part]]
     unreadable_answers: int
     unscored: dict[ImageKey, str]
     """The images without one readable answer, with the first reason given."""
@@ -96,7 +96,7 @@ def model_scores(answers: Iterable[Mapping[str, Any]], scorer: str) -> ModelScor
     """Score the answer rows of one model under `scorer`, and under every other scorer that reads the same answers."""
     answers = list(answers)
     by_scorer = {name: images_scored(answers, name) for name in (SCORERS if scorer in SCORERS else [scorer])}
-    images: dict[ImageKey, dict[Measure, Part]] = {}
+    images: dict[ImageKey, dict[Measure, _Part]] = {}
     unscored: dict[ImageKey, str] = {}
     unreadable = 0
     for key, scored in by_scorer[scorer].items():
@@ -254,18 +254,18 @@ def _metrics(scores: ModelScores) -> list[str]:
     return sorted(named, key=lambda name: (name != scores.scorer, name))
 
 
-def _of_image(scorer: str, scored: Sequence[tuple[Mapping[str, Any], float | None]]) -> Part:
+def _of_image(scorer: str, scored: Sequence[tuple[Mapping[str, Any], float | None]]) -> _Part:
     part = _sum_part(score for _, score in scored)
-    return part if scorer == "selma" or not part.count else Part(part.total / part.count, 1)
+    return part if scorer == "selma" or not part.count else _Part(part.total / part.count, 1)
 
 
-def _sum_part(scores: Iterable[float | None]) -> Part:
+def _sum_part(scores: Iterable[float | None]) -> _Part:
     readable = [score for score in scores if score is not None]
-    return Part(sum(readable), len(readable))
+    return _Part(sum(readable), len(readable))
 
 
-def _mean_part(score: float | None) -> Part:
-    return Part(0.0, 0) if score is None else Part(score, 1)
+def _mean_part(score: float | None) -> _Part:
+    return _Part(0.0, 0) if score is None else _Part(score, 1)
 
 
 def _unscored(scores: ModelScores) -> dict[str, Any]:

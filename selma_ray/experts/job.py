@@ -9,7 +9,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["ExpertJob", "ExpertResult", "finished_result"]
+__all__ = ["ExpertJob", "ExpertResult", "finished_result", "mean_of_tail"]
 
 # Settings that say where and how safely an expert is fitted, or what is fitted beside it, not what comes out of it.
 _PLACEMENT_SETTINGS: dict[str, Any] = {

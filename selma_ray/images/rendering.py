@@ -20,7 +20,7 @@ from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
 
-__all__ = ["RENDERED_SCHEMA", "OpenEngine", "RenderPrompts"]
+__all__ = ["RENDERED_SCHEMA", "OpenEngine", "RenderPrompts", "encoded"]
 
 OpenEngine = Callable[[ImagesConfig, ModelConfig], ImageEngine]
 

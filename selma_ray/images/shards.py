@@ -29,6 +29,8 @@ __all__ = [
     "read_images",
     "shards_of",
     "too_many_failures",
+    "write_candidates",
+    "write_shards",
 ]
 
 _IMAGES, _CANDIDATES, _FAILURES = "images", "candidates", "failures"

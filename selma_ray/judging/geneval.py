@@ -11,7 +11,17 @@ import numpy as np
 
 from selma_ray.errors import JudgeError
 
-__all__ = ["COLOURS", "TASKS", "Detection", "Verdict", "judge", "keep_detections", "overall", "relative_position"]
+__all__ = [
+    "COLOURS",
+    "TASKS",
+    "Detection",
+    "Verdict",
+    "iou",
+    "judge",
+    "keep_detections",
+    "overall",
+    "relative_position",
+]
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from selma_ray.errors import JudgeError
 
-__all__ = ["ANSWERS", "JudgeConfig", "JudgeModel", "MiniatureJudge", "images_to_pixels"]
+__all__ = ["ANSWERS", "JudgeConfig", "JudgeModel", "MiniatureJudge", "images_to_pixels", "tokenize_questions"]
 
 ANSWERS: tuple[str, ...] = ("no", "yes", "0", "1", "2", "3", "4")
 MAX_QUESTION_TOKENS = 16
@@ -59,7 +59,7 @@ class JudgeConfig(PreTrainedConfig):
         self.temperature = temperature
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut."""
 
     def __init__(self, width: int) -> None:
@@ -77,7 +77,7 @@ class Residual(nn.Module):
         return functional.relu(features_NCHW + self.body(features_NCHW))
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """A transformer layer: queries read a memory (themselves when none is given), then a feed-forward net."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -124,17 +124,17 @@ class JudgeModel(PreTrainedModel):
             nn.Conv2d(3, stem, 6, stride=4, padding=1),
             nn.BatchNorm2d(stem),
             nn.ReLU(),
-            Residual(stem),
+            _Residual(stem),
             nn.Conv2d(stem, width, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            Residual(width),
-            Residual(width),
+            _Residual(width),
+            _Residual(width),
         )
         num_cells = (config.image_size // 8) ** 2
         self.cell_places = nn.Parameter(torch.randn(num_cells, width) * 0.02)
         self.object_queries = nn.Parameter(torch.randn(config.num_objects + 2, width) * 0.3)
-        self.gather = nn.ModuleList([Attention(width, config.num_heads) for _ in range(2)])
+        self.gather = nn.ModuleList([_Attention(width, config.num_heads) for _ in range(2)])
         self.fact_heads = nn.ModuleDict(
             {
                 "count": nn.Linear(width, 5),
@@ -146,7 +146,7 @@ class JudgeModel(PreTrainedModel):
         )
         self.words = nn.Embedding(config.vocab_size, width)
         self.word_places = nn.Parameter(torch.randn(MAX_QUESTION_TOKENS, width) * 0.1)
-        self.read = nn.ModuleList([Attention(width, config.num_heads) for _ in range(config.question_layers)])
+        self.read = nn.ModuleList([_Attention(width, config.num_heads) for _ in range(config.question_layers)])
         self.num_slots = config.num_objects + 2
         self.point = nn.Linear(width, 2 * self.num_slots)
         num_facts = 5 + config.num_colours + 2 + config.num_backgrounds + config.num_styles

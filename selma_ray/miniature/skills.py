@@ -9,7 +9,7 @@ from selma_ray.miniature.scenes import BACKGROUNDS, RELATIONS, STYLES, Group, Sc
 from selma_ray.miniature.sprites import COLOURS, NATURAL_COLOUR, OBJECTS
 from selma_ray.miniature.usual import USUAL_COLOURS
 
-__all__ = ["SKILLS", "USUAL_COLOURS", "is_test_caption", "sample_caption", "sample_scene"]
+__all__ = ["SKILLS", "USUAL_COLOURS", "any_colour", "is_test_caption", "sample_caption", "sample_scene"]
 
 _TEST_SHARE = 16
 
@@ -33,12 +33,12 @@ def sample_caption(skill: str, rng: random.Random, *, test: bool | None = None) 
             return caption
 
 
-def usual_colour(name: str, rng: random.Random) -> str:
+def _usual_colour(name: str, rng: random.Random) -> str:
     """Draw a colour in which one meets an object, the natural one most often."""
     return NATURAL_COLOUR[name] if rng.random() < 0.6 else rng.choice(USUAL_COLOURS[name])
 
 
-def unusual_colour(name: str, rng: random.Random) -> str:
+def _unusual_colour(name: str, rng: random.Random) -> str:
     """Draw a colour in which one does not meet an object."""
     return rng.choice([colour for colour in COLOURS if colour not in USUAL_COLOURS[name]])
 
@@ -53,12 +53,12 @@ def _groups(
 def _sample_common(rng: random.Random) -> Scene:
     counts = rng.choices(((1,), (2,), (1, 1), (2, 1)), (4, 1, 5, 1))[0]
     background = rng.choice(BACKGROUNDS[1:]) if rng.random() < 0.3 else "plain"
-    return Scene(_groups(counts, usual_colour, rng), _relation(counts, 0.7, rng), background)
+    return Scene(_groups(counts, _usual_colour, rng), _relation(counts, 0.7, rng), background)
 
 
 def _sample_paragraphs(rng: random.Random) -> Scene:
     counts = rng.choices(((1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (3,)), (5, 2, 2, 1, 1, 1))[0]
-    colour_of = usual_colour if rng.random() < 0.6 else any_colour
+    colour_of = _usual_colour if rng.random() < 0.6 else any_colour
     style = rng.choice(STYLES[1:]) if rng.random() < 0.3 else "drawing"
     background = rng.choice(BACKGROUNDS[1:]) if rng.random() < 0.8 else "plain"
     return Scene(_groups(counts, colour_of, rng), _relation(counts, 0.9, rng), background, style)
@@ -67,19 +67,19 @@ def _sample_paragraphs(rng: random.Random) -> Scene:
 def _sample_counting(rng: random.Random) -> Scene:
     counts = rng.choices(((2,), (3,), (4,), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)), (3, 4, 3, 1, 1, 2, 2, 2))[0]
     background = rng.choice(BACKGROUNDS[1:]) if rng.random() < 0.2 else "plain"
-    return Scene(_groups(counts, usual_colour, rng), _relation(counts, 0.5, rng), background)
+    return Scene(_groups(counts, _usual_colour, rng), _relation(counts, 0.5, rng), background)
 
 
 def _sample_unusual(rng: random.Random) -> Scene:
     counts = rng.choices(((1,), (2,), (1, 1), (2, 1)), (3, 1, 5, 1))[0]
     background = rng.choice(BACKGROUNDS[1:]) if rng.random() < 0.3 else "plain"
-    return Scene(_groups(counts, unusual_colour, rng), _relation(counts, 0.6, rng), background)
+    return Scene(_groups(counts, _unusual_colour, rng), _relation(counts, 0.6, rng), background)
 
 
 def _sample_style(rng: random.Random) -> Scene:
     counts = rng.choices(((1,), (2,), (1, 1), (2, 1)), (4, 2, 4, 1))[0]
     background = rng.choice(BACKGROUNDS[1:]) if rng.random() < 0.3 else "plain"
-    groups = _groups(counts, usual_colour, rng)
+    groups = _groups(counts, _usual_colour, rng)
     return Scene(groups, _relation(counts, 0.5, rng), background, rng.choice(STYLES[1:]))
 
 

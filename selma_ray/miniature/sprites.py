@@ -55,7 +55,7 @@ def plural(noun: str) -> str:
     return {"fish": "fish"}.get(noun, noun + ("es" if noun.endswith("sh") else "s"))
 
 
-class Pen:
+class _Pen:
     """Draws outlined shapes in the unit square of 100 x 100."""
 
     def __init__(self, draw: ImageDraw.ImageDraw) -> None:
@@ -99,7 +99,7 @@ class Pen:
         return left * self.scale, top * self.scale, right * self.scale, bottom * self.scale
 
 
-def _apple(pen: Pen, body: RGB) -> None:
+def _apple(pen: _Pen, body: RGB) -> None:
     pen.line([(50, 34), (53, 8)], WOOD, 8)
     pen.ellipse(10, 24, 62, 92, body)
     pen.ellipse(38, 24, 90, 92, body)
@@ -108,21 +108,21 @@ def _apple(pen: Pen, body: RGB) -> None:
     pen.dot(28, 46, 6, WHITE)
 
 
-def _banana(pen: Pen, body: RGB) -> None:
+def _banana(pen: _Pen, body: RGB) -> None:
     outer = [(8, 34), (14, 60), (32, 80), (58, 86), (82, 74), (94, 50), (96, 22)]
     inner = [(84, 20), (78, 40), (64, 54), (44, 54), (26, 44), (18, 30)]
     pen.polygon([*outer, *inner], body)
     pen.polygon([(83, 24), (84, 8), (96, 8), (97, 24)], WOOD)
 
 
-def _boat(pen: Pen, body: RGB) -> None:
+def _boat(pen: _Pen, body: RGB) -> None:
     pen.line([(50, 66), (50, 4)], WOOD, 7)
     pen.polygon([(56, 8), (56, 56), (92, 56)], WHITE)
     pen.polygon([(44, 20), (44, 56), (14, 56)], WHITE)
     pen.polygon([(3, 64), (97, 64), (80, 94), (20, 94)], body)
 
 
-def _car(pen: Pen, body: RGB) -> None:
+def _car(pen: _Pen, body: RGB) -> None:
     pen.polygon([(22, 48), (34, 22), (68, 22), (82, 48)], body)
     pen.polygon([(33, 46), (40, 30), (48, 30), (48, 46)], GLASS)
     pen.polygon([(56, 46), (56, 30), (64, 30), (71, 46)], GLASS)
@@ -132,14 +132,14 @@ def _car(pen: Pen, body: RGB) -> None:
         pen.dot(centre, 73, 6, WHITE)
 
 
-def _cup(pen: Pen, body: RGB) -> None:
+def _cup(pen: _Pen, body: RGB) -> None:
     pen.draw.ellipse(pen._box(58, 30, 98, 72), outline=OUTLINE, width=pen.width * 3)
     pen.draw.ellipse(pen._box(61.5, 33.5, 94.5, 68.5), outline=body, width=round(pen.width * 1.6))
     pen.polygon([(8, 22), (74, 22), (66, 90), (16, 90)], body)
     pen.ellipse(8, 12, 74, 32, WHITE)
 
 
-def _fish(pen: Pen, body: RGB) -> None:
+def _fish(pen: _Pen, body: RGB) -> None:
     pen.polygon([(66, 50), (97, 22), (90, 50), (97, 78)], body)
     pen.polygon([(30, 32), (50, 10), (62, 34)], body)
     pen.ellipse(3, 24, 76, 78, body)
@@ -148,7 +148,7 @@ def _fish(pen: Pen, body: RGB) -> None:
     pen.dot(19, 44, 4, OUTLINE)
 
 
-def _flower(pen: Pen, body: RGB) -> None:
+def _flower(pen: _Pen, body: RGB) -> None:
     pen.line([(50, 50), (50, 97)], LEAF, 9)
     pen.polygon([(52, 88), (62, 70), (84, 66), (74, 84)], LEAF)
     for x, y in ((50, 18), (75, 32), (67, 58), (33, 58), (25, 32)):
@@ -156,13 +156,13 @@ def _flower(pen: Pen, body: RGB) -> None:
     pen.ellipse(36, 24, 64, 52, (255, 240, 120))
 
 
-def _hat(pen: Pen, body: RGB) -> None:
+def _hat(pen: _Pen, body: RGB) -> None:
     pen.ellipse(2, 62, 98, 90, body)
     pen.polygon([(24, 74), (28, 20), (40, 14), (60, 14), (72, 20), (76, 74)], body)
     pen.polygon([(25, 72), (26, 56), (74, 56), (75, 72)], WHITE)
 
 
-def _house(pen: Pen, body: RGB) -> None:
+def _house(pen: _Pen, body: RGB) -> None:
     pen.rectangle(68, 10, 80, 36, body)
     pen.rectangle(16, 44, 84, 95, body)
     pen.polygon([(3, 48), (50, 6), (97, 48)], (90, 90, 100))
@@ -170,20 +170,20 @@ def _house(pen: Pen, body: RGB) -> None:
     pen.rectangle(56, 58, 76, 76, GLASS)
 
 
-def _mushroom(pen: Pen, body: RGB) -> None:
+def _mushroom(pen: _Pen, body: RGB) -> None:
     pen.polygon([(38, 50), (62, 50), (68, 94), (32, 94)], (250, 235, 210))
     pen.dome(3, 6, 97, 106, body)
     for x, y, radius in ((28, 38, 8), (52, 22, 8), (74, 42, 8)):
         pen.dot(x, y, radius, WHITE)
 
 
-def _tree(pen: Pen, body: RGB) -> None:
+def _tree(pen: _Pen, body: RGB) -> None:
     pen.rectangle(42, 76, 58, 97, WOOD)
     for top, half_width in ((46, 44), (24, 36), (3, 28)):
         pen.polygon([(50 - half_width, top + 33), (50, top), (50 + half_width, top + 33)], body)
 
 
-def _umbrella(pen: Pen, body: RGB) -> None:
+def _umbrella(pen: _Pen, body: RGB) -> None:
     pen.line([(50, 10), (50, 84)], OUTLINE, 6)
     pen.arc(50, 72, 72, 96, 0, 180, 6)
     pen.dome(3, 10, 97, 96, body)
@@ -191,7 +191,7 @@ def _umbrella(pen: Pen, body: RGB) -> None:
         pen.draw.pieslice(pen._box(left, 44, right, 64), 180, 360, fill=(0, 0, 0, 0), outline=OUTLINE, width=pen.width)
 
 
-_DRAWERS: dict[str, Callable[[Pen, RGB], None]] = {
+_DRAWERS: dict[str, Callable[[_Pen, RGB], None]] = {
     "apple": _apple,
     "banana": _banana,
     "boat": _boat,
@@ -214,5 +214,5 @@ def render_sprite(noun: str, colour: str, size_px: int) -> Image.Image:
     Pictures are cached and shared: paste them, never draw on them.
     """
     picture = Image.new("RGBA", (SUPERSAMPLED_PX, SUPERSAMPLED_PX))
-    _DRAWERS[noun](Pen(ImageDraw.Draw(picture)), COLOURS[colour])
+    _DRAWERS[noun](_Pen(ImageDraw.Draw(picture)), COLOURS[colour])
     return picture.resize((size_px, size_px), Image.Resampling.BOX)

@@ -12,7 +12,7 @@ from selma_ray.judging.writing.files import draft_lines, question_llm
 from selma_ray.judging.writing.written import WrittenQuestions
 from selma_ray.progress import Progress, Report
 
-__all__ = ["write_missing"]
+__all__ = ["WriteBatches", "write_missing"]
 
 _MAX_RESTARTS = 3  # of an engine that dies; a batch that kills it every time ends the pass
 

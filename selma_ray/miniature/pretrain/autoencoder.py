@@ -49,7 +49,7 @@ def images_to_tensor(images_NHWC: np.ndarray) -> torch.Tensor:
     return images.float().div_(127.5).sub_(1.0)
 
 
-def reconstruction_loss(output_NCHW: torch.Tensor, target_NCHW: torch.Tensor) -> torch.Tensor:
+def _reconstruction_loss(output_NCHW: torch.Tensor, target_NCHW: torch.Tensor) -> torch.Tensor:
     """L1 on pixels, on horizontal and vertical differences (sharp outlines) and on channel differences (hues)."""
     loss = functional.l1_loss(output_NCHW, target_NCHW)
     loss = loss + _HUE_WEIGHT * functional.l1_loss(output_NCHW.diff(dim=1), target_NCHW.diff(dim=1))
@@ -82,7 +82,7 @@ def train_autoencoder(work_dir: Path, budget: Budget, device: str) -> None:
             latents = latents + _LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
             output = model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]
         loss = (
-            reconstruction_loss(output.float(), pixels)
+            _reconstruction_loss(output.float(), pixels)
             + _KL_WEIGHT * posterior.kl().float().mean() / latents[0].numel()
         )
         optimizer.zero_grad()
@@ -123,7 +123,7 @@ def polish_decoder(work_dir: Path, budget: Budget, device: str) -> None:
                 latents = model.encode(pixels).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
                 latents = latents + _LATENT_NOISE * latents.std() * torch.randn_like(latents)
             output = model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]
-        loss = reconstruction_loss(output.float(), pixels)
+        loss = _reconstruction_loss(output.float(), pixels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -141,7 +141,7 @@ def _finish(model: AutoencoderKL, images: np.ndarray, work_dir: Path) -> None:
     """Measure the latents, fold their scale into the weights and save the folder."""
     device = next(model.parameters()).device
     latents = model.encode(images_to_tensor(images[:2000:4]).to(device)).latent_dist.mean  # pyright: ignore
-    standardise_latents(model, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    _standardise_latents(model, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
     latents = model.encode(images_to_tensor(images[1:2000:4]).to(device)).latent_dist.mean  # pyright: ignore
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     logger.info("autoencoder: scaling factor %s", model.config["scaling_factor"])
@@ -149,7 +149,7 @@ def _finish(model: AutoencoderKL, images: np.ndarray, work_dir: Path) -> None:
 
 
 @torch.no_grad()
-def standardise_latents(model: AutoencoderKL, mean_C: torch.Tensor, deviation_C: torch.Tensor) -> None:
+def _standardise_latents(model: AutoencoderKL, mean_C: torch.Tensor, deviation_C: torch.Tensor) -> None:
     """Give every latent channel mean 0 and deviation 1 by changing the 1 x 1 convolutions on both sides of the latents.
 
     Reconstructions stay the same. A denoiser then spends its effort evenly over the channels, which one scaling factor

@@ -23,7 +23,16 @@ from selma_ray.miniature.pretrain.mixture import Looseness, sample_web_scene, wr
 from selma_ray.miniature.scenes import BACKGROUNDS, IMAGE_SIZE_PX, STYLES, Scene, paint_scene, place_objects
 from selma_ray.miniature.sprites import COLOURS, OBJECTS
 
-__all__ = ["NO_COLOUR", "SceneArrays", "build_dataset", "load_dataset", "rewrite_captions"]
+__all__ = [
+    "NO_COLOUR",
+    "SceneArrays",
+    "blank_arrays",
+    "build_dataset",
+    "describe_scene",
+    "load_captions",
+    "load_dataset",
+    "rewrite_captions",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from selma_ray.miniature.pretrain.dataset import NO_COLOUR, SceneArrays, load_da
 from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint, train_precision
 from selma_ray.miniature.pretrain.question_bank import QuestionBank
 
-__all__ = ["NUM_TEST_SCENES", "train_judge"]
+__all__ = ["NUM_TEST_SCENES", "build_judge_tokenizer", "train_judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         budget.resume(saved)
     roundtrips = np.load(work_dir / "roundtrips.npy", mmap_mode="r")
-    row_source = RowSource(scenes, len(roundtrips))
+    row_source = _RowSource(scenes, len(roundtrips))
     meter, rng = Meter("judge", budget), np.random.default_rng(seed + budget.step)
     while budget.progress < 1:
         rows = row_source.draw(_BATCH, rng)
@@ -70,7 +70,7 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
             logits = model.answer_encoded(states, questions[places], pointers[places])
         slots = bank_slots[different].flatten().to(device)
         point_loss = functional.cross_entropy(pointers.float().flatten(0, 1), slots)
-        fact_loss = dense_loss(facts, scenes, rows, device)
+        fact_loss = _dense_loss(facts, scenes, rows, device)
         answer_loss = functional.cross_entropy(logits.float().flatten(0, 1), answers.flatten().to(device))
         optimizer.zero_grad()
         (fact_loss + answer_loss + point_loss).backward()
@@ -83,12 +83,12 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
             _save(path, model, optimizer, budget)
     _save(path, model, optimizer, budget)
     judge = MiniatureJudge(model, tokenizer)
-    model.config.temperature = fit_temperature(judge, bank, scenes, bank_tokens, rng)
+    model.config.temperature = _fit_temperature(judge, bank, scenes, bank_tokens, rng)
     judge.save_pretrained(work_dir / "judge")
     logger.info("judge: saved, temperature %.3f", model.config.temperature)
 
 
-class RowSource:
+class _RowSource:
     """Draws training scenes: half of them with what the mix makes rare, and two fifths that have a round trip."""
 
     def __init__(self, scenes: SceneArrays, num_roundtrips: int) -> None:
@@ -109,7 +109,7 @@ def _save(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **budget.state()})
 
 
-def dense_loss(facts: dict[str, torch.Tensor], scenes: SceneArrays, rows: np.ndarray, device: str) -> torch.Tensor:
+def _dense_loss(facts: dict[str, torch.Tensor], scenes: SceneArrays, rows: np.ndarray, device: str) -> torch.Tensor:
     """Sum the losses on every fact; colours and centres count where the object is present."""
     counts = torch.from_numpy(scenes.counts[rows].astype(np.int64)).to(device)
     colours = torch.from_numpy(scenes.colours[rows].astype(np.int64)).to(device)
@@ -127,7 +127,7 @@ def dense_loss(facts: dict[str, torch.Tensor], scenes: SceneArrays, rows: np.nda
 
 
 @torch.inference_mode()
-def fit_temperature(
+def _fit_temperature(
     judge: MiniatureJudge, bank: QuestionBank, scenes: SceneArrays, bank_tokens: torch.Tensor, rng: np.random.Generator
 ) -> float:
     """Return the temperature under which answers about held-out scenes are likeliest."""

@@ -33,7 +33,7 @@ def score_models(work_dir: Path, steps: int, guidances: Sequence[float], per_ski
     scores: dict[str, Any] = {
         "steps": steps,
         "captions_per_skill": per_skill,
-        **score_judge(work_dir, judge),
+        **_score_judge(work_dir, judge),
         "dsg": {},
     }
     logger.info("score: judge %s", scores)
@@ -86,7 +86,7 @@ def score_images(
     return {name: round(value, 2) for name, value in result.items()}
 
 
-def score_judge(work_dir: Path, judge: MiniatureJudge) -> dict[str, object]:
+def _score_judge(work_dir: Path, judge: MiniatureJudge) -> dict[str, object]:
     """Return balanced accuracy by category, the share of answers that survive a round trip and the calibration error."""
     scenes, bank = load_dataset(work_dir / "data"), QuestionBank()
     vae = AutoencoderKL.from_pretrained(work_dir / "vae")
@@ -96,7 +96,7 @@ def score_judge(work_dir: Path, judge: MiniatureJudge) -> dict[str, object]:
     rows = np.arange(len(scenes) - NUM_TEST_SCENES // 2, len(scenes) - NUM_TEST_SCENES // 2 + 600)
     images = [Image.fromarray(image) for image in scenes.images[rows]]
     states = torch.cat([judge.encode_images(images[start : start + 100]) for start in range(0, len(images), 100)])
-    passed = [image for start in range(0, len(images), 50) for image in roundtrip(vae, images[start : start + 50])]
+    passed = [image for start in range(0, len(images), 50) for image in _roundtrip(vae, images[start : start + 50])]
     passed_states = judge.encode_images(passed)
     for category in CATEGORIES:
         asked, answers = bank.draw(scenes, rows, 8, rng, category)
@@ -113,11 +113,11 @@ def score_judge(work_dir: Path, judge: MiniatureJudge) -> dict[str, object]:
     return {
         "judge": {name: round(value, 2) for name, value in accuracy.items()},
         "roundtrip": round(100 * float(np.mean(survived)), 2),
-        "calibration_error": round(calibration_error(torch.cat(chances), torch.cat(truths)), 4),
+        "calibration_error": round(_calibration_error(torch.cat(chances), torch.cat(truths)), 4),
     }
 
 
-def calibration_error(chances: torch.Tensor, truths: torch.Tensor, bins: int = 10) -> float:
+def _calibration_error(chances: torch.Tensor, truths: torch.Tensor, bins: int = 10) -> float:
     """Return the expected gap between P(yes) and the share of yes, over equal bins of P(yes)."""
     places = (chances * bins).long().clamp(max=bins - 1)
     gaps = [
@@ -129,7 +129,7 @@ def calibration_error(chances: torch.Tensor, truths: torch.Tensor, bins: int = 1
 
 
 @torch.inference_mode()
-def roundtrip(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
+def _roundtrip(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Encode and decode images."""
     from selma_ray.miniature.judge import images_to_pixels
 

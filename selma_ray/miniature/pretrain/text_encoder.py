@@ -37,7 +37,7 @@ _BATCH = 64
 _COLOUR_PLACE = {name: place for place, name in enumerate(COLOURS)}
 
 
-def build_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
+def _build_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     """Train a BPE on captions of the world, so that most words are one token, and save it as a CLIPTokenizer."""
     rng = random.Random(seed)
     captions = [write_caption(sample_scene(SKILLS[i % 5], rng), rng, long=i % 3 == 0) for i in range(20000)]
@@ -67,7 +67,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Make an untrained text encoder of about 0.9 million parameters."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -112,7 +112,7 @@ class SceneProbe(nn.Module):
         ]
 
 
-def label_scene(scene: Scene) -> list[list[int] | int]:
+def _label_scene(scene: Scene) -> list[list[int] | int]:
     """Return the classes that `SceneProbe` tells apart, in its order."""
     counts, colours, places = [0] * len(OBJECTS), [NO_COLOUR] * len(OBJECTS), [len(RELATIONS)] * len(OBJECTS)
     relations = (scene.relation, INVERSE[scene.relation]) if scene.relation else (None, None)
@@ -124,7 +124,7 @@ def label_scene(scene: Scene) -> list[list[int] | int]:
     return [counts, colours, places, BACKGROUNDS.index(scene.background), STYLES.index(scene.style)]
 
 
-def probe_loss(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> torch.Tensor:
+def _probe_loss(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> torch.Tensor:
     """Sum the cross entropies; objects that are present weigh as much as the many that are absent."""
     present = labels[0].flatten() > 0
     total = logits[0].new_zeros(())
@@ -135,7 +135,7 @@ def probe_loss(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> torch.
     return total
 
 
-def sample_labelled_captions(
+def _sample_labelled_captions(
     tokenizer: CLIPTokenizer, rng: random.Random, size: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Write clean captions of scenes and return their tokens [N, T] and labels; T is small in most batches."""
@@ -151,7 +151,7 @@ def sample_labelled_captions(
         caption = write_caption(scene, rng, long=not short and rng.random() < 0.6)
         if not is_test_caption(caption):
             captions.append(caption)
-            labels.append(label_scene(scene))
+            labels.append(_label_scene(scene))
     length = _SHORT_TOKENS if short else MAX_TOKENS
     tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, [torch.tensor(column) for column in zip(*labels, strict=True)]
@@ -159,8 +159,8 @@ def sample_labelled_captions(
 
 def train_text_encoder(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
     """Fit the text encoder with a `SceneProbe` on clean captions and save it."""
-    tokenizer = build_tokenizer(work_dir / "tokenizer", seed)
-    model, probe = new_text_encoder(tokenizer).to(device), SceneProbe(128).to(device)
+    tokenizer = _build_tokenizer(work_dir / "tokenizer", seed)
+    model, probe = _new_text_encoder(tokenizer).to(device), SceneProbe(128).to(device)
     both = nn.ModuleList([model, probe])
     optimizer = torch.optim.AdamW(both.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     path = work_dir / "text_encoder.pt"
@@ -171,11 +171,11 @@ def train_text_encoder(work_dir: Path, budget: Budget, device: str, seed: int) -
         budget.resume(saved)
     meter, rng = Meter("text encoder", budget), random.Random(f"{seed} {budget.step}")
     while budget.progress < 1:
-        tokens, labels = sample_labelled_captions(tokenizer, rng, _BATCH)
+        tokens, labels = _sample_labelled_captions(tokenizer, rng, _BATCH)
         budget.set_rate(optimizer, _PEAK_RATE)
         with train_precision(device):
             logits = probe(model(tokens.to(device)).last_hidden_state)
-        loss = probe_loss(logits, [label.to(device) for label in labels])
+        loss = _probe_loss(logits, [label.to(device) for label in labels])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -186,7 +186,7 @@ def train_text_encoder(work_dir: Path, budget: Budget, device: str, seed: int) -
             _save(path, both, optimizer, budget)
     _save(path, both, optimizer, budget)
     model.save_pretrained(work_dir / "text_encoder")
-    logger.info("text encoder: whole captions read right: %.4f", measure_reading(model, probe, tokenizer, rng))
+    logger.info("text encoder: whole captions read right: %.4f", _measure_reading(model, probe, tokenizer, rng))
 
 
 def _save(path: Path, both: nn.Module, optimizer: torch.optim.Optimizer, budget: Budget) -> None:
@@ -194,11 +194,11 @@ def _save(path: Path, both: nn.Module, optimizer: torch.optim.Optimizer, budget:
 
 
 @torch.inference_mode()
-def measure_reading(model: CLIPTextModel, probe: SceneProbe, tokenizer: CLIPTokenizer, rng: random.Random) -> float:
+def _measure_reading(model: CLIPTextModel, probe: SceneProbe, tokenizer: CLIPTokenizer, rng: random.Random) -> float:
     """Return the share of fresh captions of which every fact is read right."""
     right = []
     for _ in range(10):
-        tokens, labels = sample_labelled_captions(tokenizer, rng, 100)
+        tokens, labels = _sample_labelled_captions(tokenizer, rng, 100)
         device = next(model.parameters()).device
         logits = probe(model(tokens.to(device)).last_hidden_state)
         hits = [(s.argmax(-1).cpu() == label).flatten(1).all(1) if label.dim() == 2 else s.argmax(-1).cpu() == label

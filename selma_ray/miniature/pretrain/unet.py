@@ -96,7 +96,7 @@ def cache_tokens(work_dir: Path, looseness: Looseness, seed: int) -> Path:
     return target
 
 
-class PairStream:
+class _PairStream:
     """Draws batches of noised latents, timesteps, tokens and targets without end."""
 
     def __init__(self, work_dir: Path, tokens: Path, seed: int, scheduler: DDIMScheduler) -> None:
@@ -158,7 +158,7 @@ def train_unet(rank: int, run: UnetRun) -> None:
         dist.init_process_group("gloo", init_method=f"file://{work_dir}/rendezvous", rank=rank, world_size=workers)
     text_encoder = CLIPTextModel.from_pretrained(work_dir / "text_encoder").to(device).eval()
     state = _TrainingState(work_dir, run.looseness, budget, device)
-    stream = PairStream(work_dir, run.tokens, run.seed + 1000 * budget.step + rank, new_scheduler())
+    stream = _PairStream(work_dir, run.tokens, run.seed + 1000 * budget.step + rank, new_scheduler())
     meter = Meter("unet", budget)
     saved_at, looked_at = time.monotonic() - _SAVE_EVERY_S + 120, time.monotonic() - _LOOK_EVERY_S + 180
     stop = False
