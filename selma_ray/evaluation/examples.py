@@ -12,13 +12,21 @@ from selma_ray.evaluation.summary import BASE, MERGED
 from selma_ray.judging.dsg import mean_score
 from selma_ray.storage import RunFolder
 
-__all__ = ["Answered", "Example", "Verdict", "choose_examples", "paired_examples", "read_images", "training_images"]
+__all__ = [
+    "ComparedQuestion",
+    "Example",
+    "GivenAnswer",
+    "choose_examples",
+    "paired_examples",
+    "read_images",
+    "training_images",
+]
 
 ImageKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Answered:
+class GivenAnswer:
     """What the judge answered, and whether it counts: a yes, with a yes to what the question depends on; None where unreadable."""
 
     text: str | None
@@ -26,13 +34,13 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ComparedQuestion:
     """One question and the answers for base and for merged."""
 
     question: str
     category: str
-    base: Answered
-    merged: Answered
+    base: GivenAnswer
+    merged: GivenAnswer
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Example:
     seed: int
     base: float
     merged: float
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[ComparedQuestion, ...]
 
     @property
     def gain(self) -> float:
@@ -69,7 +77,7 @@ def paired_examples(folder: RunFolder, files: Mapping[str, Mapping[str, Sequence
         if scores[0] is None or scores[1] is None:
             continue
         verdicts = tuple(
-            Verdict(row["question"], row["category"], _answered(row, before), _answered(other, after))
+            ComparedQuestion(row["question"], row["category"], _answered(row, before), _answered(other, after))
             for (row, before), (other, after) in zip(base, merged, strict=True)
         )
         row = base[0][0]
@@ -124,5 +132,5 @@ def _decoded(row: Mapping[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(row["bytes"])).convert("RGB")
 
 
-def _answered(row: Mapping[str, Any], score: float | None) -> Answered:
-    return Answered(row["answer"], None if score is None else score == 1.0)
+def _answered(row: Mapping[str, Any], score: float | None) -> GivenAnswer:
+    return GivenAnswer(row["answer"], None if score is None else score == 1.0)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Axis", "Bin", "Curve", "Interval", "axis_around", "curve", "dev_curve", "intervals", "reliability"]
+__all__ = ["Axis", "Bin", "CurvePlot", "Interval", "axis_around", "curve", "dev_curve", "intervals", "reliability"]
 
 _POINTS = 120
 
@@ -39,7 +39,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Curve:
+class CurvePlot:
     """A training curve: `raw` and `smooth` are points of an SVG polyline; losses at both ends for people."""
 
     name: str
@@ -119,7 +119,9 @@ def intervals(rows: Mapping[str, Mapping[str, Any] | None], axis: Axis) -> list[
     return placed
 
 
-def curve(name: str, points: Sequence[Mapping[str, float]], width: float, height: float, top: float) -> Curve | None:
+def curve(
+    name: str, points: Sequence[Mapping[str, float]], width: float, height: float, top: float
+) -> CurvePlot | None:
     """Return an expert's loss as polylines, the loss `top` at the upper edge; None where there are no points."""
     finite = [point for point in points if math.isfinite(point["loss"])]
     if not finite:
@@ -138,7 +140,7 @@ def curve(name: str, points: Sequence[Mapping[str, float]], width: float, height
             for point, value in list(zip(finite, values, strict=True))[::every]
         )
 
-    return Curve(
+    return CurvePlot(
         name, polyline(losses), polyline(smooth), smooth[min(window, len(smooth)) - 1], smooth[-1], int(last_step)
     )
 

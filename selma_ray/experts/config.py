@@ -7,10 +7,10 @@ from pydantic import Field, field_validator, model_validator
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import Placement, StrictModel
 
-__all__ = ["DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig", "SelectionConfig"]
+__all__ = ["CheckpointChoiceConfig", "DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig"]
 
 
-class SelectionConfig(StrictModel):
+class CheckpointChoiceConfig(StrictModel):
     """Choice of checkpoint: adapters are rendered and judged on the dev prompts of their skills beside training, the best is kept."""
 
     every_steps: int = Field(ge=1)
@@ -104,7 +104,7 @@ class ExpertsConfig(StrictModel):
     """Steps between checkpoints."""
     max_failures: Placement[int] = Field(default=2, ge=0)
     """Restarts from the last checkpoint; experts that take turns share them."""
-    selection: SelectionConfig | None = None
+    selection: CheckpointChoiceConfig | None = None
     """Choice of checkpoint by dev score; none keeps the last step's."""
     mixed: MixedConfig | None = None
     """LoRAs on all skills' data together beside the experts, named mixed-r<rank>; none trains none."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
-from selma_ray.experts.config import SelectionConfig
+from selma_ray.experts.config import CheckpointChoiceConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
 
 __all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
@@ -37,7 +37,7 @@ class CandidateScores:
     def __init__(
         self,
         jobs: Sequence[ExpertJob],
-        selection: SelectionConfig | None,
+        selection: CheckpointChoiceConfig | None,
         score: AdapterScorer | None,
         cluster: ClusterConfig,
     ) -> None:

@@ -11,7 +11,7 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.errors import reason_of
 from selma_ray.cluster.placement import role_options
 from selma_ray.errors import RenderError
-from selma_ray.images.config import SelectionConfig
+from selma_ray.images.config import ImageChoiceConfig
 from selma_ray.images.selection import OpenScorer, choose
 from selma_ray.images.shards import candidate_shards, write_shards
 from selma_ray.progress import Progress, Report
@@ -25,7 +25,7 @@ _MAX_RESTARTS = 3  # of a judge that dies; a file that kills it every time ends 
 
 def choose_images(
     folder: RunFolder,
-    config: SelectionConfig,
+    config: ImageChoiceConfig,
     open_scorer: OpenScorer,
     cluster: ClusterConfig,
     report: Report | None = None,
@@ -64,7 +64,7 @@ def choose_images(
 class ChooseImages:
     """A stage as Ray Data calls it: paths of candidates in, the same paths out once their images are judged and written."""
 
-    def __init__(self, folder: RunFolder, config: SelectionConfig, open_scorer: OpenScorer) -> None:
+    def __init__(self, folder: RunFolder, config: ImageChoiceConfig, open_scorer: OpenScorer) -> None:
         self._folder = folder
         self._config = config
         self._score = open_scorer()

@@ -8,7 +8,7 @@ from selma_ray.config import Placement, StrictModel
 from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.models.config import SamplingConfig
 
-__all__ = ["FreeEngineConfig", "ImagesConfig", "SelectionConfig"]
+__all__ = ["FreeEngineConfig", "ImageChoiceConfig", "ImagesConfig"]
 
 
 class FreeEngineConfig(StrictModel):
@@ -18,7 +18,7 @@ class FreeEngineConfig(StrictModel):
     """Seconds that it waits for each batch, as if a GPU rendered it."""
 
 
-class SelectionConfig(StrictModel):
+class ImageChoiceConfig(StrictModel):
     """Which of a prompt's images are trained on; the others are kept beside them as split `rejected`, all with scores."""
 
     judge: JudgeSetting = JudgeConfig()
@@ -43,7 +43,7 @@ class ImagesConfig(StrictModel):
     """How each image is sampled."""
     per_prompt: int = Field(default=1, ge=1)
     """Images rendered for each prompt."""
-    selection: SelectionConfig | None = None
+    selection: ImageChoiceConfig | None = None
     """Choice among a prompt's images by a judge; none trains on all of them, as published."""
     format: Literal["png", "webp"] = "png"
     """Encoding of the images; both are lossless."""

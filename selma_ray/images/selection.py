@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from selma_ray.images.config import SelectionConfig
+from selma_ray.images.config import ImageChoiceConfig
 
 __all__ = ["OpenScorer", "ScoreImages", "choose", "reject_unchosen"]
 
@@ -21,7 +21,7 @@ def choose(
     rows: Sequence[dict[str, Any]],
     images: Sequence[Image.Image | None],
     score: ScoreImages,
-    config: SelectionConfig,
+    config: ImageChoiceConfig,
 ) -> None:
     """Score images and set the split of those rows to `rejected` that are not chosen; None stands for an image that failed.
 
@@ -35,7 +35,7 @@ def choose(
         reject_unchosen(list(of_prompt), config)
 
 
-def reject_unchosen(rows: Sequence[dict[str, Any]], config: SelectionConfig) -> None:
+def reject_unchosen(rows: Sequence[dict[str, Any]], config: ImageChoiceConfig) -> None:
     """Set the split of those rows of one prompt to `rejected` that are not among its best, or below the least score.
 
     Among equals the first wins; an image that could not be judged counts as 0. Where no image of the prompt was rendered,

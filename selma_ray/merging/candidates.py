@@ -9,7 +9,7 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.judging.dev_scores import DevScorer
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.search import Candidate, SearchResult, num_candidates, search_weights
+from selma_ray.merging.search import MergeCandidate, SearchResult, num_candidates, search_weights
 from selma_ray.models.locate import locate_judge, locate_text_to_image
 from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
@@ -32,17 +32,17 @@ def search_merge(
     Candidates and their scores are kept in `search/<name>/`; a search that was stopped goes on. `resources` are those of a task that
     scores one candidate. Raises AdapterError where an expert does not fit.
     """
-    from selma_ray.merging.inputs import open_experts
+    from selma_ray.merging.inputs import open_adapters
     from selma_ray.merging.weights import ALL, block_group
 
     config, model, skills = merging.search, scorer.model, list(scorer.prompts)
-    experts = open_experts(folder, skills, model)
+    experts = open_adapters(folder, skills, model)
     modules = next(iter(experts.values())).modules
     groups = sorted({block_group(module) for module in modules}) if config.by_block else [ALL]
     total = num_candidates(len(skills), config)
     done = 0
 
-    def score(candidates: Sequence[Candidate]) -> Iterator[tuple[int, float]]:
+    def score(candidates: Sequence[MergeCandidate]) -> Iterator[tuple[int, float]]:
         nonlocal done
         done = max(done, candidates[0].number)
         for number, value in _scores(candidates, scorer, resources, folder, merging.scale, cluster):
@@ -65,7 +65,7 @@ def search_merge(
 
 
 def _scores(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[MergeCandidate],
     scorer: DevScorer,
     resources: Mapping[str, float],
     folder: RunFolder,
@@ -88,14 +88,14 @@ def _scores(
             ray.cancel(unfinished)
 
 
-def _score_candidate(candidate: Candidate, scorer: DevScorer, folder: RunFolder, scale: float) -> float:
+def _score_candidate(candidate: MergeCandidate, scorer: DevScorer, folder: RunFolder, scale: float) -> float:
     """Write the candidate's adapter on this machine's disk, score it, delete it: no run keeps an adapter per candidate."""
-    from selma_ray.merging.inputs import open_experts
+    from selma_ray.merging.inputs import open_adapters
     from selma_ray.merging.run import write_candidate
 
     skills = list(scorer.prompts)
     with tempfile.TemporaryDirectory() as temporary:
-        write_candidate(Path(temporary), open_experts(folder, skills, scorer.model), candidate.weights, scale)
+        write_candidate(Path(temporary), open_adapters(folder, skills, scorer.model), candidate.weights, scale)
         return scorer(temporary, skills)["dsg"]
 
 

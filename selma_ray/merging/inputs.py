@@ -8,10 +8,10 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.storage import RunFolder
 
-__all__ = ["open_experts"]
+__all__ = ["open_adapters"]
 
 
-def open_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -> dict[str, Adapter]:
+def open_adapters(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -> dict[str, Adapter]:
     """Open the experts of a run by skill; raises AdapterError for one of another base or another run."""
     trained = folder.done("train") or {}
     adapters = {}

@@ -18,7 +18,7 @@ from selma_ray.adapters.peft_format import WEIGHTS_FILE, Adapter, LoraFactors, o
 from selma_ray.errors import AdapterError
 from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.inputs import open_experts
+from selma_ray.merging.inputs import open_adapters
 from selma_ray.merging.methods import DENSE_METHODS, METHODS, MergeOptions, default_weight
 from selma_ray.merging.replacing import replace_folder
 from selma_ray.merging.report import MergeReport
@@ -74,7 +74,7 @@ def merge_experts(
     made from the same experts in the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or
     does not fit the model.
     """
-    adapters = open_experts(folder, skills, model)
+    adapters = open_adapters(folder, skills, model)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: _weights(skills, model, config)}
     target = folder.local_path("merged", config.name)

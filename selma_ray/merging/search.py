@@ -19,13 +19,13 @@ from selma_ray.storage import RunFolder
 if TYPE_CHECKING:
     import cma
 
-__all__ = ["Candidate", "ScoreCandidates", "SearchResult", "num_candidates", "search_weights"]
+__all__ = ["MergeCandidate", "ScoreCandidates", "SearchResult", "num_candidates", "search_weights"]
 
 _RECORD = "search.json"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MergeCandidate:
     """Weights to try, with the score they got; `round` 0 is the plain mean and each expert alone."""
 
     number: int
@@ -34,7 +34,7 @@ class Candidate:
     score: float | None = None
 
 
-ScoreCandidates = Callable[[Sequence[Candidate]], Iterator[tuple[int, float]]]
+ScoreCandidates = Callable[[Sequence[MergeCandidate]], Iterator[tuple[int, float]]]
 """Yields (number, score) of each candidate as it is known, in any order; more is better."""
 
 
@@ -42,7 +42,7 @@ ScoreCandidates = Callable[[Sequence[Candidate]], Iterator[tuple[int, float]]]
 class SearchResult:
     """All candidates in order, and the number of the best: the highest score, of equals the first."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[MergeCandidate, ...]
     best: int
 
     @property
@@ -73,11 +73,11 @@ def search_weights(
     """
     record = _Record(folder, directory, key)
     strategy = _strategy(len(skills) * len(groups), config, seed)
-    candidates: list[Candidate] = []
+    candidates: list[MergeCandidate] = []
     for number in range(config.generations + 1):
         points = strategy.ask() if number else _first_points(len(skills), len(groups))
         asked = [
-            Candidate(len(candidates) + index, number, _weights(point, groups, skills))
+            MergeCandidate(len(candidates) + index, number, _weights(point, groups, skills))
             for index, point in enumerate(points)
         ]
         scored = _scored(asked, score, record)
@@ -99,7 +99,7 @@ class _Record:
             if before["key"] == key:
                 self._rows = {row["number"]: row for row in before["candidates"]}
 
-    def score_of(self, candidate: Candidate) -> float | None:
+    def score_of(self, candidate: MergeCandidate) -> float | None:
         row = self._rows.get(candidate.number)
         if row is None:
             return None
@@ -110,13 +110,13 @@ class _Record:
             )
         return row["score"]
 
-    def add(self, candidate: Candidate) -> None:
+    def add(self, candidate: MergeCandidate) -> None:
         self._rows[candidate.number] = asdict(candidate)
         rows = [self._rows[number] for number in sorted(self._rows)]
         self._folder.write_json({"key": self._key, "candidates": rows}, *self._path)
 
 
-def _scored(candidates: Sequence[Candidate], score: ScoreCandidates, record: _Record) -> list[Candidate]:
+def _scored(candidates: Sequence[MergeCandidate], score: ScoreCandidates, record: _Record) -> list[MergeCandidate]:
     known = {candidate.number: replace(candidate, score=record.score_of(candidate)) for candidate in candidates}
     pending = [candidate for candidate in known.values() if candidate.score is None]
     for number, value in score(pending) if pending else ():
@@ -127,7 +127,7 @@ def _scored(candidates: Sequence[Candidate], score: ScoreCandidates, record: _Re
     return list(known.values())
 
 
-def _known(candidate: Candidate) -> float:
+def _known(candidate: MergeCandidate) -> float:
     assert candidate.score is not None, f"candidate {candidate.number} got no score"
     return candidate.score
 

@@ -19,13 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from selma_ray.errors import JudgeError
 
-__all__ = ["ANSWERS", "JudgeConfig", "JudgeModel", "MiniatureJudge", "images_to_pixels", "tokenize_questions"]
+__all__ = ["ANSWERS", "JudgeModel", "MiniatureJudge", "MiniatureJudgeConfig", "images_to_pixels", "tokenize_questions"]
 
 ANSWERS: tuple[str, ...] = ("no", "yes", "0", "1", "2", "3", "4")
 MAX_QUESTION_TOKENS = 16
 
 
-class JudgeConfig(PreTrainedConfig):
+class MiniatureJudgeConfig(PreTrainedConfig):
     """Sizes of the judge and the temperature that calibrates its answers."""
 
     model_type = "selma_miniature_judge"
@@ -114,10 +114,10 @@ class _Attention(nn.Module):
 class JudgeModel(PreTrainedModel):
     """Encodes images once and answers questions about them."""
 
-    config_class = JudgeConfig
+    config_class = MiniatureJudgeConfig
     main_input_name = "pixel_values"
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: MiniatureJudgeConfig) -> None:
         super().__init__(config)
         width, stem = config.width, config.stem_width
         self.trunk = nn.Sequential(

@@ -15,13 +15,13 @@ from selma_ray.miniature.parsing import parse_facts
 from selma_ray.miniature.scenes import BACKGROUNDS, INVERSE, STYLES, Scene, render_scene
 from selma_ray.miniature.sprites import COLOURS
 
-__all__ = ["KnownScene", "draw_known_scenes", "truths"]
+__all__ = ["DrawnScene", "draw_known_scenes", "truths"]
 
 _MOST_OF_TWO_GROUPS = 3  # objects that fit into half a canvas
 
 
 @dataclass(frozen=True)
-class KnownScene:
+class DrawnScene:
     """An image of the caption with this number, and the true answers of the caption's questions, in their order."""
 
     caption_index: int
@@ -29,7 +29,7 @@ class KnownScene:
     truths: tuple[bool, ...]
 
 
-def draw_known_scenes(captions: Sequence[str], names: Sequence[str], count: int, seed: int) -> list[KnownScene]:
+def draw_known_scenes(captions: Sequence[str], names: Sequence[str], count: int, seed: int) -> list[DrawnScene]:
     """Draw `count` scenes for the captions in turn, every second one with one thing wrong; a scene depends on its caption's name."""
     scenes = []
     for number in range(count):
@@ -41,7 +41,7 @@ def draw_known_scenes(captions: Sequence[str], names: Sequence[str], count: int,
             scene = replace(scene, relation=rng.choice(list(INVERSE)))
         if number % 2:
             scene = _with_a_fault(scene, facts, rng)
-        scenes.append(KnownScene(index, render_scene(scene, rng), truths(facts, scene)))
+        scenes.append(DrawnScene(index, render_scene(scene, rng), truths(facts, scene)))
     return scenes
 
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from selma_ray.miniature.facts import COUNT_WORDS, RELATION_PHRASES, Facts, GroupFacts, with_article
 from selma_ray.miniature.parsing import parse_facts
 
-__all__ = ["Question", "questions_for", "questions_of_facts"]
+__all__ = ["GrammarQuestion", "questions_for", "questions_of_facts"]
 
 
 _Parents = tuple[int, ...]  # the class below has a field named tuple
 
 
 @dataclass(frozen=True)
-class Question:
+class GrammarQuestion:
     """A yes/no question whose right answer is yes when the image shows what the caption states.
 
     `parents` holds the ids of the questions whose answer must be yes for this one to make sense; 0 stands for the root.
@@ -26,7 +26,7 @@ class Question:
     parents: _Parents
 
 
-def questions_for(caption: str) -> list[Question]:
+def questions_for(caption: str) -> list[GrammarQuestion]:
     """Return the questions about what a caption states.
 
     Raises:
@@ -35,7 +35,7 @@ def questions_for(caption: str) -> list[Question]:
     return questions_of_facts(parse_facts(caption))
 
 
-def questions_of_facts(facts: Facts) -> list[Question]:
+def questions_of_facts(facts: Facts) -> list[GrammarQuestion]:
     """Return the questions about stated facts; ids count from 1, entities come first."""
     drafts = [_ask_whole(group) for group in facts.groups]
     for parent, group in enumerate(facts.groups, start=1):
@@ -50,7 +50,7 @@ def questions_of_facts(facts: Facts) -> list[Question]:
     if facts.style:
         style = f"Is the picture {with_article(STYLE_NAMES[facts.style])}?"
         drafts.append((f"global - style ({facts.style})", "style", style, (0,)))
-    return [Question(number, *draft) for number, draft in enumerate(drafts, start=1)]
+    return [GrammarQuestion(number, *draft) for number, draft in enumerate(drafts, start=1)]
 
 
 STYLE_NAMES: dict[str, str] = {

@@ -5,16 +5,16 @@ import random
 from PIL import Image
 
 from selma_ray.miniature.heldout import heldout_by_skill
-from selma_ray.miniature.known_scenes import KnownScene, draw_known_scenes
+from selma_ray.miniature.known_scenes import DrawnScene, draw_known_scenes
 from selma_ray.miniature.parsing import normalise_caption, parse_caption
-from selma_ray.miniature.questions import Question, questions_for
+from selma_ray.miniature.questions import GrammarQuestion, questions_for
 from selma_ray.miniature.scenes import render_scene
 from selma_ray.miniature.skills import SKILLS, sample_caption
 
 __all__ = [
     "SKILLS",
-    "KnownScene",
-    "Question",
+    "DrawnScene",
+    "GrammarQuestion",
     "draw_caption",
     "draw_known_scenes",
     "heldout_by_skill",

@@ -13,7 +13,7 @@ from ray.data.block import BlockMetadata
 
 from selma_ray.errors import SelmaError
 from selma_ray.prompts.config import PromptsConfig
-from selma_ray.prompts.pool import Answer, PromptPool
+from selma_ray.prompts.pool import PromptPool, WrittenAnswer
 from selma_ray.prompts.progress import PromptProgress, write_prompt_progress
 from selma_ray.prompts.requests import PromptRequest, request_text
 from selma_ray.records import PROMPT_SCHEMA
@@ -80,7 +80,7 @@ class PromptFeed:
                 self._blocks.append(block)
             return [self._row(request) for request in self._blocks[position]]
 
-    async def hand_in(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    async def hand_in(self, answers: Sequence[WrittenAnswer]) -> list[dict[str, Any]]:
         """Take answers; returns the prompts (rows of PROMPT_SCHEMA) that they let be kept."""
         rows = []
         async with self._changed:
@@ -92,7 +92,7 @@ class PromptFeed:
             self._changed.notify_all()
         return rows
 
-    def _take(self, answer: Answer) -> list[dict[str, Any]]:
+    def _take(self, answer: WrittenAnswer) -> list[dict[str, Any]]:
         try:
             kept = self._pool.hand_in(answer)
             self._record_progress(len(kept))
@@ -188,6 +188,6 @@ class DecideAnswers:
     def __call__(self, answers: pa.Table) -> pa.Table:
         """Take rows (skill, request, answer, truncated); returns rows of PROMPT_SCHEMA."""
         handed_in = [
-            Answer(row["skill"], row["request"], row["answer"], row["truncated"]) for row in answers.to_pylist()
+            WrittenAnswer(row["skill"], row["request"], row["answer"], row["truncated"]) for row in answers.to_pylist()
         ]
         return pa.Table.from_pylist(ray.get(self._feed.hand_in.remote(handed_in)), schema=PROMPT_SCHEMA)

@@ -17,16 +17,16 @@ from selma_ray.prompts.diversity import DiversityFilter, tokens_of
 from selma_ray.prompts.parsing import ListItem, parse_numbered_list
 from selma_ray.prompts.requests import PromptRequest
 from selma_ray.prompts.splits import split_of
-from selma_ray.prompts.store import Candidate, forget_from, prompt_rows, read_decided, write_decided
+from selma_ray.prompts.store import PromptCandidate, forget_from, prompt_rows, read_decided, write_decided
 from selma_ray.records import seed_of
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
-__all__ = ["Answer", "PromptPool"]
+__all__ = ["PromptPool", "WrittenAnswer"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """What the LLM answered to one request; `truncated` says that it ran into its token limit."""
 
     skill: str
@@ -68,7 +68,7 @@ class PromptPool:
         }
         self._excluded = {_normal_form(prompt) for prompt in excluded}
         self._seen: set[str] = set()
-        self._waiting: dict[tuple[str, int], Answer] = {}
+        self._waiting: dict[tuple[str, int], WrittenAnswer] = {}
         for state in self._states.values():
             for prompt in state.skill.seeds:
                 state.diversity.add(prompt)
@@ -120,7 +120,7 @@ class PromptPool:
         for request in requests:
             self._states[request.skill].issued = request.number + 1
 
-    def hand_in(self, answer: Answer) -> list[dict[str, Any]]:
+    def hand_in(self, answer: WrittenAnswer) -> list[dict[str, Any]]:
         """Take an answer; returns the prompts (rows of PROMPT_SCHEMA) that it and earlier answers let be kept.
 
         Raises:
@@ -171,7 +171,7 @@ class PromptPool:
         examples = tuple(seeds[place] if place < len(seeds) else state.kept[place - len(seeds)] for place in places)
         return PromptRequest(state.skill.name, number, seed, examples)
 
-    def _decide(self, state: _SkillState, answer: Answer) -> list[Candidate]:
+    def _decide(self, state: _SkillState, answer: WrittenAnswer) -> list[PromptCandidate]:
         items = parse_numbered_list(answer.text)
         candidates = []
         for position, item in enumerate(items):
@@ -181,32 +181,32 @@ class PromptPool:
             candidates.append(candidate)
         return candidates
 
-    def _judge(self, state: _SkillState, item: ListItem, cut_off: bool) -> Candidate:
+    def _judge(self, state: _SkillState, item: ListItem, cut_off: bool) -> PromptCandidate:
         index = len(state.kept)
         if not item.parsed:
-            return Candidate(item.text, "unparsed")
+            return PromptCandidate(item.text, "unparsed")
         if cut_off:
-            return Candidate(item.text, "cut off")
+            return PromptCandidate(item.text, "cut off")
         if index >= self._config.per_skill:
-            return Candidate(item.text, "surplus")
+            return PromptCandidate(item.text, "surplus")
         if len(item.text.split()) > state.skill.max_words:
-            return Candidate(item.text, "too long")
+            return PromptCandidate(item.text, "too long")
         normal = _normal_form(item.text)
         if normal in self._excluded:
-            return Candidate(item.text, "held out")
+            return PromptCandidate(item.text, "held out")
         if normal in self._seen:
-            return Candidate(item.text, "duplicate")
+            return PromptCandidate(item.text, "duplicate")
         match = state.diversity.match(item.text)
         if match:
-            return Candidate(item.text, "too similar", nearest=match.prompt, score=match.score)
-        return Candidate(item.text, index=index, split=split_of(index, self._config))
+            return PromptCandidate(item.text, "too similar", nearest=match.prompt, score=match.score)
+        return PromptCandidate(item.text, index=index, split=split_of(index, self._config))
 
     def _keep(self, state: _SkillState, prompt: str) -> None:
         state.kept.append(prompt)
         state.diversity.add(prompt)
         self._seen.add(_normal_form(prompt))
 
-    def _close(self, state: _SkillState, candidates: Sequence[Candidate]) -> None:
+    def _close(self, state: _SkillState, candidates: Sequence[PromptCandidate]) -> None:
         state.kept_after.append(len(state.kept))
         state.rejected.update(candidate.reason for candidate in candidates if candidate.reason)
 

@@ -10,11 +10,19 @@ import pyarrow as pa
 from selma_ray.records import PROMPT_SCHEMA, Split, content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["Candidate", "forget_from", "prompt_rows", "prompt_summary", "read_decided", "read_prompts", "write_decided"]
+__all__ = [
+    "PromptCandidate",
+    "forget_from",
+    "prompt_rows",
+    "prompt_summary",
+    "read_decided",
+    "read_prompts",
+    "write_decided",
+]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PromptCandidate:
     """One candidate of an answer.
 
     A kept one has an index (the order in which its skill kept it) and a split; a rejected one has a reason and, where
@@ -34,13 +42,13 @@ class Candidate:
         return self.index is not None
 
 
-def write_decided(folder: RunFolder, skill: str, number: int, candidates: Sequence[Candidate]) -> None:
+def write_decided(folder: RunFolder, skill: str, number: int, candidates: Sequence[PromptCandidate]) -> None:
     """Record the decisions on one answer, atomically."""
     content = [{key: value for key, value in vars(candidate).items() if value is not None} for candidate in candidates]
     folder.write_json({"skill": skill, "request": number, "candidates": content}, *_path(skill, number))
 
 
-def read_decided(folder: RunFolder, skill: str, number: int) -> list[Candidate] | None:
+def read_decided(folder: RunFolder, skill: str, number: int) -> list[PromptCandidate] | None:
     """Return the decisions on one answer, or None where it is not decided yet."""
     path = _path(skill, number)
     return _candidates(folder.read_json(*path)) if folder.exists(*path) else None
@@ -53,7 +61,7 @@ def forget_from(folder: RunFolder, skill: str, number: int) -> None:
             folder.delete(path)
 
 
-def prompt_rows(skill: str, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+def prompt_rows(skill: str, candidates: Sequence[PromptCandidate]) -> list[dict[str, Any]]:
     """Return the kept candidates as rows of PROMPT_SCHEMA."""
     return [
         {
@@ -96,12 +104,12 @@ def _skill_summary(folder: RunFolder, skill: str) -> dict[str, Any]:
     }
 
 
-def _all_decided(folder: RunFolder, skill: str) -> list[list[Candidate]]:
+def _all_decided(folder: RunFolder, skill: str) -> list[list[PromptCandidate]]:
     return [_candidates(folder.read_json(path)) for path in folder.files("prompts", skill, suffix=".json")]
 
 
-def _candidates(record: dict[str, Any]) -> list[Candidate]:
-    return [Candidate(**candidate) for candidate in record["candidates"]]
+def _candidates(record: dict[str, Any]) -> list[PromptCandidate]:
+    return [PromptCandidate(**candidate) for candidate in record["candidates"]]
 
 
 def _path(skill: str, number: int) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from selma_ray.images.config import ImagesConfig
 from selma_ray.miniature import world
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.splits import split_of
-from selma_ray.prompts.store import Candidate, read_decided, write_decided
+from selma_ray.prompts.store import PromptCandidate, read_decided, write_decided
 from selma_ray.records import IMAGE_SCHEMA, content_id, seed_of
 from selma_ray.storage import RunFolder
 
@@ -36,7 +36,9 @@ def write_captions(
     for skill in skills:
         captions = _captions(skill, config.per_skill, seed, seen)
         if read_decided(folder, skill, 0) is None:
-            kept = [Candidate(text, index=index, split=split_of(index, config)) for index, text in enumerate(captions)]
+            kept = [
+                PromptCandidate(text, index=index, split=split_of(index, config)) for index, text in enumerate(captions)
+            ]
             write_decided(folder, skill, 0, kept)
 
 

@@ -13,8 +13,9 @@ from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
 
 __all__ = [
+    "AnsweredQuestion",
     "AskedQuestion",
-    "Candidate",
+    "DrawnCandidate",
     "GeneratedImage",
     "Generation",
     "GenerationBody",
@@ -22,7 +23,6 @@ __all__ = [
     "ModelList",
     "ScoreBody",
     "ScoredImage",
-    "ScoredQuestion",
     "Scores",
     "image_requests",
     "wanted_metrics",
@@ -93,7 +93,7 @@ class GeneratedImage(BaseModel):
     """The image's scores, where best_of was asked for."""
 
 
-class Candidate(BaseModel):
+class DrawnCandidate(BaseModel):
     """An image that best_of has drawn, whether it was chosen or not."""
 
     seed: int
@@ -111,7 +111,7 @@ class Generation(BaseModel):
     output_format: OutputFormat
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    candidates: list[Candidate] | None = None
+    candidates: list[DrawnCandidate] | None = None
     """Every image that best_of has drawn, in the order of seeds."""
 
 
@@ -142,7 +142,7 @@ class ScoreBody(_Body):
     """What dsg and its kin ask; none asks what the miniature's grammar finds in the prompt."""
 
 
-class ScoredQuestion(BaseModel):
+class AnsweredQuestion(BaseModel):
     """A question about an image and how it was answered."""
 
     id: int
@@ -164,7 +164,7 @@ class ScoredImage(BaseModel):
     """By metric; those of a judge lie in [0, 1], the others have the scale of their publication. None where there is no score."""
     reasons: dict[str, str] = Field(default_factory=dict)
     """Why a score is none, by metric."""
-    questions: list[ScoredQuestion]
+    questions: list[AnsweredQuestion]
     """Empty where no score was asked for that needs them."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from selma_ray.serving.backend import Backend, Drawn
-from selma_ray.serving.bodies import Candidate, GeneratedImage, Generation, GenerationBody
+from selma_ray.serving.bodies import DrawnCandidate, GeneratedImage, Generation, GenerationBody
 from selma_ray.serving.encoding import OutputFormat, base64_of, reencode
 from selma_ray.serving.errors import RequestError, error_body, internal_error
 from selma_ray.serving.requests import ImageRequest
@@ -46,13 +46,15 @@ async def draw(
 
 async def _draw_best(
     backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], output_format: OutputFormat, metric: str
-) -> tuple[list[GeneratedImage], list[Candidate]]:
+) -> tuple[list[GeneratedImage], list[DrawnCandidate]]:
     """Draw all, score them, keep the n best; of equal ones those with the lower seeds, and unreadable ones last."""
     # Scored without loss, whatever the client wants: the score is then the one that offline evaluation gives.
     images = await backend.generate(requests, "png")
     judged = await backend.score(body.prompt, images, [metric])
     scores = [entry["scores"] for entry in judged["data"]]
-    candidates = [Candidate(seed=request.seed, scores=each) for request, each in zip(requests, scores, strict=True)]
+    candidates = [
+        DrawnCandidate(seed=request.seed, scores=each) for request, each in zip(requests, scores, strict=True)
+    ]
 
     def rank(index: int) -> tuple[float, int]:
         score = scores[index][metric]

@@ -23,7 +23,7 @@ import pytest
 from selma_ray.images.plan import PlanImages
 from selma_ray.judging.suites import open_suite
 from selma_ray.prompts.free import AnswerAtNoCost
-from selma_ray.prompts.pool import Answer, PromptPool
+from selma_ray.prompts.pool import PromptPool, WrittenAnswer
 from selma_ray.prompts.store import read_prompts
 from selma_ray.run.recipe import load_recipe
 from selma_ray.skills import load_skills
@@ -86,7 +86,7 @@ def planned_ids(tmp_path_factory) -> list[str]:
         pool.issue([request])
         row = {"skill": request.skill, "request": request.number, "seed": request.seed}
         asked = pa.Table.from_pylist([{**row, "first_number": len(request.examples) + 1}])
-        pool.hand_in(Answer(request.skill, request.number, engine(asked)["answer"][0].as_py()))
+        pool.hand_in(WrittenAnswer(request.skill, request.number, engine(asked)["answer"][0].as_py()))
     prompts = pa.concat_tables(read_prompts(folder, skill.name) for skill in skills)
     ids = PlanImages(recipe.images, recipe.model, recipe.seed)(prompts)["id"].to_pylist()
     assert len(ids) == len(set(ids)) == PLANNED

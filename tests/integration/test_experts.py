@@ -17,7 +17,7 @@ from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.mixture_of_experts import load_mixture
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import JudgeError, TrainingError
-from selma_ray.experts.config import ExpertsConfig, SelectionConfig
+from selma_ray.experts.config import CheckpointChoiceConfig, ExpertsConfig
 from selma_ray.experts.launch import train_experts
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.models.config import ModelConfig
@@ -170,7 +170,7 @@ def test_the_best_adapter_is_kept_and_a_judge_s_failure_spares_the_others(run, m
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "chosen")
     experts = plan_experts(
-        ["counting", "style"], CONFIG.model_copy(update={"selection": SelectionConfig(every_steps=20)})
+        ["counting", "style"], CONFIG.model_copy(update={"selection": CheckpointChoiceConfig(every_steps=20)})
     )
     with pytest.raises(TrainingError, match=r"1 expert\(s\) could not be fitted \(style: .*the judge has no voice"):
         train_experts(second, experts, model, 0, ClusterConfig(), score=LikesStep20(failing_skill="style"))

@@ -11,7 +11,7 @@ from ray import cloudpickle
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import RenderError
-from selma_ray.images.config import ImagesConfig, SelectionConfig
+from selma_ray.images.config import ImageChoiceConfig, ImagesConfig
 from selma_ray.images.stream import follow, image_summary, read_images, render_stream
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.records import PROMPT_SCHEMA
@@ -91,7 +91,7 @@ def test_too_many_failures_end_the_stream(render, folder):
 
 
 def test_the_best_of_each_prompt_is_kept_whatever_the_blocks(render, folder):
-    config = IMAGES.model_copy(update={"per_prompt": 3, "batch_size": 7, "selection": SelectionConfig()})
+    config = IMAGES.model_copy(update={"per_prompt": 3, "batch_size": 7, "selection": ImageChoiceConfig()})
     render([f"cat {number}" for number in range(12)], config, open_scorer=lambda: score_by_redness)
     images = read_images(folder, "one").to_pylist()
     assert len(images) == 36

@@ -61,3 +61,12 @@ def test_a_module_offers_what_it_defines(module: str) -> None:
     assert [name for name, count in Counter(offered).items() if count > 1] == []
     assert set(offered) - names_bound_in(tree) == set(), "offered, but not there"
     assert public_definitions(tree) - set(offered) == set(), "public, but not offered: list it or give it an underscore"
+
+
+def test_no_class_name_has_two_meanings() -> None:
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in tree_of(module).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from selma_ray.miniature.judge import JudgeConfig, JudgeModel, MiniatureJudge, tokenize_questions
+from selma_ray.miniature.judge import JudgeModel, MiniatureJudge, MiniatureJudgeConfig, tokenize_questions
 from selma_ray.miniature.pretrain.augment import augment
 from selma_ray.miniature.pretrain.autoencoder import images_to_tensor
 from selma_ray.miniature.pretrain.dataset import NO_COLOUR, SceneArrays, load_dataset
@@ -46,7 +46,7 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
     bank = QuestionBank()
     tokenizer = build_judge_tokenizer(bank.texts)
     bank_tokens, bank_slots = tokenize_questions(tokenizer, bank.texts)[:, :12], torch.tensor(bank.slots)
-    model = JudgeModel(JudgeConfig(vocab_size=len(tokenizer))).to(device).train()
+    model = JudgeModel(MiniatureJudgeConfig(vocab_size=len(tokenizer))).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02)
     path = work_dir / "judge.pt"
     saved = load_checkpoint(path)

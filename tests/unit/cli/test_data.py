@@ -9,7 +9,7 @@ from selma_ray.images.in_flight import begin_batch
 from selma_ray.images.progress import follow
 from selma_ray.images.shards import write_shards
 from selma_ray.prompts.progress import PromptProgress, write_prompt_progress
-from selma_ray.prompts.store import Candidate, write_decided
+from selma_ray.prompts.store import PromptCandidate, write_decided
 from selma_ray.run.opening import open_run
 from selma_ray.run.recipe import load_recipe
 from selma_ray.storage import RunFolder
@@ -26,7 +26,7 @@ def run_dir(tmp_path, tiny_pipeline_dir) -> str:
     (tmp_path / "llm" / "config.json").write_text("{}")
     names = [f"model.name={tiny_pipeline_dir}", f"prompts.llm.name={tmp_path / 'llm'}", f"run_dir={tmp_path / 'run'}"]
     run = open_run(load_recipe(DEMO, [*names, "skills=[miniature/common, miniature/counting]"]))
-    candidates = [Candidate("a red apple", index=0, split="train"), Candidate("a", "too similar")]
+    candidates = [PromptCandidate("a red apple", index=0, split="train"), PromptCandidate("a", "too similar")]
     write_decided(run.folder, "common", 0, candidates)
     write_shards(run.folder, table(row("a", "common"), row("b", "counting", error="ValueError: no")))
     begin_batch(run.folder, ["lost"])

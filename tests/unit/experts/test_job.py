@@ -1,7 +1,7 @@
 import pytest
 
 from selma_ray.adapters.config import LoraSettings
-from selma_ray.experts.config import ExpertsConfig, MixedConfig, SelectionConfig
+from selma_ray.experts.config import CheckpointChoiceConfig, ExpertsConfig, MixedConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result, mean_of_tail
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
@@ -28,7 +28,7 @@ def with_settings(job: ExpertJob, **changes) -> ExpertJob:
         {"zero_stage": 1},
         {"min_snr_gamma": 5.0},
         {"caption_dropout": 0.1},
-        {"selection": SelectionConfig(every_steps=10)},
+        {"selection": CheckpointChoiceConfig(every_steps=10)},
     ],
 )
 def test_the_key_changes_with_what_decides_the_weights(job, change):
@@ -50,14 +50,16 @@ def test_the_key_does_not_change_with_placement(job, change):
 
 
 def test_where_adapters_are_scored_does_not_change_the_key(job):
-    chosen = with_settings(job, selection=SelectionConfig(every_steps=10))
-    elsewhere = with_settings(job, selection=SelectionConfig(every_steps=10, max_concurrent=4, num_cpus=2, num_gpus=1))
+    chosen = with_settings(job, selection=CheckpointChoiceConfig(every_steps=10))
+    elsewhere = with_settings(
+        job, selection=CheckpointChoiceConfig(every_steps=10, max_concurrent=4, num_cpus=2, num_gpus=1)
+    )
     assert chosen.key == elsewhere.key
 
 
 def test_the_last_step_is_always_a_candidate(job):
     assert job.candidate_steps == ()
-    selection = SelectionConfig(every_steps=4)
+    selection = CheckpointChoiceConfig(every_steps=4)
     assert with_settings(job, steps=10, selection=selection).candidate_steps == (4, 8, 10)
     assert with_settings(job, steps=8, selection=selection).candidate_steps == (4, 8)
     assert with_settings(job, steps=3, selection=selection).candidate_steps == (3,)

@@ -3,13 +3,13 @@ from types import SimpleNamespace
 import pytest
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.experts.config import ExpertsConfig, SelectionConfig
+from selma_ray.experts.config import CheckpointChoiceConfig, ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
 from selma_ray.experts.selection import CandidateScores, choose_adapter, is_fitted
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 
-SELECTION = SelectionConfig(every_steps=2)
+SELECTION = CheckpointChoiceConfig(every_steps=2)
 
 
 @pytest.fixture

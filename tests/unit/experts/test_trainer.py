@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.config import SelectionConfig
+from selma_ray.experts.config import CheckpointChoiceConfig
 from selma_ray.experts.job import ExpertJob, finished_result
 from selma_ray.experts.selection import is_fitted
 from selma_ray.models.config import ModelConfig
@@ -115,7 +115,7 @@ def test_weighting_and_dropout_change_the_result(make_job, uninterrupted, change
 def test_candidates_are_left_to_choose_from_and_no_expert_yet(make_job):
     from selma_ray.experts.trainer import ExpertTrainer
 
-    job = make_job("chosen", steps=4, selection=SelectionConfig(every_steps=2))
+    job = make_job("chosen", steps=4, selection=CheckpointChoiceConfig(every_steps=2))
     trainer = ExpertTrainer(job)
     while trainer.steps_done < job.config.steps:
         trainer.step()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from selma_ray.images import rendering
-from selma_ray.images.config import ImagesConfig, SelectionConfig
+from selma_ray.images.config import ImageChoiceConfig, ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.plan import PLAN_SCHEMA
 from selma_ray.images.rendering import RENDERED_SCHEMA, RenderPrompts, encoded
@@ -196,7 +196,7 @@ def test_what_was_in_flight_when_a_run_ended_is_counted_once(tmp_path, tiny_pipe
 
 
 def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path, tiny_pipeline_dir):
-    config = CONFIG.model_copy(update={"per_prompt": 3, "selection": SelectionConfig(keep_best=1, min_score=0.5)})
+    config = CONFIG.model_copy(update={"per_prompt": 3, "selection": ImageChoiceConfig(keep_best=1, min_score=0.5)})
     scores = {0: 0.6, 1: 0.9, 2: 0.9, 3: 0.1, 4: None, 5: 0.2}
     rows = [
         {"id": str(seed), "skill": "one", "prompt": prompt, "split": "train", "image_index": seed % 3, "seed": seed}

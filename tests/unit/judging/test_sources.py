@@ -80,10 +80,10 @@ def test_written_questions_are_kept_in_batches_and_counted(tmp_path):
 
 
 def test_a_judge_may_be_named_alone():
-    from selma_ray.images.config import SelectionConfig
+    from selma_ray.images.config import ImageChoiceConfig
 
-    assert validate(SelectionConfig, {"judge": "blip"}, "test").judge == JudgeConfig(name="blip")
-    assert validate(SelectionConfig, {"judge": {"name": "blip", "num_gpus": 1}}, "test").judge.num_gpus == 1
+    assert validate(ImageChoiceConfig, {"judge": "blip"}, "test").judge == JudgeConfig(name="blip")
+    assert validate(ImageChoiceConfig, {"judge": {"name": "blip", "num_gpus": 1}}, "test").judge.num_gpus == 1
 
 
 def test_a_suite_as_source_must_be_named():

@@ -23,7 +23,7 @@ from transformers import (
     ViltProcessor,
 )
 
-from selma_ray.miniature.judge import JudgeConfig, JudgeModel, MiniatureJudge
+from selma_ray.miniature.judge import JudgeModel, MiniatureJudge, MiniatureJudgeConfig
 
 WORDS = ["is", "are", "there", "a", "an", "the", "two", "red", "blue", "green", "apple", "cup", "car", "picture", "?"]
 
@@ -50,7 +50,7 @@ def save_tiny_miniature_judge(folder: Path) -> Path:
     words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     torch.manual_seed(1)
-    model = JudgeModel(JudgeConfig(vocab_size=len(vocabulary), width=32, stem_width=16, num_heads=2))
+    model = JudgeModel(MiniatureJudgeConfig(vocab_size=len(vocabulary), width=32, stem_width=16, num_heads=2))
     MiniatureJudge(
         model, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     ).save_pretrained(folder)

@@ -8,7 +8,7 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.dev_scores import DevScorer
 from selma_ray.merging.candidates import _score_candidate
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.search import Candidate
+from selma_ray.merging.search import MergeCandidate
 from selma_ray.merging.weights import ALL
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.run.dev_scorer import dev_prompts
@@ -33,7 +33,7 @@ def test_a_candidates_score_is_that_of_its_adapter(run, tiny_pipeline_dir):
     assert [len(of_skill) for of_skill in prompts.values()] == [2, 2]
     model = ModelConfig(name=str(tiny_pipeline_dir))
     scorer = DevScorer(model, SAMPLING, JudgeConfig(), "official", prompts, None, 0)
-    alone = Candidate(0, 0, {ALL: {"common": 0.0, "counting": 1.0}})
+    alone = MergeCandidate(0, 0, {ALL: {"common": 0.0, "counting": 1.0}})
     expected = scorer(str(run.folder.local_path("experts", "counting")), SKILLS)
     assert expected["images"] == 4
     assert _score_candidate(alone, scorer, run.folder, 1.0) == pytest.approx(expected["dsg"])

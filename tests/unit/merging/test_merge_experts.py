@@ -14,7 +14,7 @@ from selma_ray.errors import AdapterError, ConfigError, StorageError
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.methods import METHODS, MergeOptions, default_weight
 from selma_ray.merging.run import merge_experts
-from selma_ray.merging.search import Candidate, SearchResult
+from selma_ray.merging.search import MergeCandidate, SearchResult
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.adapters.adapters_on_disk import save_random_adapter
@@ -216,7 +216,7 @@ def test_found_weights_reach_their_blocks(run_dir, tiny_pipeline_dir):
         for group, of_group in {"down_blocks": [1, 0, 0], "mid_block": [0, 1, 0], "up_blocks": [0, 0, 2]}.items()
     }
     mean = {group: dict.fromkeys(SKILLS, 1 / 3) for group in weights}
-    found = SearchResult((Candidate(0, 0, mean, 0.5), Candidate(1, 1, weights, 0.7)), best=1)
+    found = SearchResult((MergeCandidate(0, 0, mean, 0.5), MergeCandidate(1, 1, weights, 0.7)), best=1)
     config = MergingConfig(method="search", name="found")
     model = ModelConfig(name=str(tiny_pipeline_dir))
     merge_experts(RunFolder(str(run_dir)), SKILLS, model, config, found=found)

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from selma_ray.errors import JudgeError
-from selma_ray.miniature.judge import ANSWERS, JudgeConfig, JudgeModel, MiniatureJudge
+from selma_ray.miniature.judge import ANSWERS, JudgeModel, MiniatureJudge, MiniatureJudgeConfig
 from selma_ray.miniature.pretrain.judge import build_judge_tokenizer
 from selma_ray.miniature.pretrain.question_bank import QuestionBank
 
@@ -14,7 +14,7 @@ QUESTIONS = ["Is there a banana?", "Are the bananas blue?", "How many cars are t
 def judge() -> MiniatureJudge:
     torch.manual_seed(0)
     tokenizer = build_judge_tokenizer(QuestionBank().texts)
-    return MiniatureJudge(JudgeModel(JudgeConfig(vocab_size=len(tokenizer), temperature=1.5)), tokenizer)
+    return MiniatureJudge(JudgeModel(MiniatureJudgeConfig(vocab_size=len(tokenizer), temperature=1.5)), tokenizer)
 
 
 def make_images() -> list[Image.Image]:

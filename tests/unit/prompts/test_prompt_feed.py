@@ -7,7 +7,7 @@ import pytest
 from selma_ray.prompts import feed as feeding
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.feed import PromptFeed
-from selma_ray.prompts.pool import Answer
+from selma_ray.prompts.pool import WrittenAnswer
 from selma_ray.prompts.progress import read_prompt_progress, watch_prompts
 from selma_ray.prompts.store import prompt_summary
 from selma_ray.skills import Skill
@@ -16,9 +16,9 @@ from selma_ray.storage import RunFolder
 SKILLS = [Skill(name="one", description="things", max_words=6, seeds=("a red apple", "two cups"))]
 CONFIG = PromptsConfig(per_skill=4, per_request=3, requests_in_flight=2, max_requests=9)
 ANSWERS = [
-    Answer("one", 0, " a blue boat at sea\n4. two cups\n5. a green house with seven small windows on it"),
-    Answer("one", 1, " four brown horses run\n4. an old clock\n5. a blue boat on the sea"),
-    Answer("one", 2, " nine yellow umbrellas\n4. wet stones"),
+    WrittenAnswer("one", 0, " a blue boat at sea\n4. two cups\n5. a green house with seven small windows on it"),
+    WrittenAnswer("one", 1, " four brown horses run\n4. an old clock\n5. a blue boat on the sea"),
+    WrittenAnswer("one", 2, " nine yellow umbrellas\n4. wet stones"),
 ]
 
 
@@ -33,7 +33,7 @@ def open_feed(folder: RunFolder) -> PromptFeed:
     return feed
 
 
-def hand_in(feed: PromptFeed, *answers: Answer) -> list[str]:
+def hand_in(feed: PromptFeed, *answers: WrittenAnswer) -> list[str]:
     return [row["prompt"] for row in asyncio.run(feed.hand_in(answers))]
 
 

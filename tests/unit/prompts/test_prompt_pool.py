@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from selma_ray.errors import PromptYieldError, StorageError
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.diversity import tokens_of
-from selma_ray.prompts.pool import Answer, PromptPool
+from selma_ray.prompts.pool import PromptPool, WrittenAnswer
 from selma_ray.prompts.requests import PromptRequest
 from selma_ray.prompts.splits import dev_count, split_of
 from selma_ray.prompts.store import prompt_summary, read_decided, read_prompts
@@ -41,11 +41,11 @@ def make_skill(name: str) -> Skill:
     return Skill(name=name, description="things", max_words=9, seeds=SEEDS)
 
 
-def answer_of(request: PromptRequest) -> Answer:
-    """Answer as a language model would: what is said depends on the request's seed and examples."""
+def answer_of(request: PromptRequest) -> WrittenAnswer:
+    """WrittenAnswer as a language model would: what is said depends on the request's seed and examples."""
     rng = random.Random(f"{request.seed} {request.examples}")
     captions = [" ".join(rng.choices(WORDS, k=rng.randint(3, 11))) for _ in range(6)]
-    return Answer(
+    return WrittenAnswer(
         request.skill, request.number, "\n".join([f" {captions[0]}", *(f"5. {text}" for text in captions[1:])])
     )
 
@@ -154,7 +154,7 @@ def decide(folder: RunFolder, text: str, **options) -> list[str]:
     """Return what was decided on each candidate of one answer."""
     pool = PromptPool([make_skill("one")], options.pop("config", CONFIG), 0, folder, options.pop("excluded", ()))
     pool.issue(pool.open_requests(1))
-    pool.hand_in(Answer("one", 0, text, **options))
+    pool.hand_in(WrittenAnswer("one", 0, text, **options))
     return [candidate.reason or "kept" for candidate in read_decided(folder, "one", 0) or ()]
 
 
@@ -182,9 +182,9 @@ def test_candidates_beyond_the_number_asked_for_are_surplus(folder):
 def test_exact_duplicates_do_not_pass_in_another_skill(folder):
     pool = PromptPool([make_skill("one"), make_skill("two")], CONFIG, 0, folder)
     pool.issue(pool.open_requests(2))
-    pool.hand_in(Answer("two", 0, " A  boat."))
+    pool.hand_in(WrittenAnswer("two", 0, " A  boat."))
     assert kept(folder, "two") == [[]]
-    pool.hand_in(Answer("one", 0, " a boat"))
+    pool.hand_in(WrittenAnswer("one", 0, " a boat"))
     assert [row["prompt"] for row in kept(folder, "one")[0]] == ["a boat"]
     assert [c.reason for c in read_decided(folder, "two", 0) or ()] == ["duplicate"]
 
@@ -205,7 +205,7 @@ def test_no_two_kept_prompts_of_any_skills_are_exact_duplicates(tmp_path, data):
         pool.issue(requests)
         for request in data.draw(st.permutations(requests)):
             captions = data.draw(st.lists(caption, min_size=1, max_size=5))
-            pool.hand_in(Answer(request.skill, request.number, "\n".join(f"4. {text}" for text in captions)))
+            pool.hand_in(WrittenAnswer(request.skill, request.number, "\n".join(f"4. {text}" for text in captions)))
     prompts = [row["prompt"] for rows in kept(folder, "one", "two") for row in rows]
     spoken = [" ".join(tokens_of(prompt)) or prompt for prompt in prompts]
     assert len(set(spoken)) == len(spoken)
@@ -215,13 +215,13 @@ def test_a_skill_that_cannot_reach_its_number_says_what_became_of_its_candidates
     skills = [make_skill("one"), make_skill("two")]
     pool = PromptPool(skills, CONFIG.model_copy(update={"max_requests": 2}), 0, folder)
     pool.issue(pool.open_requests(4))
-    pool.hand_in(Answer("one", 0, " a boat\n5. a boat"))
-    pool.hand_in(Answer("two", 0, " a moon over the sea"))
+    pool.hand_in(WrittenAnswer("one", 0, " a boat\n5. a boat"))
+    pool.hand_in(WrittenAnswer("two", 0, " a moon over the sea"))
     with pytest.raises(
         PromptYieldError,
         match=r"one kept 1 of 30 .*max_requests=2 .*33.3% of its candidates; rejected: 2 duplicate; two 1 of 30 in 1\).*raise max_requests",
     ):
-        pool.hand_in(Answer("one", 1, " a boat"))
+        pool.hand_in(WrittenAnswer("one", 1, " a boat"))
 
 
 def test_summary_counts_every_candidate(folder):
