@@ -3,13 +3,13 @@
 import pytest
 
 from selma_ray.images.choosing import ChooseImages
-from selma_ray.images.config import SelectionConfig
+from selma_ray.images.config import ImageChoiceConfig
 from selma_ray.images.shards import WriteImages, candidate_shards, existing_ids, image_summary, read_images
 from selma_ray.images.shards import write_candidates as write
 from selma_ray.storage import RunFolder
 from tests.unit.images.test_shards import row, table
 
-CONFIG = SelectionConfig(keep_best=1, min_score=0.1)
+CONFIG = ImageChoiceConfig(keep_best=1, min_score=0.1)
 SCORES = {"red": 0.2, "lime": 0.9, "blue": None}
 COLOURS = {(255, 0, 0): "red", (0, 255, 0): "lime", (0, 0, 255): "blue"}
 
