@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from selma_ray.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from selma_ray.errors import AdapterError
 from selma_ray.storage import RunFolder
 
 __all__ = ["MIXTURE_TYPE", "Factors", "add_mixture", "is_mixture", "load_mixture", "read_experts", "write_mixture"]
 
 MIXTURE_TYPE = "MOE_LORA"
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _ROUTER = "base_model.model.", ".router_KI"
 
 
@@ -124,8 +124,8 @@ def write_mixture(
         "experts": list(names),
         "ranks": list(next(iter(experts.values())).ranks),
     }
-    folder.write_bytes(save(tensors), directory, _WEIGHTS_FILE)
-    folder.write_json(config, directory, _CONFIG_FILE)
+    folder.write_bytes(save(tensors), directory, WEIGHTS_FILE)
+    folder.write_json(config, directory, CONFIG_FILE)
 
 
 def is_mixture(folder: str | Path) -> bool:
@@ -143,17 +143,17 @@ def load_mixture(denoiser: torch.nn.Module, folder: str | Path) -> None:
         try:
             A_RI, B_OR = (tensors[f"{key}.lora_{side}.weight"] for side in "AB")
         except KeyError as error:
-            raise AdapterError(f"{folder / _WEIGHTS_FILE}: {error} is missing; train this mixture again") from None
+            raise AdapterError(f"{folder / WEIGHTS_FILE}: {error} is missing; train this mixture again") from None
         router_KI = tensors[f"{key}{_ROUTER}"]
         if len(A_RI) != sum(ranks) or B_OR.shape[1] != sum(ranks) or router_KI.shape != (len(ranks), A_RI.shape[1]):
             raise AdapterError(
-                f"{folder / _WEIGHTS_FILE}: {key} must have factors and routers of ranks {ranks}, has shapes {tuple(A_RI.shape)}, "
+                f"{folder / WEIGHTS_FILE}: {key} must have factors and routers of ranks {ranks}, has shapes {tuple(A_RI.shape)}, "
                 f"{tuple(B_OR.shape)} and {tuple(router_KI.shape)}; train this mixture again"
             )
         module = key.removeprefix(_PREFIX)
         experts[module], routers[module] = Factors(A_RI, B_OR, ranks), router_KI
     if not experts:
-        raise AdapterError(f"{folder / _WEIGHTS_FILE} holds no routers; train this mixture again")
+        raise AdapterError(f"{folder / WEIGHTS_FILE} holds no routers; train this mixture again")
     add_mixture(denoiser, experts, routers)
 
 
@@ -162,7 +162,7 @@ def _stacked(A_parts: Sequence[torch.Tensor], B_parts: Sequence[torch.Tensor]) -
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG_FILE
+    path = folder / CONFIG_FILE
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -170,7 +170,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / _WEIGHTS_FILE
+    path = folder / WEIGHTS_FILE
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

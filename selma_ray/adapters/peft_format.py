@@ -15,13 +15,12 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
+from selma_ray.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from selma_ray.adapters.streaming import TensorSpec, write_safetensors
 from selma_ray.errors import AdapterError
 
 __all__ = ["Adapter", "LoraFactors", "open_adapter", "shapes_of", "write_adapter"]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 

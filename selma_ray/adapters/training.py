@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from selma_ray.adapters.config import LoraSettings
+from selma_ray.adapters.files import ADAPTER_FILES
 from selma_ray.errors import ConfigError
 from selma_ray.storage import RunFolder
 
@@ -54,5 +55,5 @@ def export_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder
     with tempfile.TemporaryDirectory() as temporary:
         # No embedding is trained; PEFT would ask the hub for the base model's configuration to find that out.
         model.save_pretrained(temporary, state_dict=dict(weights), save_embedding_layers=False)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
+        for name in ADAPTER_FILES:
             folder.write_bytes((Path(temporary) / name).read_bytes(), directory, name)

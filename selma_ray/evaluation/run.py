@@ -4,7 +4,6 @@ One Ray Data execution streams the batches of all models from renderers to judge
 answers. What is written already is not done again.
 """
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import pyarrow as pa
 import ray
 
 from selma_ray import errors
+from selma_ray.adapters.files import adapter_digest
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import cpu_count
 from selma_ray.cluster.placement import Demand, check_fit, role_options, shared_resources
@@ -277,7 +277,5 @@ def _revision(tested: ModelUnderTest) -> str:
     revision = locate_text_to_image(tested.model.name, tested.model.revision).revision
     if tested.adapter_dir is None:
         return content_id(model=revision, dtype=tested.model.dtype)
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        digest.update(Path(tested.adapter_dir, name).read_bytes())
-    return content_id(model=revision, dtype=tested.model.dtype, adapter=digest.hexdigest())
+    digest = adapter_digest(Path(tested.adapter_dir))
+    return content_id(model=revision, dtype=tested.model.dtype, adapter=digest)

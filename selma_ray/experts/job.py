@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from selma_ray.adapters.files import is_adapter
+from selma_ray.config import identity
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.records import content_id
@@ -11,15 +13,7 @@ from selma_ray.storage import RunFolder
 
 __all__ = ["ExpertJob", "ExpertResult", "finished_result", "mean_of_tail"]
 
-# Settings that say where and how safely an expert is fitted, or what is fitted beside it, not what comes out of it.
-_PLACEMENT_SETTINGS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("cpus_per_worker", "gpus_per_worker", "encoders", "max_concurrent", "max_failures", "checkpoint_every_steps"), True
-    ),
-    "selection": {"max_concurrent", "num_cpus", "num_gpus"},
-    "mixed": True,
-    "moe": True,
-}  # fmt: skip
+_FITTED_BESIDE = ("mixed", "moe")  # experts of their own, with keys of their own
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class ExpertJob:
     @property
     def key(self) -> str:
         """Return a content id of all that decides the adapter's weights; another key's checkpoints are never restored."""
-        settings = self.config.model_dump(mode="json", exclude=_PLACEMENT_SETTINGS)
+        settings = {name: each for name, each in identity(self.config).items() if name not in _FITTED_BESIDE}
         mixture = {"experts": [expert.key for expert in self.experts]} if self.experts else {}
         return content_id(name=self.name, caches=list(self.cache_keys), settings=settings, seed=self.seed, **mixture)
 
@@ -88,7 +82,7 @@ class ExpertResult:
 
 def finished_result(job: ExpertJob) -> ExpertResult | None:
     """Return the result of a job that is finished, or None; an adapter of other settings does not count."""
-    if not all(job.folder.exists(job.directory, name) for name in ("adapter_config.json", "result.json")):
+    if not (is_adapter(job.folder, job.directory) and job.folder.exists(job.directory, "result.json")):
         return None
     result = ExpertResult(**job.folder.read_json(job.directory, "result.json"))
     return result if result.key == job.key else None

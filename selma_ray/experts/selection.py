@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from selma_ray.adapters.files import ADAPTER_FILES, is_adapter
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.experts.config import CheckpointChoiceConfig
@@ -17,7 +18,6 @@ __all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")  # the second means that the first is whole
 _SCORES_FILE = "dev_scores.json"
 
 
@@ -77,7 +77,7 @@ class CandidateScores:
         return [
             (job, step)
             for job, step in self._unscored
-            if job.name not in self.failures and job.folder.exists(job.candidate(step), "adapter_config.json")
+            if job.name not in self.failures and is_adapter(job.folder, job.candidate(step))
         ]
 
     def _start(self, job: ExpertJob, step: int) -> Any:
@@ -113,7 +113,7 @@ def is_fitted(job: ExpertJob) -> bool:
     folder = job.folder
     return finished_result(job) is not None or (
         bool(job.candidate_steps)
-        and all(folder.exists(job.candidate(step), "adapter_config.json") for step in job.candidate_steps)
+        and all(is_adapter(folder, job.candidate(step)) for step in job.candidate_steps)
         and folder.exists(job.directory, "result.json")
         and folder.read_json(job.directory, "result.json")["key"] == job.key
     )
@@ -127,7 +127,7 @@ def choose_adapter(job: ExpertJob) -> None:
     result = ExpertResult(**folder.read_json(job.directory, "result.json"))
     folder.write_json(scores, job.directory, _SCORES_FILE)
     folder.write_json(replace(result, step=best["step"], dev_dsg=best["dsg"]).as_dict(), job.directory, "result.json")
-    for name in _ADAPTER_FILES:
+    for name in ADAPTER_FILES:
         folder.write_bytes(folder.read_bytes(job.candidate(best["step"]), name), job.directory, name)
     folder.delete(job.candidates)
 

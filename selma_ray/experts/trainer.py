@@ -9,6 +9,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from diffusers.optimization import get_scheduler
 
+from selma_ray.adapters.files import CONFIG_FILE, is_adapter
 from selma_ray.adapters.mixture_of_experts import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import TrainingError
@@ -95,7 +96,7 @@ class ExpertTrainer:
         """Leave the adapter as it is now to be chosen from, unless it is there; every worker calls it, the first one writes."""
         weights = self._full_weights()
         directory = self.job.candidate(self.steps_done)
-        if self._rank == 0 and not self.job.folder.exists(directory, "adapter_config.json"):
+        if self._rank == 0 and not is_adapter(self.job.folder, directory):
             self._write_adapter(weights, directory)
 
     def export(self, seconds: float) -> None:
@@ -111,7 +112,7 @@ class ExpertTrainer:
         result = ExpertResult(
             job.name, job.key, loss, len(curve.loss), len(self._examples), self._precision, round(seconds, 2)
         )
-        job.folder.delete(job.directory, "adapter_config.json")  # whose return means that all files belong together
+        job.folder.delete(job.directory, CONFIG_FILE)  # whose return means that all files belong together
         job.folder.write_json(curve.rows(), job.directory, "curve.json")
         job.folder.write_json(result.as_dict(), job.directory, "result.json")
         if not job.candidate_steps:

@@ -1,10 +1,10 @@
 """Search of merge weights on the dev splits: Ray renders and judges candidates side by side, for the stage that merges experts."""
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from selma_ray.adapters.files import adapter_digest
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.judging.dev_scores import DevScorer
@@ -52,7 +52,7 @@ def search_merge(
             yield number, value
 
     key = content_id(
-        experts=[_digest(expert.folder) for expert in experts.values()],
+        experts=[adapter_digest(expert.folder) for expert in experts.values()],
         base=locate_text_to_image(model.name, model.revision).revision,
         judge=locate_judge(scorer.judge.name).revision,
         evaluation={"sampling": scorer.sampling.model_dump(mode="json"), "dsg_scorer": scorer.dsg_scorer},
@@ -97,11 +97,3 @@ def _score_candidate(candidate: MergeCandidate, scorer: DevScorer, folder: RunFo
     with tempfile.TemporaryDirectory() as temporary:
         write_candidate(Path(temporary), open_adapters(folder, skills, scorer.model), candidate.weights, scale)
         return scorer(temporary, skills)["dsg"]
-
-
-def _digest(adapter_dir: Path) -> list[str]:
-    digests = []
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        with (adapter_dir / name).open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests

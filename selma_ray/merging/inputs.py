@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from selma_ray.adapters.peft_format import CONFIG_FILE, Adapter, open_adapter
+from selma_ray.adapters.files import CONFIG_FILE
+from selma_ray.adapters.peft_format import Adapter, open_adapter
 from selma_ray.errors import AdapterError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image

@@ -1,6 +1,5 @@
 """Stage: the experts of a run become one model, `merged/<name>/` with an adapter, a baked pipeline, exports and a report."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -14,7 +13,8 @@ import torch
 
 from selma_ray.adapters.deltas import Delta, DenseDelta, truncated
 from selma_ray.adapters.exports import EXPORT_FILES, write_diffusers, write_kohya
-from selma_ray.adapters.peft_format import WEIGHTS_FILE, Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
+from selma_ray.adapters.files import adapter_digest
+from selma_ray.adapters.peft_format import Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.errors import AdapterError
 from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
@@ -209,13 +209,9 @@ def _means(weights: Weights) -> dict[str, float]:
 def _content_key(
     adapters: Mapping[str, Adapter], weights: Weights, model: ModelConfig, config: MergingConfig, seed: int
 ) -> str:
-    hashes = []
-    for adapter in adapters.values():
-        with (adapter.folder / WEIGHTS_FILE).open("rb") as stream:
-            hashes.append([hashlib.file_digest(stream, "sha256").hexdigest(), adapter.scale])
     located = locate_text_to_image(model.name, model.revision)
     return content_id(
-        experts=hashes,
+        experts=[adapter_digest(adapter.folder) for adapter in adapters.values()],
         weights=weights,
         settings=config.model_dump(
             mode="json", include={"method", "scale", "rank", "density", "exports", "export_experts"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.config import first_difference, identity, validate
 from selma_ray.errors import ConfigError, ModelNotFoundError, RunMismatchError
 from selma_ray.models.config import ModelConfig
@@ -104,9 +105,9 @@ def _check_other_models(recipe: Recipe) -> None:
 
     for name, other in recipe.evaluation.models.items():
         locate_text_to_image(other.model.name, other.model.revision)
-        if other.adapter_dir is not None and not Path(other.adapter_dir, "adapter_config.json").is_file():
+        if other.adapter_dir is not None and not Path(other.adapter_dir, CONFIG_FILE).is_file():
             raise ModelNotFoundError(
-                f"evaluation.models.{name}.adapter_dir {other.adapter_dir} must hold adapter_config.json; name a PEFT adapter's folder"
+                f"evaluation.models.{name}.adapter_dir {other.adapter_dir} must hold {CONFIG_FILE}; name a PEFT adapter's folder"
             )
 
 

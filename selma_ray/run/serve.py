@@ -2,6 +2,7 @@
 
 from pathlib import PurePosixPath
 
+from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.judging.sources import GrammarQuestions, QuestionSource
 from selma_ray.run.opening import Run
 from selma_ray.run.question_source import source_name
@@ -20,7 +21,7 @@ def served_models(run: Run, experts: bool) -> ServedModels:
     """Return the merged model of a run and, where `experts` are wanted, its base model and every expert that is there."""
     if not experts:
         return ServedModels(run.recipe.merging.name, run.merged_model)
-    paths = map(PurePosixPath, run.folder.files("experts", suffix="adapter_config.json"))
+    paths = map(PurePosixPath, run.folder.files("experts", suffix=CONFIG_FILE))
     names = sorted(path.parts[-2] for path in paths if len(path.parts) == _DEPTH_OF_EXPERTS)
     folders = {name: run.folder.path("experts", name) for name in names}
     return ServedModels(run.recipe.merging.name, run.merged_model, run.recipe.model, folders)

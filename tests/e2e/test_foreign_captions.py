@@ -41,7 +41,7 @@ def recipe(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
         },
         "images": {"per_prompt": PER_PROMPT, "selection": {"judge": judge}, "sampling": SAMPLING},
         "questions": {
-            "writer": {"max_examples": 2, "attempts": 1, "llm": {"name": "miniature", "max_model_len": 2048, "max_tokens": 150}}
+            "writer": {"format": "text", "max_examples": 2, "attempts": 1, "llm": {"max_model_len": 2048, "max_tokens": 120}}
         },
         "experts": {
             "steps": 2, "batch_size": 2, "checkpoint_every_steps": 1, "lora": {"rank": 2, "alpha": 2}, "selection": {"every_steps": 2},

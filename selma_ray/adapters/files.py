@@ -1,0 +1,27 @@
+"""The files of a PEFT adapter's folder: their names, whether they are there, and what names their content. Loads no torch."""
+
+import hashlib
+from pathlib import Path
+
+from selma_ray.storage import RunFolder
+
+__all__ = ["ADAPTER_FILES", "CONFIG_FILE", "WEIGHTS_FILE", "adapter_digest", "is_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
+"""In the order in which they are written: the last one's being there means that the adapter is whole."""
+
+
+def is_adapter(folder: RunFolder, directory: str) -> bool:
+    """Tell whether a folder of a run holds a whole adapter."""
+    return folder.exists(directory, CONFIG_FILE)
+
+
+def adapter_digest(adapter_dir: Path) -> str:
+    """Return a hash of an adapter's weights and settings."""
+    digest = hashlib.sha256()
+    for name in ADAPTER_FILES:
+        with (adapter_dir / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
