@@ -46,7 +46,7 @@ _REASON_CHARS = 200
 
 
 class SelmaError(Exception):
-    """An error a user can mend; the command line prints its one line without a traceback."""
+    """An error a user can fix; the command line prints its one line without a traceback."""
 
     exit_code = 1
 

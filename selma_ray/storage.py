@@ -169,7 +169,9 @@ def storage_errors(path: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"no space left to write {path}; free some and run the same command again") from None
         reason = " ".join(str(error).split())
-        raise StorageError(f"{path} cannot be written: {reason}; mend it and run the same command again") from None
+        raise StorageError(
+            f"{path} cannot be written: {reason}; fix the cause and run the same command again"
+        ) from None
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class ServeArgs(ServingConfig):
     model: ModelConfig = ModelConfig()
     """The model to serve where no run is named."""
     model_name: str | None = None
-    """The name that clients ask for; none takes the merged model's name, or the last part of the model's."""
+    """The name that clients ask for; default: the merged model's name, or the last part of the model's."""
     run_dir: str | None = None
     """A run whose merged model is served, sampled as its recipe says."""
     cluster: ClusterConfig = ClusterConfig()

@@ -16,7 +16,7 @@ from selma_ray.errors import AdapterError
 __all__ = ["Expert", "ExpertLayers", "LowRank", "Mix"]
 
 Mix = tuple[tuple[str, float], ...]
-"""Experts on the base model by name, each with the weight of its delta; none is the base model itself."""
+"""Experts on the base model by name, each with the weight of its delta; empty for the base model itself."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ class ClusterConfig(StrictModel):
     """How a run reaches Ray and places its roles."""
 
     address: str | None = None
-    """Address of a running cluster; none joins the cluster of RAY_ADDRESS, or starts a local one."""
+    """Address of a running cluster; default: that of RAY_ADDRESS, or else a local one is started."""
     num_cpus: int | None = Field(default=None, ge=1)
-    """Logical CPUs of a local cluster; none takes the machine's."""
+    """Logical CPUs of a local cluster; default: the machine's."""
     object_store_memory_gb: float = Field(default=1.0, gt=0.1)
     """Shared memory of a local cluster's object store, in GB."""
     use_labels: bool = False

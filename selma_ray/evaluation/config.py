@@ -37,7 +37,7 @@ class EvaluationConfig(StrictModel):
     suite: str = "miniature"
     """`miniature` (its fixed held-out captions) or a JSON Lines file of prompts with questions."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Prompts taken from the suite, spread evenly over its skills; none takes all."""
+    """Prompts taken from the suite, spread evenly over its skills; default: all."""
     seeds: tuple[int, ...] = (0,)
     """Sampling seeds; every model renders every prompt once for each."""
     sampling: SamplingConfig = SamplingConfig()

@@ -43,7 +43,7 @@ class ScoreImagesConfig(StrictModel):
     metric: str = "clipscore"
     """One of clipscore, pickscore, hpsv2, hpsv2.1, imagereward and vqascore."""
     model: str | None = None
-    """The metric's model, a folder or a hub name; none takes its public checkpoint."""
+    """The metric's model, a folder or a hub name; default: its public checkpoint."""
     judge: JudgeConfig = JudgeConfig()
     """The judge that vqascore asks."""
     batch_size: int = Field(default=64, ge=1)

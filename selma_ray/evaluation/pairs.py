@@ -134,9 +134,9 @@ def _check(row: Mapping[str, str], key: Mapping[str, Any], rated: set[tuple[str,
             f"{place}: choices of export {row['export']!r}, this run's is {key['export']!r}; name its own file"
         )
     if row["pair"] not in key["pairs"]:
-        raise JudgeError(f"{place}: pair must be one of the exported pairs, got {row['pair']!r}; mend the file")
+        raise JudgeError(f"{place}: pair must be one of the exported pairs, got {row['pair']!r}; fix the file")
     if row["choice"] not in _CHOICES:
-        raise JudgeError(f"{place}: choice must be {', '.join(_CHOICES)}, got {row['choice']!r}; mend the file")
+        raise JudgeError(f"{place}: choice must be {', '.join(_CHOICES)}, got {row['choice']!r}; fix the file")
     if (row["rater"], row["pair"]) in rated:
         raise JudgeError(f"{place}: {row['rater']!r} rates pair {row['pair']} a second time; keep one of the rows")
 

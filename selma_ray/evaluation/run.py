@@ -92,7 +92,7 @@ def _scores(
         reason, count = Counter(scores.unscored.values()).most_common(1)[0]
         raise RenderError(
             f"evaluation.max_failed_fraction allows {config.max_failed_fraction:g}, {failed} of {len(scores.images)} images of {name} "
-            f"have no score ({count} x {reason}); mend the cause and run the same command again: they are tried again"
+            f"have no score ({count} x {reason}); fix the cause and run the same command again: they are tried again"
         )
     folder.write_table(score_table(name, scores, answers), "evaluation", name, "scores.parquet")
     return scores

@@ -112,7 +112,7 @@ def encode_caches(
 class EncodeExamples:
     """Turns files of rendered images into shards of encoded examples; one autoencoder and text encoder per actor.
 
-    Of a file, the rows in `ids` are encoded; none takes those to train on.
+    Of a file, the rows in `ids` are encoded; default: those to train on.
     """
 
     def __init__(self, folder: RunFolder, model: ModelConfig, ids: Collection[str] | None = None) -> None:
@@ -209,7 +209,7 @@ def _ids_to_encode(folder: RunFolder, source: str, ids: Collection[str] | None) 
 
 
 def _rows_to_encode(table: pa.Table, ids: Collection[str] | None) -> pa.Table:
-    """Return the rows whose id is among `ids`; none takes the training images that were rendered."""
+    """Return the rows whose id is among `ids`; default: the training images that were rendered."""
     if ids is not None:
         return table.filter(pa.array([row_id in ids for row_id in table["id"].to_pylist()], pa.bool_()))
     return table.filter(pc.and_(pc.equal(table["split"], "train"), pc.is_null(table["error"])))

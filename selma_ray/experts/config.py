@@ -16,9 +16,9 @@ class CheckpointChoiceConfig(StrictModel):
     every_steps: int = Field(ge=1)
     """Steps between scored adapters; the last step's is always scored."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Dev prompts rendered for a score; none takes all. Sampling and judge are the evaluation's."""
+    """Dev prompts rendered for a score; default: all. Sampling and judge are the evaluation's."""
     suite: str | None = None
-    """JSON Lines file of dev prompts with questions, as evaluation.suite is; none asks the miniature's questions."""
+    """JSON Lines file of dev prompts with questions, as evaluation.suite is; default: the run's own, by the recipe's questions."""
     max_concurrent: Placement[int] = Field(default=1, ge=1)
     """Adapters scored at once, over all experts."""
     num_cpus: Placement[float] = Field(default=1, gt=0)
@@ -33,7 +33,7 @@ class MixedConfig(StrictModel):
     ranks: tuple[int, ...] = Field(min_length=1)
     """Rank of each such LoRA; alpha/r is that of experts.lora."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of each; none takes experts.steps."""
+    """Optimiser steps of each; default: experts.steps."""
 
     @field_validator("ranks")
     @classmethod
@@ -47,7 +47,7 @@ class MoeConfig(StrictModel):
     """The paper's MoE-LoRA: linear routers over the frozen experts, fitted to the data of all skills together (SELMA, section 5.2)."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps; none takes experts.steps."""
+    """Optimiser steps; default: experts.steps."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
 
@@ -69,7 +69,7 @@ class ExpertsConfig(StrictModel):
     batch_size: int = Field(default=64, ge=1)
     """Global batch size of an optimiser step, over all workers and accumulation."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Examples one worker holds at once; none takes its whole share."""
+    """Examples one worker holds at once; default: its whole share."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -87,7 +87,7 @@ class ExpertsConfig(StrictModel):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time, the same result."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
-    """Min-SNR loss weighting (2303.09556), 5 there; none weighs all timesteps the same, as SELMA does."""
+    """Min-SNR loss weighting (2303.09556), 5 there; default: all timesteps weigh the same, as in SELMA."""
     caption_dropout: float = Field(default=0, ge=0, lt=1)
     """Share of examples whose caption is replaced by the empty one; SELMA drops none."""
     workers_per_expert: int = Field(default=1, ge=1)
@@ -99,19 +99,19 @@ class ExpertsConfig(StrictModel):
     encoders: Placement[int] = Field(default=1, ge=1)
     """Actors that encode images and captions before training; each holds the autoencoder and the text encoder."""
     max_concurrent: Placement[int | None] = Field(default=None, ge=1)
-    """Experts fitted at once, the others in turn; none takes what the cluster's resources allow."""
+    """Experts fitted at once, the others in turn; default: as many as the cluster's resources allow."""
     checkpoint_every_steps: Placement[int] = Field(default=500, ge=1)
     """Steps between checkpoints."""
     max_failures: Placement[int] = Field(default=2, ge=0)
     """Restarts from the last checkpoint; experts that take turns share them."""
     selection: CheckpointChoiceConfig | None = None
-    """Choice of checkpoint by dev score; none keeps the last step's."""
+    """Choice of checkpoint by dev score; default: the last step's is kept."""
     mixed: MixedConfig | None = None
-    """LoRAs on all skills' data together beside the experts, named mixed-r<rank>; none trains none."""
+    """LoRAs on all skills' data together beside the experts, named mixed-r<rank>; default: no such LoRAs."""
     moe: MoeConfig | None = None
-    """A mixture of the finished experts, named moe; none fits none. It is scored beside the experts, and cannot be merged or exported."""
+    """A mixture of the finished experts, named moe; default: no mixture. It is scored beside them, and cannot be merged or exported."""
     dpo: DpoConfig | None = None
-    """Fit to preferences; none fits to the images as they are. Needs images.selection, whose judge makes the pairs."""
+    """Fit to preferences; default: to the images as they are. Needs images.selection, whose judge makes the pairs."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "ExpertsConfig":

@@ -44,7 +44,7 @@ class ImagesConfig(StrictModel):
     per_prompt: int = Field(default=1, ge=1)
     """Images rendered for each prompt."""
     selection: ImageChoiceConfig | None = None
-    """Choice among a prompt's images by a judge; none trains on all of them, as published."""
+    """Choice among a prompt's images by a judge; default: all of them are trained on, as published."""
     format: Literal["png", "webp"] = "png"
     """Encoding of the images; both are lossless."""
     license: Placement[str] = "unknown"

@@ -153,7 +153,7 @@ def too_many_failures(failed: int, total: int, reasons: Mapping[str, int], confi
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     return RenderError(
         f"images.max_failed_fraction allows {config.max_failed_fraction:g}, {failed} of {total} images "
-        f"failed ({listed}); mend the cause and run the same command again: failed images are tried again"
+        f"failed ({listed}); fix the cause and run the same command again: failed images are tried again"
     )
 
 

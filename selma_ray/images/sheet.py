@@ -25,7 +25,7 @@ _STYLE = (
 def contact_sheet(folder: RunFolder, skills: Sequence[str], per_skill: int, seed: int, suffix: str) -> bytes:
     """Return the sheet as `.html` or `.png`; raises ConfigError for another suffix or a run without images."""
     if suffix not in (".html", ".png"):
-        raise ConfigError(f"a contact sheet must be named .html or .png, got {suffix!r}; mend --out")
+        raise ConfigError(f"a contact sheet must be named .html or .png, got {suffix!r}; fix --out")
     rows = {skill: random_rows(folder, skill, per_skill, seed) for skill in skills}
     if not any(rows.values()):
         raise ConfigError(f"{folder.uri} holds no image yet; run `selma generate` first")

@@ -16,7 +16,7 @@ class JudgeConfig(StrictModel):
     name: str = "miniature"
     """`miniature`, a local folder, or a hub name."""
     revision: str | None = None
-    """Hub revision; none takes the newest."""
+    """Hub revision; default: the newest."""
     engine: Literal["auto", "miniature", "transformers", "vllm"] = "auto"
     """What runs it: `transformers` ViLT and BLIP, `vllm` any vision-language model; `auto` goes by its configuration."""
     embedder: str | None = None

@@ -84,5 +84,5 @@ def _parents(question: Answered, scores: Mapping[int, float | None]) -> list[flo
         return [scores[parent] for parent in question.parents if parent != _ROOT]
     except KeyError as missing:
         raise JudgeError(
-            f"question {question.id} depends on question {missing}, which is not there; mend the question set"
+            f"question {question.id} depends on question {missing}, which is not there; fix the question set"
         ) from None

@@ -81,7 +81,7 @@ def _question_id(text: str, path: Path, line: int) -> int:
     try:
         return int(float(text))
     except ValueError:
-        raise JudgeError(f"{path} line {line}: question_id must be a number, got {text!r}; mend the file") from None
+        raise JudgeError(f"{path} line {line}: question_id must be a number, got {text!r}; fix the file") from None
 
 
 def _rows(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:

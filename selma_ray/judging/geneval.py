@@ -102,7 +102,7 @@ def _broken(
         relation, target = clause["position"]
         if target >= len(matched):
             raise JudgeError(
-                f"GenEval clause {name!r} must be placed by an earlier clause, got {target}; mend the metadata"
+                f"GenEval clause {name!r} must be placed by an earlier clause, got {target}; fix the metadata"
             )
         targets = matched[target]
         if targets is None:

@@ -76,7 +76,7 @@ def read_suite(path: Path) -> list[PromptWithQuestions]:
         number, kind, detail = faults[0]
         counts = ", ".join(f"{kind} {count}" for kind, count in Counter(kind for _, kind, _ in faults).items())
         raise JudgeError(
-            f"evaluation.suite {path} has {len(faults)} faults ({counts}), first in line {number}: {kind}, {detail}; mend them"
+            f"evaluation.suite {path} has {len(faults)} faults ({counts}), first in line {number}: {kind}, {detail}; fix them"
         )
     if not suite:
         raise JudgeError(f"evaluation.suite {path} must hold at least one prompt, holds none; add lines to it")

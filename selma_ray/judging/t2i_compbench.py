@@ -64,7 +64,7 @@ def numeracy(expected: Mapping[str, int], counted: Mapping[str, int]) -> float:
     """Return the mean over expected objects of 0.5 for one that is there and 0.5 more where its count is right."""
     if not expected:
         raise JudgeError(
-            "T2I-CompBench numeracy needs at least one expected object, got none; mend the prompt's objects"
+            "T2I-CompBench numeracy needs at least one expected object, got none; fix the prompt's objects"
         )
     earned = [
         0.5 * (counted.get(name, 0) > 0) + 0.5 * (counted.get(name, 0) == count) for name, count in expected.items()
@@ -79,7 +79,7 @@ def attribute_binding(p_yes: Iterable[float | None]) -> float | None:
     """
     chances = list(p_yes)
     if not chances:
-        raise JudgeError("T2I-CompBench attributes need at least one noun phrase, got none; mend the prompt's phrases")
+        raise JudgeError("T2I-CompBench attributes need at least one noun phrase, got none; fix the prompt's phrases")
     return None if None in chances else math.prod(chance for chance in chances if chance is not None)
 
 
@@ -88,7 +88,7 @@ def _iou(first: Sequence[float], second: Sequence[float]) -> float:
     height = max(0, min(first[3], second[3]) - max(first[1], second[1]))
     union = _area(first) + _area(second) - width * height
     if union <= 0:
-        raise JudgeError(f"boxes must have an area, got {tuple(first)} and {tuple(second)}; mend the detections")
+        raise JudgeError(f"boxes must have an area, got {tuple(first)} and {tuple(second)}; fix the detections")
     return width * height / union
 
 

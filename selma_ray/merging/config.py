@@ -25,9 +25,9 @@ class SearchConfig(StrictModel):
     by_block: bool = False
     """Search one weight per skill for each group of blocks (down, mid, up) instead of one for all."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """Dev prompts that a candidate renders, taken from the skills in turn; none takes all. Sampling and judge are the evaluation's."""
+    """Dev prompts that a candidate renders, taken from the skills in turn; default: all. Sampling and judge are the evaluation's."""
     suite: str | None = None
-    """JSON Lines file of dev prompts with questions, as evaluation.suite is; none asks the miniature's questions."""
+    """JSON Lines file of dev prompts with questions, as evaluation.suite is; default: the run's own, by the recipe's questions."""
 
 
 class MergingConfig(StrictModel):
@@ -40,11 +40,11 @@ class MergingConfig(StrictModel):
     `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
     rank; `ties`, `dare` and `knots` keep experts from undoing one another; `search` looks for the best weights on the dev splits."""
     weights: dict[str, float] | None = None
-    """Weight of each skill; none weighs all the same: 1/K, or 1 with `sum_deltas`."""
+    """Weight of each skill; default: all the same. The means (`average_deltas`, `average_factors`, `svd`) divide weights by their sum."""
     scale: float = 1.0
     """Factor on the merged delta."""
     rank: int | None = Field(default=None, ge=1)
-    """Rank of `svd`, and of the adapter that stands for a `ties` or `dare` merge; none takes the largest of the experts'."""
+    """Rank of `svd`, and of the adapter that stands for a `ties` or `dare` merge; default: the largest of the experts'."""
     density: float = Field(default=0.2, gt=0, le=1)
     """Share of each expert's entries that `ties`, `dare` and `knots` keep."""
     exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")

@@ -29,13 +29,13 @@ def _check_base(adapter: Adapter, model: ModelConfig) -> None:
     if adapter.base_model not in (None, "", model.name):
         raise AdapterError(
             f"{path}: base_model_name_or_path must be {model.name!r} as model.name says, "
-            f"got {adapter.base_model!r}; merge experts of this base, or mend model.name"
+            f"got {adapter.base_model!r}; merge experts of this base, or fix model.name"
         )
     revision = locate_text_to_image(model.name, model.revision).revision
     if adapter.base_model and adapter.revision not in (None, "", revision):
         raise AdapterError(
             f"{path}: revision must be {revision!r} as that of {model.name} is now, got {adapter.revision!r}: it was fitted to other "
-            "weights; train the expert again, or mend model.revision"
+            "weights; train the expert again, or fix model.revision"
         )
 
 

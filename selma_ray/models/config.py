@@ -15,7 +15,7 @@ class ModelConfig(StrictModel):
     name: str = "miniature"
     """`miniature`, a local folder in diffusers' format, or a hub name."""
     revision: str | None = None
-    """Hub revision; none takes the newest."""
+    """Hub revision; default: the newest."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of rendering."""
     variant: str | None = None
@@ -30,7 +30,7 @@ class SamplingConfig(StrictModel):
     guidance_scale: float = Field(default=7.5, ge=0)
     """Classifier-free guidance scale; 1 is none."""
     scheduler: str | None = None
-    """diffusers class name such as DDIMScheduler; none keeps the model's own."""
+    """diffusers class name such as DDIMScheduler; default: the model's own."""
     negative_prompt: str = ""
     """What the images should not show."""
     width_px: int = Field(default=512, ge=8, multiple_of=8)

@@ -113,7 +113,7 @@ class Renderer:
 
 
 def use_scheduler(pipeline: Any, name: str | None) -> None:
-    """Give a pipeline the scheduler class `name`, with its own scheduler's configuration; none keeps its own.
+    """Give a pipeline the scheduler class `name`, with its own scheduler's configuration; without a name it keeps its own.
 
     Raises ConfigError for a class that cannot take that configuration, such as a diffusion sampler for a flow model.
     """

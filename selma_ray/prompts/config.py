@@ -22,7 +22,7 @@ class RemoteConfig(StrictModel):
     url: Placement[str] = Field(default="http://127.0.0.1:8000/v1", pattern=r"^https?://\S+$")
     """Address of the API, with its version: requests go to URL/chat/completions, or URL/completions where `chat` is false."""
     api_key_env: Placement[str | None] = None
-    """Name of the environment variable that holds the API key; none sends no key."""
+    """Name of the environment variable that holds the API key; default: no key is sent."""
     grammars: bool = True
     """Send the grammars of skills, as `structured_outputs`; vLLM's server understands them."""
     timeout_s: Placement[float] = Field(default=600, gt=0)
@@ -39,9 +39,9 @@ class LLMConfig(StrictModel):
     name: str = "miniature"
     """`miniature` (SmolLM2-135M-Instruct), a local folder, or a hub name; with `remote`, the server's name of the model."""
     revision: str | None = None
-    """Hub revision; none takes the newest."""
+    """Hub revision; default: the newest."""
     chat: bool | None = None
-    """Ask in the model's chat form; none asks so where its tokenizer has a chat template, or the engine is `remote`."""
+    """Ask in the model's chat form; default: where its tokenizer has a chat template, or the engine is `remote`."""
     chat_template: str | None = None
     """A file with a Jinja chat template, in place of the tokenizer's."""
     dtype: str = "auto"

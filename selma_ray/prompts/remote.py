@@ -92,7 +92,7 @@ class _Postprocess:
             message = error.get("message", error) if isinstance(error, dict) else error
             raise LLMError(
                 f"prompts.llm.remote.url {self._url} refused a request: {' '.join(str(message).split())[:300]}; "
-                "mend prompts.llm.name, the API key or the settings that it names"
+                "fix prompts.llm.name, the API key or the settings that it names"
             )
         choice = choices[0]
         text = choice["message"]["content"] if self._chat else choice["text"]

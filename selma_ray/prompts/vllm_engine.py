@@ -86,7 +86,7 @@ def speaks_chat(llm: LLMConfig, path: str) -> bool:
         has_template = AutoTokenizer.from_pretrained(path, revision=llm.revision).chat_template is not None
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"the tokenizer of prompts.llm.name {llm.name} cannot be loaded ({first_line(error)}); mend the name, log in to the hub, "
+            f"the tokenizer of prompts.llm.name {llm.name} cannot be loaded ({first_line(error)}); fix the name, log in to the hub, "
             "or give a folder"
         ) from None
     if llm.chat and not has_template:

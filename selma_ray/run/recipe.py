@@ -30,7 +30,7 @@ class DataConfig(StrictModel):
     images: Literal["model", "ground_truth"] = "model"
     """`ground_truth` draws the miniature's scenes instead of rendering them."""
     model: ModelConfig | None = None
-    """The model that renders training images, such as a weaker one; none takes the one that is improved."""
+    """The model that renders training images, such as a weaker one; default: the model that is improved."""
 
 
 class Recipe(StrictModel):

@@ -40,7 +40,7 @@ class Backend(Protocol):
     ) -> dict[str, Any]:
         """Return what bodies.Scores holds about encoded images, without the prompt.
 
-        `questions` have the fields of bodies.AskedQuestion; none asks the prompt's own.
+        `questions` have the fields of bodies.AskedQuestion; default: the prompt's own.
         """
         ...
 

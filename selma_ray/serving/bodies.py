@@ -48,7 +48,7 @@ class GenerationBody(_Body):
     prompt: str = Field(min_length=1)
     """What the image should show."""
     model: str | Weights | None = None
-    """A name from GET /v1/models, or experts with weights such as {"counting": 0.6, "style": 0.4}; none takes the merged model."""
+    """A name from GET /v1/models, or experts with weights such as {"counting": 0.6, "style": 0.4}; default: the merged model."""
     n: int | None = Field(default=None, ge=1)
     """Number of images; image i has seed + i."""
     size: str | None = None
@@ -76,11 +76,11 @@ class GenerationBody(_Body):
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Classifier-free guidance scale; up to 1 is none."""
     seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
-    """Seed of the first image; none draws one."""
+    """Seed of the first image; default: drawn at random."""
     best_of: int | None = Field(default=None, ge=1)
     """Images to draw, of which the n best by `metric` are returned."""
     metric: str | None = Field(default=None, min_length=1, max_length=64)
-    """What best_of chooses by, a metric of POST /v1/scores; none takes the first that is served, dsg where there is a judge."""
+    """What best_of chooses by, a metric of POST /v1/scores; default: the first that is served, dsg where there is a judge."""
 
 
 class GeneratedImage(BaseModel):
@@ -137,9 +137,9 @@ class ScoreBody(_Body):
     metrics: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
         default=None, min_length=1, max_length=32
     )
-    """Which scores are wanted, by name; none takes the first that is served, dsg where there is a judge."""
+    """Which scores are wanted, by name; default: the first that is served, dsg where there is a judge."""
     questions: list[AskedQuestion] | None = Field(default=None, min_length=1, max_length=64)
-    """What dsg and its kin ask; none asks what the miniature's grammar finds in the prompt."""
+    """What dsg and its kin ask; default: what the service's source of questions knows of the prompt."""
 
 
 class AnsweredQuestion(BaseModel):
@@ -174,7 +174,7 @@ class Scores(BaseModel):
     object: Literal["list"] = "list"
     prompt: str
     judge: str | None
-    """The judge and its revision; none where none is served."""
+    """The judge and its revision; null where none is served."""
     data: list[ScoredImage]
     """One entry an image, in the order of the request."""
 

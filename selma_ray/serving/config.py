@@ -27,9 +27,9 @@ class ServingConfig(StrictModel):
     """Port to listen on; 0 takes a free one."""
     api_keys_file: str | None = None
     """File with one bearer key a line (or sha256:<hex digest of a key>), each with a rate limit of its own where a number
-    of requests a minute follows it; none answers loopback clients only."""
+    of requests a minute follows it; default: loopback clients alone are answered."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Requests that a key without a limit of its own may make a minute, all at once if it likes; none sets no limit."""
+    """Requests that a key without a limit of its own may make a minute, all at once if it likes; default: no limit."""
     experts: bool = True
     """Serve the base model, every expert and mixes of experts too; a second denoiser in each generator's memory."""
     sampling: SamplingConfig = SamplingConfig()
@@ -73,11 +73,11 @@ class ServingConfig(StrictModel):
     generator_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator, the fewest where max_generator_replicas is given."""
     max_generator_replicas: int | None = Field(default=None, ge=1)
-    """Most replicas of the generator, added while requests wait; none keeps their number."""
+    """Most replicas of the generator, added while requests wait; default: their number stays."""
     evaluator_replicas: int = Field(default=1, ge=0)
     """Replicas of the evaluator, the fewest where max_evaluator_replicas is given; 0 serves no scores."""
     max_evaluator_replicas: int | None = Field(default=None, ge=1)
-    """Most replicas of the evaluator, added while requests wait; none keeps their number."""
+    """Most replicas of the evaluator, added while requests wait; default: their number stays."""
     num_cpus: float = Field(default=0.5, gt=0)
     """CPUs of a replica."""
     num_gpus: float = Field(default=0, ge=0)
@@ -85,7 +85,7 @@ class ServingConfig(StrictModel):
     evaluator_num_gpus: float = Field(default=0, ge=0)
     """GPUs of an evaluator replica; a fraction shares one."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Threads of a replica's numeric libraries; none takes every core of its node."""
+    """Threads of a replica's numeric libraries; default: every core of its node."""
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Self:

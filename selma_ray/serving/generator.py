@@ -33,7 +33,7 @@ class MergedWeights(StrictModel):
     """The generator's user_config in Ray Serve: which merged weights to draw with, changed without a restart."""
 
     pipeline: str | None = None
-    """A baked pipeline, whose denoiser is taken; none takes the one that the service was started with."""
+    """A baked pipeline, whose denoiser is taken; default: the one that the service was started with."""
     adapter: str | None = None
     """A PEFT adapter folder to fold into the base model instead."""
 

@@ -88,7 +88,7 @@ def _key_of_line(line: str, path: str | Path, number: int, requests_per_minute: 
     digest = _DIGEST_LINE.fullmatch(key)
     if len(limit) > 1 or (limit and not (limit[0].isascii() and limit[0].isdigit() and int(limit[0]) > 0)):
         raise ConfigError(
-            f"api_keys_file {path} line {number} must be a key, or a key and a number of requests a minute; mend the line"
+            f"api_keys_file {path} line {number} must be a key, or a key and a number of requests a minute; fix the line"
         )
     if not digest and len(key) < _MIN_KEY_CHARS:
         raise ConfigError(

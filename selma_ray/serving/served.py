@@ -77,7 +77,7 @@ class ServedModels:
     merged: ModelConfig
     """A pipeline with baked weights."""
     base: ModelConfig | None = None
-    """The model that the experts were fitted to; none serves the merged model alone."""
+    """The model that the experts were fitted to; without it the merged model is served alone."""
     experts: Mapping[str, str] = field(default_factory=dict)
     """Adapter folders by the experts' names."""
 

@@ -86,7 +86,7 @@ def load_skill(name: str) -> Skill:
     path = packaged if packaged.is_file() else Path(name)
     if not path.is_file():
         raise SkillError(
-            f"skill {name!r} is neither packaged ({', '.join(packaged_skills())}) nor a file; mend the name"
+            f"skill {name!r} is neither packaged ({', '.join(packaged_skills())}) nor a file; fix the name"
         )
     try:
         return validate(Skill, read_yaml(path), source=str(path))

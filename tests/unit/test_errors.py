@@ -26,11 +26,11 @@ def test_an_error_is_found_behind_those_that_were_raised_from_it():
 
 def test_an_error_is_found_in_the_text_of_another():
     text = (
-        'ray::Map()\n  File "x.py", line 1\nselma_ray.errors.LLMError: the server refused; mend the key\n\nmore of Ray'
+        'ray::Map()\n  File "x.py", line 1\nselma_ray.errors.LLMError: the server refused; fix the key\n\nmore of Ray'
     )
     known = known_error(RuntimeError(text))
     assert type(known) is LLMError
-    assert str(known) == "the server refused; mend the key"
+    assert str(known) == "the server refused; fix the key"
     assert (
         type(known_error(WrappedError("task", RuntimeError("selma_ray.errors.ConfigError: one line")))) is ConfigError
     )

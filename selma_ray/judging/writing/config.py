@@ -15,7 +15,7 @@ class QuestionLLMConfig(StrictModel):
     name: str = "miniature"
     """`miniature` (SmolLM2-135M-Instruct, too small for good questions), a local folder, or a hub name."""
     revision: str | None = None
-    """Hub revision; none takes the newest."""
+    """Hub revision; default: the newest."""
     dtype: str = "auto"
     """Precision, in vLLM's words."""
     replicas: Placement[int] = Field(default=1, ge=1)
@@ -47,7 +47,7 @@ class WriterConfig(StrictModel):
     """Examples shown, the first of the file."""
     caption_model: str | None = None
     """Text-to-text model (UnifiedQA), a folder or a hub name, that must answer a TIFA question from the prompt alone for it to
-    stay; none keeps all."""
+    stay; default: all do."""
     attempts: int = Field(default=2, ge=1, le=5)
     """Calls for one answer; an answer that cannot be used is asked for again, with another seed."""
     seed: int = Field(default=0, ge=0)

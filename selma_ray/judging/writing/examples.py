@@ -52,7 +52,7 @@ def load_tifa_examples(config: WriterConfig) -> list[TifaExample]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise JudgeError(
-            f"examples {path} must have prompt and questions in every line, lacks {error}; mend it"
+            f"examples {path} must have prompt and questions in every line, lacks {error}; fix it"
         ) from None
     return _some(examples, path)[: config.max_examples]
 
@@ -63,12 +63,12 @@ def _dsg_example(row: dict[str, Any], source: object) -> DsgExample:
         example = DsgExample(str(row["prompt"]), *parts)
     except (KeyError, TypeError) as error:
         raise JudgeError(
-            f"examples {source} must have prompt, tuples, questions and dependencies in every line, lacks {error}; mend it"
+            f"examples {source} must have prompt, tuples, questions and dependencies in every line, lacks {error}; fix it"
         ) from None
     if len({len(part) for part in parts}) != 1:
         raise JudgeError(
             f"examples {source} must have as many questions and dependencies as tuples, got {[len(part) for part in parts]} "
-            f"for {example.prompt[:60]!r}; mend it"
+            f"for {example.prompt[:60]!r}; fix it"
         )
     return example
 

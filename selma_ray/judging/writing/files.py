@@ -138,7 +138,7 @@ def read_prompts(path: Path) -> list[PromptToAsk]:
             row = json.loads(line)
             text = str(row["prompt"])
         except (ValueError, KeyError, TypeError) as error:
-            raise JudgeError(f"{path} line {number} must be a JSON object with a prompt ({error}); mend it") from None
+            raise JudgeError(f"{path} line {number} must be a JSON object with a prompt ({error}); fix it") from None
         prompts.append(PromptToAsk(str(row.get("id", content_id(prompt=text))), str(row.get("skill", path.stem)), text))
     return prompts
 

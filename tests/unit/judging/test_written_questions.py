@@ -160,7 +160,7 @@ def test_a_written_file_is_a_suite_and_is_not_written_twice(config, tmp_path):
     again = write(PROMPTS, config, path, script)
     assert (again.reused, script.rounds, path.read_text()) == (2, [], content)
 
-    path.write_text(content.replace("Is it red?", "Is the cup red?"))  # a person mends the file
+    path.write_text(content.replace("Is it red?", "Is the cup red?"))  # a person corrects the file
     longer = [PROMPTS[0], PromptToAsk("b", "common", "three cups"), PromptToAsk("c", "common", "a dog")]
     assert write(longer, config, path, script).reused == 1
     assert {request.key for request in script.rounds[0]} == {"0:tuple:0", "1:tuple:0"}
@@ -214,8 +214,8 @@ def test_failures_stand_beside_the_file_and_are_tried_again(config, tmp_path):
     assert (written.prompts, written.failed) == (2, 1)
     (failed,) = map(json.loads, (tmp_path / "questions.failed.jsonl").read_text().splitlines())
     assert (failed["id"], failed["failure"]) == ("c", "the prompt is empty")
-    mended = write([*PROMPTS, PromptToAsk("c", "common", "a dog")], config, path, Script(config))
-    assert (mended.prompts, mended.reused, mended.failed) == (3, 2, 0)
+    corrected = write([*PROMPTS, PromptToAsk("c", "common", "a dog")], config, path, Script(config))
+    assert (corrected.prompts, corrected.reused, corrected.failed) == (3, 2, 0)
     assert (tmp_path / "questions.failed.jsonl").read_text() == ""
 
 

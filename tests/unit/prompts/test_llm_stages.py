@@ -76,7 +76,7 @@ def test_the_tokenizer_says_whether_a_model_chats(monkeypatch, options, has_temp
 
 def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(
-        ModelNotFoundError, match=r"the tokenizer of prompts.llm.name writer cannot be loaded \(.*\); mend"
+        ModelNotFoundError, match=r"the tokenizer of prompts.llm.name writer cannot be loaded \(.*\); fix"
     ):
         vllm_engine.speaks_chat(LLMConfig(name="writer"), str(tmp_path))
 
@@ -170,8 +170,8 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
         ),
         ("RuntimeError: Reached maximum retries of 6 for input row", "did not answer a request that was tried 7 times"),
         (
-            "UDF failed to process a data block.\nTraceback\nselma_ray.errors.LLMError: the server refused a request; mend the key",
-            "^the server refused a request; mend the key$",
+            "UDF failed to process a data block.\nTraceback\nselma_ray.errors.LLMError: the server refused a request; fix the key",
+            "^the server refused a request; fix the key$",
         ),
     ],
 )
