@@ -18,6 +18,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 # Set before torch is imported: tests run beside other processes, whose threads and ours would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# No test asks the hub; what a test wants of it, it asks a server of its own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 SHARED_EVAL = Path(__file__).resolve().parents[2] / "shared" / "eval"
 
 

@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "plan": "print what a recipe takes: weights, memory, GPU-hours and storage; nothing runs",
+    "fetch": "download the models and the suite that a recipe names, into HF_HOME",
     "run": "the whole loop, from prompts to one image fetched from the served, merged model",
     "generate": "write prompts and render images",
     "train": "fit one LoRA expert per skill",
@@ -141,8 +142,12 @@ def _execute(options: argparse.Namespace) -> None:
 
         show_plan(recipe, options.tflops)
         return
-    run = open_run(recipe)
     from selma_ray.cli import show as console
+
+    if options.command == "fetch":
+        console.fetch(recipe)
+        return
+    run = open_run(recipe)
 
     if options.command == "run":
         console.run_all(run)

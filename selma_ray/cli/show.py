@@ -17,12 +17,15 @@ from rich.text import Text
 
 from selma_ray.errors import ConfigError
 from selma_ray.progress import Progress, Report
+from selma_ray.run.models import check_trainable
 from selma_ray.run.opening import Run
+from selma_ray.run.recipe import Recipe
 from selma_ray.run.stages import STAGES, finished, run_stage
 from selma_ray.study.study import Study
 
 __all__ = [
     "export_pairs",
+    "fetch",
     "run_all",
     "run_one",
     "run_study",
@@ -47,6 +50,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def run_all(run: Run) -> None:
     """Run every stage, show the table, and fetch one image from the served merged model."""
+    check_trainable(run.recipe)
     started_s = time.monotonic()
     for name in STAGES:
         run_one(run, name)
@@ -55,6 +59,13 @@ def run_all(run: Run) -> None:
     console.print(
         f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}"
     )
+
+
+def fetch(recipe: Recipe) -> None:
+    """Download what a recipe names and show where it is."""
+    from selma_ray.run.models import fetch_models
+
+    fetch_models(recipe, lambda what, place: console.print(f"[green]✓[/green] {escape(what)} → {escape(place)}"))
 
 
 def run_one(run: Run, name: str) -> None:

@@ -33,6 +33,8 @@ class JudgeConfig(StrictModel):
     """Longest image and question together, in tokens, of a judge in vLLM."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs one judge in vLLM is split over."""
+    gpu_memory_fraction: Placement[float | None] = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory that a judge in vLLM takes; default: vLLM's own, 0.9. In a renderer's process leave room for the pipeline."""
     kv_cache_gb: Placement[int] = Field(default=1, ge=1)
     """Memory of the key-value cache of a judge in vLLM on the CPU, in GiB."""
 

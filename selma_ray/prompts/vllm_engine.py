@@ -110,7 +110,13 @@ def chat_template_of(llm: LLMConfig) -> str | None:
 
 
 def _template_stage(llm: LLMConfig) -> dict[str, Any]:
-    return {"num_cpus": 0, "concurrency": (1, 1), "chat_template": chat_template_of(llm)}
+    return {
+        "num_cpus": 0,
+        "concurrency": (1, 1),
+        "chat_template": chat_template_of(llm),
+        # A model that may think first is told not to: thoughts are no prompts. Other templates do not know the word.
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
 
 
 def build_quietly(config: Any, **options: Any) -> Any:

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import yaml
 
-from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.config import first_difference, identity, validate
-from selma_ray.errors import ConfigError, ModelNotFoundError, RunMismatchError
+from selma_ray.errors import ConfigError, RunMismatchError
 from selma_ray.models.config import ModelConfig
+from selma_ray.run.models import check_adapters, check_models
 from selma_ray.run.question_source import check_questions_can_be_had
 from selma_ray.run.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
@@ -81,7 +80,6 @@ def _written_recipe(folder: RunFolder) -> Recipe | None:
 
 def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
     """Raise ConfigError where the recipe names a skill, a model or a judge that is not there."""
-    from selma_ray.models.locate import locate_judge, locate_text_to_image
     from selma_ray.prompts.llm import check_llm
 
     unknown = set(recipe.merging.weights or {}) - {skill.name for skill in skills}
@@ -89,26 +87,10 @@ def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
         raise ConfigError(
             f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; fix the name"
         )
-    for model in filter(None, (recipe.model, recipe.data.model)):
-        locate_text_to_image(model.name, model.revision)
-    _check_other_models(recipe)
-    locate_judge(recipe.evaluation.judge.name)
-    if recipe.images.selection:
-        locate_judge(recipe.images.selection.judge.name)
+    check_adapters(recipe)
+    check_models(recipe)
     check_llm(recipe.prompts.llm)
     check_questions_can_be_had(recipe)
-
-
-def _check_other_models(recipe: Recipe) -> None:
-    """Raise ModelNotFoundError where evaluation.models names a pipeline or an adapter that is not there."""
-    from selma_ray.models.locate import locate_text_to_image
-
-    for name, other in recipe.evaluation.models.items():
-        locate_text_to_image(other.model.name, other.model.revision)
-        if other.adapter_dir is not None and not Path(other.adapter_dir, CONFIG_FILE).is_file():
-            raise ModelNotFoundError(
-                f"evaluation.models.{name}.adapter_dir {other.adapter_dir} must hold {CONFIG_FILE}; name a PEFT adapter's folder"
-            )
 
 
 def _refuse_other_recipe(written: Recipe, recipe: Recipe, folder: RunFolder) -> None:

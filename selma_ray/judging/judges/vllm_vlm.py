@@ -108,9 +108,13 @@ def _conversation(image: Image.Image, text: str) -> list[dict[str, Any]]:
 
 
 def _engine_options(config: JudgeConfig) -> dict[str, Any]:
-    return engine_options(config, seeded=False) | {
-        "max_num_seqs": config.batch_size,
-        "limit_mm_per_prompt": {"image": 1},
-        "enable_prefix_caching": True,
-        "seed": 0,
-    }
+    return (
+        engine_options(config, seeded=False)
+        | {
+            "max_num_seqs": config.batch_size,
+            "limit_mm_per_prompt": {"image": 1},
+            "enable_prefix_caching": True,
+            "seed": 0,
+        }
+        | ({"gpu_memory_utilization": config.gpu_memory_fraction} if config.gpu_memory_fraction else {})
+    )

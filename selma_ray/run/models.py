@@ -1,0 +1,137 @@
+"""Every model and suite that a recipe names: checked before anything runs, and fetched before it is needed."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from selma_ray.adapters.files import CONFIG_FILE
+from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.models.config import ModelConfig
+from selma_ray.run.question_source import source_name, splits_judged, writer_of
+from selma_ray.run.recipe import Recipe
+
+__all__ = ["NamedModel", "check_adapters", "check_models", "check_trainable", "fetch_models", "named_models"]
+
+Kind = Literal["text-to-image", "language", "judge"]
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that a recipe names, by the key that names it."""
+
+    key: str
+    kind: Kind
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+
+
+def named_models(recipe: Recipe) -> Iterator[NamedModel]:
+    """Yield every model that a run of the recipe opens."""
+    yield _pipeline("model.name", recipe.model)
+    if recipe.data.model:
+        yield _pipeline("data.model.name", recipe.data.model)
+    for name, other in recipe.evaluation.models.items():
+        yield _pipeline(f"evaluation.models.{name}.model.name", other.model)
+    if recipe.prompts.llm.engine == "vllm" and recipe.data.prompts == "llm":
+        yield NamedModel("prompts.llm.name", "language", recipe.prompts.llm.name, recipe.prompts.llm.revision)
+    if splits_judged(recipe) and source_name(recipe) == "written" and (writer := writer_of(recipe).llm):
+        yield NamedModel("questions.writer.llm.name", "language", writer.name, writer.revision)
+    yield from _judge("evaluation.judge", recipe.evaluation.judge)
+    if recipe.images.selection:
+        yield from _judge("images.selection.judge", recipe.images.selection.judge)
+    if recipe.serving.evaluator_replicas:
+        if recipe.serving.judge:
+            yield from _judge("serving.judge", recipe.serving.judge)
+        for metric, name in recipe.serving.score_models.items():
+            yield NamedModel(f"serving.score_models.{metric}", "judge", name)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raise ModelNotFoundError for the first model that is missing, gated, out of reach or of another kind."""
+    for model in dict.fromkeys(named_models(recipe)):
+        _configuration(model)
+
+
+def check_adapters(recipe: Recipe) -> None:
+    """Raise ModelNotFoundError where evaluation.models names an adapter that is not there."""
+    for name, other in recipe.evaluation.models.items():
+        if other.adapter_dir is not None and not Path(other.adapter_dir, CONFIG_FILE).is_file():
+            raise ModelNotFoundError(
+                f"evaluation.models.{name}.adapter_dir {other.adapter_dir} must hold {CONFIG_FILE}; name a PEFT adapter's folder"
+            )
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Raise ConfigError where experts cannot be fitted to the recipe's model, though it may render."""
+    from selma_ray.models.families import FAMILIES
+
+    model = _pipeline("model.name", recipe.model)
+    index = _configuration(model)
+    try:
+        pipeline_class = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{model.key} {model.name}: {index} must be a pipeline's index; save the model again"
+        ) from None
+    if pipeline_class not in FAMILIES:
+        raise ConfigError(
+            f"{model.key} must be a family that experts can be fitted to ({', '.join(FAMILIES)}), got {model.name} ({pipeline_class})"
+        )
+
+
+def fetch_models(recipe: Recipe, tell: Callable[[str, str], None]) -> None:
+    """Download every hub model and suite that a recipe names; `tell` is given a key and the folder, one after another.
+
+    Raises ModelNotFoundError for a model that cannot be had, JudgeError for a suite.
+    """
+    from selma_ray.judging.suites import open_suite
+    from selma_ray.models.hub import fetch_model, fetch_pipeline
+
+    check_models(recipe)
+    fetched: dict[tuple[str, str | None, str | None], str] = {}
+    for model in named_models(recipe):
+        place = (model.name, model.revision, model.variant)
+        if place not in fetched:
+            located = _located(model)
+            if Path(located).is_dir():
+                fetched[place] = located
+            elif model.kind == "text-to-image":
+                fetched[place] = str(fetch_pipeline(model.name, model.revision, model.variant))
+            else:
+                fetched[place] = str(fetch_model(model.name, model.revision))
+        tell(f"{model.key} {model.name}", fetched[place])
+    prompts = open_suite(recipe.evaluation.suite)
+    tell(f"evaluation.suite {recipe.evaluation.suite}", f"{len(prompts)} prompts")
+
+
+def _pipeline(key: str, model: ModelConfig) -> NamedModel:
+    return NamedModel(key, "text-to-image", model.name, model.revision, model.variant)
+
+
+def _judge(key: str, judge: JudgeConfig) -> Iterator[NamedModel]:
+    yield NamedModel(f"{key}.name", "judge", judge.name, judge.revision)
+    if judge.embedder:
+        yield NamedModel(f"{key}.embedder", "judge", judge.embedder)
+
+
+def _located(model: NamedModel) -> str:
+    """Return a model's local folder, or its name at the hub; raises ModelNotFoundError for a folder that is not there."""
+    from selma_ray.models.locate import locate_judge, locate_llm, locate_text_to_image
+
+    locate = {"text-to-image": locate_text_to_image, "language": locate_llm, "judge": locate_judge}[model.kind]
+    return locate(model.name, model.revision).path
+
+
+def _configuration(model: NamedModel) -> Path:
+    """Return the file that says what a model is; of a hub model it is all that is downloaded."""
+    from selma_ray.models.hub import hub_file
+
+    filename = "model_index.json" if model.kind == "text-to-image" else "config.json"
+    located = _located(model)
+    if Path(located).is_dir():
+        return Path(located, filename)
+    return hub_file(model.key, model.name, filename, model.revision)

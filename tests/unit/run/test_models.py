@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.run.models import check_models, check_trainable, fetch_models, named_models
+from selma_ray.run.opening import open_run
+from selma_ray.run.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[3] / "jobs" / "recipes"
+
+
+def names(recipe: str, *overrides: str) -> dict[str, str]:
+    return {model.key: model.name for model in named_models(load_recipe(RECIPES / recipe, overrides))}
+
+
+def test_every_model_that_a_run_opens_is_named() -> None:
+    assert names("sdxl.yaml") == {
+        "model.name": "stabilityai/stable-diffusion-xl-base-1.0",
+        "prompts.llm.name": "Qwen/Qwen3-8B",
+        "evaluation.judge.name": "Qwen/Qwen3-VL-8B-Instruct",
+        "serving.judge.name": "Qwen/Qwen3-VL-8B-Instruct",
+    }
+    more = names(
+        "sdxl.yaml", "images.per_prompt=2", "images.selection.judge=owner/judge", "data.model.name=owner/weak",
+        "evaluation.models={other: {model: {name: owner/other}}}", "serving.score_models={clipscore: owner/clip}",
+        "evaluation.judge.embedder=owner/sentences",
+    )  # fmt: skip
+    assert more.keys() - names("sdxl.yaml").keys() == {
+        "images.selection.judge.name", "questions.writer.llm.name", "data.model.name", "evaluation.models.other.model.name",
+        "serving.score_models.clipscore", "evaluation.judge.embedder",
+    }  # fmt: skip
+    assert "prompts.llm.name" not in names("sdxl.yaml", "prompts.llm.engine=free")
+    assert "serving.judge.name" not in names("sdxl.yaml", "serving.evaluator_replicas=0")
+
+
+@pytest.mark.parametrize("recipe", ["sd14", "sd2", "sdxl", "sd35", "flux", "paper_sd14", "paper_sdxl", "workstation"])
+def test_a_recipe_whose_models_are_out_of_reach_is_refused_before_anything_is_written(
+    recipe: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"model\.name .* is not in HF_HOME, and the hub cannot be reached"):
+        open_run(load_recipe(RECIPES / f"{recipe}.yaml", [f"run_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_that_only_renders_is_refused_where_experts_are_to_be_fitted(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    recipe = load_recipe(RECIPES / "demo.yaml", [f"model.name={tmp_path}"])
+    free = ["prompts.llm.engine=free", "questions.source=whole"]
+    check_models(load_recipe(RECIPES / "demo.yaml", [f"model.name={tmp_path}", *free]))
+    with pytest.raises(
+        ConfigError, match=r"model\.name must be a family that experts can be fitted to .*KandinskyPipeline"
+    ):
+        check_trainable(recipe)
+
+
+def test_what_is_on_this_machine_needs_no_fetching() -> None:
+    told = []
+    recipe = load_recipe(RECIPES / "demo.yaml", ["prompts.llm.engine=free"])
+    fetch_models(recipe, lambda what, place: told.append((what, place)))
+    assert [what for what, _ in told] == [
+        "model.name miniature", "evaluation.judge.name miniature", "images.selection.judge.name miniature",
+        "serving.judge.name miniature", "evaluation.suite miniature",
+    ]  # fmt: skip
+    assert all(Path(place).is_dir() for _, place in told[:-1])
+    assert told[-1][1] == "500 prompts"
