@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ __all__ = [
     "is_local",
     "role_options",
     "shared_resources",
+    "wait_until_free",
 ]
 
 logger = logging.getLogger(__name__)
+
+_FREE_TIMEOUT_S = 120.0
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,22 @@ def shared_resources(*parts: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def check_fit(demands: Sequence[Demand], config: ClusterConfig, *, take_turns: bool = True) -> None:
-    """Raise ConfigError where a stage needs more than a local cluster has, before it waits for ever.
+def check_fit(demands: Sequence[Demand], config: ClusterConfig, *, take_turns: bool = True) -> bool:
+    """Tell whether all parts of a stage fit a local cluster at once; one that is joined may grow, and fits.
 
-    Parts that do not fit together are warned of where they can `take_turns`, and refused where they wait for one another.
+    Raises ConfigError where a part alone needs more than there is, or where parts that cannot `take_turns` do not fit together: they
+    would wait for ever.
     """
     if not is_local(config):
-        return
+        return True
     pools: dict[str, list[Demand]] = {}
     for demand in demands:
         pools.setdefault(demand.role if config.use_labels else "", []).append(demand)
-    for sharing in pools.values():
-        _check_pool(sharing, config, take_turns)
+    fits = [_fits_pool(sharing, config, take_turns) for sharing in pools.values()]  # each warns of its own
+    return all(fits)
 
 
-def _check_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bool) -> None:
+def _fits_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bool) -> bool:
     role = demands[0].role
     available = available_resources(role, config)
     if config.use_labels and not available:
@@ -83,6 +89,7 @@ def _check_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bo
             f"cluster.use_labels is true, but no node bears the label role={role}, which {demands[0].key} needs; set it to false on one "
             "machine, or start nodes with that label"
         )
+    fits = True
     for resource in ("CPU", "GPU"):
         there = available.get(resource, 0)
         needed = {demand.key: demand.resources.get(resource, 0) for demand in demands}
@@ -99,6 +106,35 @@ def _check_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bo
                 f"{parts}, the local cluster has {there:g} {resource}, and they work at once; lower one of them"
             )
         logger.warning("%s, the local cluster has %g %s: they run one after the other", parts, there, resource)
+        fits = False
+    return fits
+
+
+def wait_until_free(demands: Sequence[Demand], config: ClusterConfig, timeout_s: float = _FREE_TIMEOUT_S) -> None:
+    """Wait until a local cluster has what `demands` need free: Ray ends the processes of a finished stage a little later.
+
+    Raises ConfigError where something else keeps it.
+    """
+    import ray
+
+    if not is_local(config):
+        return
+    needed = Counter[str]()
+    for demand in demands:
+        needed.update(demand.resources)
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        free = ray.available_resources()
+        missing = {key for key, amount in needed.items() if free.get(key, 0) < amount}
+        if not missing:
+            return
+        if time.monotonic() > deadline_s:
+            names = " and ".join(sorted(missing))
+            raise ConfigError(
+                f"{demands[0].key} needs {names}, which something else on this cluster kept for {timeout_s:g} s; end it and run the same "
+                "command again"
+            )
+        time.sleep(_POLL_S)
 
 
 def role_options(role: Role, config: ClusterConfig) -> dict[str, Any]:

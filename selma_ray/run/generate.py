@@ -4,13 +4,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selma_ray.cluster.placement import Demand, check_fit, shared_resources
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.selection import ScoreImages
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import QuestionSource
+from selma_ray.models.config import ModelConfig
 from selma_ray.progress import Progress, Report
 from selma_ray.prompts.config import LLMConfig
 from selma_ray.run.opening import Run
@@ -18,6 +19,9 @@ from selma_ray.run.question_source import source_name
 from selma_ray.run.questions import open_source, question_counts, questions_beside
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
+
+if TYPE_CHECKING:  # the command line does not load Ray to read a recipe
+    from ray.data import Dataset
 
 __all__ = ["generate", "prompts_from"]
 
@@ -27,27 +31,69 @@ _SHOW_EVERY_S = 1.0
 def generate(run: Run, report: Report) -> dict[str, Any]:
     """Stream prompts from the LLM into the renderers; returns counts of both."""
     from selma_ray.images.card import write_card
-    from selma_ray.images.stream import check_failures, follow, image_summary, render_stream
+    from selma_ray.images.stream import check_failures, image_summary
     from selma_ray.judging.suites import open_suite
     from selma_ray.prompts.llm import llm_errors
-    from selma_ray.prompts.progress import watch_prompts
-    from selma_ray.prompts.splits import train_count
     from selma_ray.prompts.stream import prompt_stream, prompt_summary
 
     recipe = run.recipe
-    check_fit(_demands(recipe), recipe.cluster)
-    suite = open_suite(recipe.evaluation.suite)
-    excluded = [test.prompt for test in suite]
+    at_once = check_fit(_demands(recipe), recipe.cluster)
+    excluded = [test.prompt for test in open_suite(recipe.evaluation.suite)]
     if recipe.data.prompts == "ground_truth":
         from selma_ray.run.ground_truth import write_captions
 
         write_captions(run.folder, run.skill_names, recipe.prompts, recipe.seed, excluded)
-    prompts = prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded)
+
+    def open_prompts() -> "Dataset":
+        return prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded)
+
+    prompts = open_prompts()
     if recipe.data.images == "ground_truth":
         with llm_errors(recipe.prompts.llm):
             return _draw(run, prompts, report)
+    if not at_once:
+        _write_all_prompts(run, prompts, report)
+        prompts = open_prompts()  # those that are kept, without a language model
     model = recipe.data.model or recipe.model
-    chosen_later = _is_chosen_later(recipe)
+    _render(run, prompts, model, report)
+    if _is_chosen_later(recipe):
+        _choose(run, report)
+    summary: dict[str, Any] = {
+        "prompts": prompt_summary(run.folder, run.skill_names),
+        "questions": question_counts(run),
+        "images": image_summary(run.folder, run.skill_names),
+    }
+    check_failures(summary["images"], recipe.images)
+    write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
+    return summary
+
+
+def _write_all_prompts(run: Run, prompts: "Dataset", report: Report) -> None:
+    """Keep all prompts before a renderer starts, where the cluster cannot hold both pools; returns when the LLM's engines are gone.
+
+    Side by side one of them would wait, and take the other's place when its process dies.
+    """
+    from selma_ray.cluster.placement import wait_until_free
+    from selma_ray.prompts.llm import llm_errors
+    from selma_ray.prompts.progress import watch_prompts
+
+    llm, wanted = run.recipe.prompts.llm, run.recipe.prompts.per_skill * len(run.skills)
+    words = watch_prompts(run.folder)
+    with llm_errors(llm), _showing_prompts(run.folder, words, wanted, report):
+        for done, row in enumerate(prompts.iter_rows(), start=1):
+            figures = tuple(filter(None, (words(), "renderers start when the language model is done and gone")))
+            report(Progress("generate", done, wanted, f"{row['skill']}: {row['prompt']}", figures))
+    wait_until_free(_demands(run.recipe)[:1], run.recipe.cluster)
+
+
+def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) -> None:
+    """Stream prompts through the renderers, and have their questions written beside them where a language model does that."""
+    from selma_ray.images.stream import follow, render_stream
+    from selma_ray.prompts.llm import llm_errors
+    from selma_ray.prompts.progress import watch_prompts
+    from selma_ray.prompts.splits import train_count
+
+    recipe, chosen_later = run.recipe, _is_chosen_later(run.recipe)
     images = render_stream(
         prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster,
         open_scorer=None if chosen_later else _scorer_of(run), choose_later=chosen_later,
@@ -63,16 +109,6 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
             images_begin()
             figures = tuple(filter(None, (prompt_words(), progress.words)))
             report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}", figures))
-    if chosen_later:
-        _choose(run, report)
-    summary: dict[str, Any] = {
-        "prompts": prompt_summary(run.folder, run.skill_names),
-        "questions": question_counts(run),
-        "images": image_summary(run.folder, run.skill_names),
-    }
-    check_failures(summary["images"], recipe.images)
-    write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
-    return summary
 
 
 def _is_chosen_later(recipe: Recipe) -> bool:
@@ -119,7 +155,7 @@ def _showing_prompts(
         end()
 
 
-def _draw(run: Run, prompts: Any, report: Report) -> dict[str, Any]:
+def _draw(run: Run, prompts: "Dataset", report: Report) -> dict[str, Any]:
     from selma_ray.images.stream import image_summary
     from selma_ray.prompts.splits import train_count
     from selma_ray.prompts.stream import prompt_summary

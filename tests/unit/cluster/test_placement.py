@@ -2,7 +2,7 @@ import pytest
 import ray
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.placement import Demand, available_resources, check_fit, shared_resources
+from selma_ray.cluster.placement import Demand, available_resources, check_fit, shared_resources, wait_until_free
 from selma_ray.errors import ConfigError
 
 LABELLED = ClusterConfig(use_labels=True)
@@ -31,8 +31,8 @@ def renderers(**resources) -> Demand:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_stages_that_fit_together_may_start(caplog):
-    check_fit([llm(CPU=1), renderers(CPU=1)], ClusterConfig())
-    check_fit([llm(CPU=0), renderers(CPU=2)], ClusterConfig(), take_turns=False)
+    assert check_fit([llm(CPU=1), renderers(CPU=1)], ClusterConfig())
+    assert check_fit([llm(CPU=0), renderers(CPU=2)], ClusterConfig(), take_turns=False)
     assert not caplog.text
 
 
@@ -54,7 +54,7 @@ def test_a_stage_that_would_wait_for_ever_is_refused(demands, message):
 
 @pytest.mark.usefixtures("two_cpus")
 def test_stages_that_must_take_turns_are_named_and_those_that_cannot_are_refused(caplog):
-    check_fit([llm(CPU=1), renderers(CPU=1.5)], ClusterConfig())
+    assert not check_fit([llm(CPU=1), renderers(CPU=1.5)], ClusterConfig())
     words = "prompts.llm.min_replicas needs 1 and images.min_renderers needs 1.5, the local cluster has 2 CPU"
     assert f"{words}: they run one after the other" in caplog.text
     with pytest.raises(ConfigError, match=f"{words}, and they work at once; lower one of them"):
@@ -79,7 +79,7 @@ def test_a_label_that_no_node_bears_is_refused_at_once():
 
 @pytest.mark.usefixtures("two_cpus")
 def test_a_cluster_that_was_joined_may_grow(monkeypatch):
-    check_fit([renderers(CPU=99)], ClusterConfig(address="auto"))
+    assert check_fit([renderers(CPU=99)], ClusterConfig(address="auto"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check_fit([renderers(CPU=99)], ClusterConfig())
 
@@ -89,3 +89,16 @@ def test_a_process_that_renders_and_judges_takes_the_larger_share():
         "num_cpus": 2, "num_gpus": 1,
     }  # fmt: skip
     assert shared_resources({"num_cpus": 1}, {}) == {"num_cpus": 1}
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_what_a_finished_stage_still_holds_is_waited_for_and_what_another_keeps_is_named(monkeypatch):
+    free = iter([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}])
+    monkeypatch.setattr(ray, "available_resources", lambda: next(free))
+    wait_until_free([renderers(CPU=2, GPU=0)], ClusterConfig())
+    assert next(free, None) is None
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(
+        ConfigError, match=r"images\.min_renderers needs CPU, which something else on this cluster kept for 0\.1 s"
+    ):
+        wait_until_free([renderers(CPU=2)], ClusterConfig(), timeout_s=0.1)
