@@ -57,7 +57,7 @@ def choose_images(
                 report(Progress("generate", done, len(paths), f"files of images judged by {judge.name}"))
     except Exception as error:
         raise RenderError(
-            f"the judge {judge.name} of images.selection failed ({reason_of(error)}); fix it and run the same command again"
+            f"the judge {judge.name} of images.selection failed ({reason_of(error)}); fix the cause and run the same command again"
         ) from error
 
 

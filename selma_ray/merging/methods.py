@@ -3,6 +3,7 @@
 Shapes: I input features, O output features, R rank. An expert's delta is dW_i = s_i B_i A_i, with s_i = alpha / r.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from selma_ray.merging.interference import dare, knots, ties
 
 __all__ = [
     "DENSE_METHODS",
+    "MEANS",
     "METHODS",
     "MergeMethod",
     "MergeOptions",
@@ -22,6 +24,7 @@ __all__ = [
     "average_factors",
     "default_weight",
     "released_scale",
+    "shares",
     "sum_deltas",
     "svd",
 ]
@@ -60,8 +63,8 @@ def sum_deltas(experts: Sequence[LoraFactors], weights: Sequence[float], scale: 
 
 
 def average_deltas(experts: Sequence[LoraFactors], weights: Sequence[float], scale: float = 1.0) -> LoraFactors:
-    """Return `sum_deltas`; at weights 1/K it is the mean of the deltas."""
-    return sum_deltas(experts, weights, scale)
+    """Return scale times the weighted mean of the deltas: `sum_deltas` at weights that are divided by their sum."""
+    return sum_deltas(experts, shares(weights), scale)
 
 
 def released_scale(experts: Sequence[LoraFactors], model_name: str, scale: float = 1.0) -> LoraFactors:
@@ -73,7 +76,7 @@ def released_scale(experts: Sequence[LoraFactors], model_name: str, scale: float
 
 
 def average_factors(experts: Sequence[LoraFactors], weights: Sequence[float], scale: float = 1.0) -> LoraFactors:
-    """Return the module whose A is the mean of the A_i and whose B is the mean of the B_i, as the paper writes.
+    """Return the module whose A is the weighted mean of the A_i and whose B that of the B_i, as the paper writes.
 
     Not the mean of the deltas: with K experts that share nothing, each keeps about 1 / K^2 of its own delta. Raises
     AdapterError where ranks or scales differ, for the formula has no meaning then.
@@ -85,14 +88,23 @@ def average_factors(experts: Sequence[LoraFactors], weights: Sequence[float], sc
                 f"merging.method average_factors needs one rank and one alpha, {first.module} has ranks {first.rank} and "
                 f"{expert.rank}, scales {first.scale:g} and {expert.scale:g}; use average_deltas"
             )
+    weights = shares(weights)
     A_RI = _weighted_sum([expert.A_RI for expert in experts], weights)
     B_OR = _weighted_sum([expert.B_OR for expert in experts], weights)
     return LoraFactors(first.module, A_RI, B_OR, scale * first.scale)
 
 
 def svd(experts: Sequence[LoraFactors], weights: Sequence[float], rank: int, scale: float = 1.0) -> LoraFactors:
-    """Return scale * sum_i w_i dW_i cut to `rank`: of all adapters of that rank, the one nearest to the exact sum."""
-    return truncated(sum_deltas(experts, weights, scale), rank)
+    """Return `average_deltas` cut to `rank`: of all adapters of that rank, the one nearest to the exact mean."""
+    return truncated(average_deltas(experts, weights, scale), rank)
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Return weights divided by their sum; raises AdapterError where that is not above 0."""
+    total = math.fsum(weights)  # exactly 1 for most K weights of 1/K, which it then leaves as they are
+    if total <= 0:
+        raise AdapterError(f"weights of a mean must have a sum above 0, got {total:g}; use merging.method sum_deltas")
+    return [weight / total for weight in weights]
 
 
 def default_weight(method: str, num_experts: int, model_name: str) -> float:
@@ -111,6 +123,8 @@ METHODS: Mapping[str, MergeMethod] = {
     "knots": lambda experts, weights, options: knots(experts, weights, options.density, options.scale),
     "search": lambda experts, weights, options: sum_deltas(experts, weights, options.scale),
 }
+MEANS = ("average_deltas", "average_factors", "svd")
+"""Methods that divide the weights by their sum."""
 DENSE_METHODS = ("ties", "dare")
 """Methods whose result is dense; an adapter can only come near to it."""
 

@@ -19,7 +19,7 @@ from selma_ray.errors import AdapterError
 from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.inputs import open_adapters
-from selma_ray.merging.methods import DENSE_METHODS, METHODS, MergeOptions, default_weight
+from selma_ray.merging.methods import DENSE_METHODS, MEANS, METHODS, MergeOptions, default_weight, shares
 from selma_ray.merging.replacing import replace_folder
 from selma_ray.merging.report import MergeReport
 from selma_ray.merging.search import SearchResult
@@ -128,7 +128,7 @@ def _build(
     cut_rank = config.rank or max(expert.rank for expert in experts)
     options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
     merged = _merger(adapters, weights, config.method, options)
-    exact = _merger(adapters, weights, "sum_deltas", options) if config.method == "svd" else None
+    exact = _merger(adapters, weights, "average_deltas", options) if config.method == "svd" else None
     report = MergeReport(list(adapters), cut_rank)
     rank = _adapter_rank(experts, cut_rank, config.method)
 
@@ -198,7 +198,8 @@ def _weights(skills: Sequence[str], model: ModelConfig, config: MergingConfig) -
         raise AdapterError(
             f"merging.weights must weigh every skill, {sorted(missing)[0]!r} is missing; add it or leave weights out"
         )
-    return {skill: config.weights[skill] for skill in skills}
+    weights = [config.weights[skill] for skill in skills]
+    return dict(zip(skills, shares(weights) if config.method in MEANS else weights, strict=True))
 
 
 def _means(weights: Weights) -> dict[str, float]:

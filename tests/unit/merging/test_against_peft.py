@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from selma_ray.adapters.peft_format import open_adapter
 from selma_ray.merging.interference import ties
-from selma_ray.merging.methods import average_deltas, average_factors, svd
+from selma_ray.merging.methods import average_deltas, average_factors, sum_deltas, svd
 from tests.unit.adapters.random_factors import assert_close, exact_sum
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -65,8 +65,8 @@ def test_scales_of_single_adapters_are_pefts(model, experts):
         assert_close(expert.delta(), model.base_model.model.to_q.get_delta_weight(name).data, 1e-6)
 
 
-def test_average_deltas_is_pefts_forward_with_all_adapters_and_its_cat(model, experts):
-    merged = average_deltas(experts, WEIGHTS)
+def test_sum_deltas_is_pefts_forward_with_all_adapters_and_its_cat(model, experts):
+    merged = sum_deltas(experts, WEIGHTS)
     hidden_NI = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(1))
     A_RI, B_OR, delta_OI = merged_by_peft(model, "cat")
     assert merged.rank == A_RI.shape[0] == B_OR.shape[1] == 9
@@ -83,7 +83,7 @@ def test_average_deltas_is_pefts_forward_with_all_adapters_and_its_cat(model, ex
 
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_svd_is_pefts_up_to_the_signs_of_singular_vectors(model, experts, rank):
-    merged = svd(experts, WEIGHTS, rank)
+    merged = svd(experts, WEIGHTS, rank, scale=sum(WEIGHTS))  # PEFT does not divide by the weights' sum
     A_RI, B_OR, delta_OI = merged_by_peft(model, "svd", svd_rank=rank)
     assert_close(merged.delta(), delta_OI)
     for vector in range(rank):
@@ -110,5 +110,5 @@ def test_ties_is_pefts_ties_svd_of_full_rank(model, experts):
     assert_close(ties(experts, [1.0] * 3, 0.4).delta(), delta_OI, 1e-5)
 
 
-def test_average_deltas_is_within_1e_5_of_float64(experts):
-    assert_close(average_deltas(experts, WEIGHTS).delta(), exact_sum(experts, WEIGHTS), 1e-6)
+def test_sum_deltas_is_within_1e_5_of_float64(experts):
+    assert_close(sum_deltas(experts, WEIGHTS).delta(), exact_sum(experts, WEIGHTS), 1e-6)

@@ -103,9 +103,10 @@ def test_same_merge_again_is_kept_and_another_replaces_it(run_dir, merged_dir, t
 
 
 def test_weights_pick_one_expert(run_dir, tiny_pipeline_dir):
-    weights = {"counting": 0.0, "style": 1.0, "unusual": 0.0}
+    weights = {"counting": 0.0, "style": 2.0, "unusual": 0.0}
     config = MergingConfig(weights=weights, name="one")
-    merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config)
+    summary = merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config)
+    assert summary.weights == {"counting": 0.0, "style": 1.0, "unusual": 0.0}  # a mean divides by their sum
     one = PeftModel.from_pretrained(base_unet(tiny_pipeline_dir), run_dir / "experts" / "style")
     baked = DiffusionPipeline.from_pretrained(run_dir / "merged" / "one" / "pipeline").unet
     torch.testing.assert_close(noise_of(baked), noise_of(one), atol=2e-6, rtol=1e-5)

@@ -2,41 +2,66 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selma_ray.adapters.deltas import squared_singular_values
 from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.errors import AdapterError
 from selma_ray.merging.methods import (
+    MEANS,
     METHODS,
     MergeOptions,
     average_deltas,
     average_factors,
     default_weight,
     released_scale,
+    shares,
     svd,
 )
 from selma_ray.merging.report import MergeReport, inner_product, sign_conflicts
 from tests.unit.adapters.random_factors import alike, assert_close, dense, exact_sum, factors, random_factors, several
 
 WHOLE = MergeOptions(scale=1.0, rank=9, density=1.0, model_name="base")
-EXACT = [method for method in METHODS if method not in ("average_factors", "released_scale", "ties", "knots")]
+SUMS = ("sum_deltas", "search", "dare")  # as MEANS, they lose nothing
 
 
 @settings(deadline=None)
 @given(several, st.data())
-def test_average_deltas_is_the_weighted_sum_of_deltas_of_any_ranks_and_scales(experts, data):
+def test_average_deltas_is_the_weighted_mean_of_deltas_of_any_ranks_and_scales(experts, data):
     weights = data.draw(st.lists(st.floats(0.1, 2), min_size=len(experts), max_size=len(experts)))
-    assert_close(average_deltas(experts, weights, scale=1.5).delta(), 1.5 * exact_sum(experts, weights))
+    mean = exact_sum(experts, weights) / sum(weights)
+    assert_close(average_deltas(experts, weights, scale=1.5).delta(), 1.5 * mean)
+    assert_close(average_deltas(experts, [3 * weight for weight in weights]).delta(), mean)
+
+
+@settings(deadline=None)
+@given(factors, st.floats(-3, 3), st.floats(-3, 3))
+def test_the_mean_of_an_expert_and_itself_is_that_expert_at_any_weights(expert, first, second):
+    assume(first + second > 0.1)
+    for method in MEANS:
+        assert_close(METHODS[method]([expert, expert], [first, second], WHOLE).delta(), dense(expert), 1e-4)
+
+
+@pytest.mark.parametrize("method", MEANS)
+def test_weights_without_a_sum_have_no_mean(method):
+    with pytest.raises(AdapterError, match=r"must have a sum above 0, got 0; use merging.method sum_deltas"):
+        METHODS[method]([random_factors(0, 2, 1.0)] * 2, [1.0, -1.0], WHOLE)
+
+
+def test_equal_shares_stay_as_they_are():
+    for count in range(1, 20):
+        assert shares([1 / count] * count) == [1 / count] * count
 
 
 @settings(deadline=None)
 @given(several, st.data())
-def test_without_loss_every_linear_method_is_the_weighted_sum(experts, data):
+def test_without_loss_every_linear_method_is_the_weighted_sum_or_mean(experts, data):
     weights = data.draw(st.lists(st.floats(0.1, 2), min_size=len(experts), max_size=len(experts)))
-    for method in EXACT:
+    for method in SUMS:
         assert_close(METHODS[method](experts, weights, WHOLE).delta(), exact_sum(experts, weights))
+    for method in ("average_deltas", "svd"):
+        assert_close(METHODS[method](experts, weights, WHOLE).delta(), exact_sum(experts, weights) / sum(weights))
 
 
 @settings(deadline=None)
