@@ -72,7 +72,7 @@ def load_bare(threads: int = 1) -> Any:
     from selma_ray.models.rendering import load_pipeline
 
     torch.set_num_threads(threads)
-    return load_pipeline(MODEL)
+    return load_pipeline(MODEL, "cpu")
 
 
 def bare_seconds(pipeline: Any, prompts: list[str], sampling: SamplingConfig, batch: int) -> float:

@@ -86,7 +86,7 @@ def main() -> None:
 
 def _draw(way: Way, suite: Sequence[PromptWithQuestions]) -> tuple[float, list[Image.Image]]:
     """Return the seconds and the images of the suite's prompts, each from its index as seed."""
-    pipeline = load_pipeline(ModelConfig())
+    pipeline = load_pipeline(ModelConfig(), "cpu")
     use_scheduler(pipeline, way.scheduler)
     batch = StepBatch(denoiser_for(pipeline, cache_interval=way.cache_interval), BATCH, SIZE_PX)
     started_s = time.monotonic()

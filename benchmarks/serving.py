@@ -138,7 +138,7 @@ class _Offline:
     """The limit: all requests known before, batched by their step counts."""
 
     def __init__(self) -> None:
-        self.pipeline = load_pipeline(ModelConfig())
+        self.pipeline = load_pipeline(ModelConfig(), "cpu")
 
     def draw(self, bodies: Sequence[Body]) -> float:
         started_s = time.monotonic()
@@ -164,7 +164,7 @@ class _RequestBatching:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._pipeline = load_pipeline(ModelConfig())
+        self._pipeline = load_pipeline(ModelConfig(), "cpu")
 
     async def __call__(self, request: Any) -> dict[str, str]:
         return {"b64_json": await self._batch(await request.json())}
@@ -186,7 +186,7 @@ def _serve_one_at_a_time(port: int) -> None:
     import uvicorn
 
     torch.set_num_threads(1)
-    app, pipeline, lock = FastAPI(), load_pipeline(ModelConfig()), asyncio.Lock()
+    app, pipeline, lock = FastAPI(), load_pipeline(ModelConfig(), "cpu"), asyncio.Lock()
 
     @app.post("/")
     async def draw(request: Request) -> dict[str, str]:

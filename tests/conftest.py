@@ -24,6 +24,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED_EVAL = Path(__file__).resolve().parents[2] / "shared" / "eval"
 
 
+@pytest.fixture(autouse=True)
+def gpus_in_sight() -> Iterator[None]:
+    """Undo what a worker's class, made in the tests' own process, hides from it."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield
+    if before is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 @pytest.fixture(scope="session")
 def shared_eval() -> Path:
     """Return the folder of evaluation data and oracles, or skip where it is not laid beside the checkout."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from selma_ray.adapters.mixture_of_experts import is_mixture, load_mixture
@@ -13,9 +14,9 @@ from selma_ray.models.rendering import load_pipeline
 __all__ = ["load_adapted_pipeline"]
 
 
-def load_adapted_pipeline(model: ModelConfig, adapter_dir: str | Path | None) -> Any:
-    """Load a pipeline on the best device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
-    pipeline = load_pipeline(model)
+def load_adapted_pipeline(model: ModelConfig, adapter_dir: str | Path | None, device: torch.device | str) -> Any:
+    """Load a pipeline onto a device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
+    pipeline = load_pipeline(model, device)
     if adapter_dir is None:
         return pipeline
     if is_mixture(adapter_dir):

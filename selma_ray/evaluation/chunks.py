@@ -5,21 +5,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from PIL import Image
 
-from selma_ray.adapters.applying import load_adapted_pipeline
 from selma_ray.errors import named_line
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.judging.scoring import score_images
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.rendering import Renderer
+from selma_ray.models.device import device_of
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id, seed_of
 from selma_ray.storage import RunFolder
+
+if TYPE_CHECKING:
+    from selma_ray.models.rendering import Renderer
 
 __all__ = ["Chunk", "JudgeChunk", "ModelUnderTest", "RenderChunk", "plan_chunks"]
 
@@ -121,12 +123,18 @@ class RenderChunk:
         encoded = None if image is None else {"bytes": _png(image), "path": f"{image_id}.png"}
         return {"id": image_id, **identity, "split": "test", "image": encoded, "model": chunk.model, "error": error}
 
-    def _renderer(self, name: str) -> Renderer:
+    def _renderer(self, name: str) -> "Renderer":
+        # Here, so that a worker can hide GPUs before PEFT looks for them.
+        from selma_ray.adapters.applying import load_adapted_pipeline
+        from selma_ray.models.rendering import Renderer
+
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # frees the previous pipeline before the next is loaded
             tested = self._models[name]
             adapter_dir = Path(tested.adapter_dir) if tested.adapter_dir else None
-            self._loaded = (name, Renderer(load_adapted_pipeline(tested.model, adapter_dir), self._config.sampling))
+            device = device_of(self._config.num_gpus, "evaluation.num_gpus")
+            pipeline = load_adapted_pipeline(tested.model, adapter_dir, device)
+            self._loaded = (name, Renderer(pipeline, self._config.sampling))
         return self._loaded[1]
 
 
@@ -171,7 +179,7 @@ def _decoded(row: Mapping[str, Any]) -> tuple[Image.Image | None, str | None]:
 
 
 def _render_one_by_one(
-    renderer: Renderer, prompts: Sequence[str], seeds: Sequence[int]
+    renderer: "Renderer", prompts: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[Image.Image | None], list[str | None]]:
     images: list[Image.Image | None] = []
     errors: list[str | None] = []

@@ -46,6 +46,8 @@ class ScoreImagesConfig(StrictModel):
     """The metric's model, a folder or a hub name; default: its public checkpoint."""
     judge: JudgeConfig = JudgeConfig()
     """The judge that vqascore asks."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of a metric's own model; 0 computes on the CPU."""
     batch_size: int = Field(default=64, ge=1)
     """Images scored at once."""
     bootstrap_resamples: int = Field(default=2000, ge=100)
@@ -62,7 +64,7 @@ def open_configured(config: ScoreImagesConfig) -> ImageMetric:
             "come from selma evaluate"
         )
     judge = open_judge(config.judge) if config.metric in PROMPT_METRICS else None
-    return open_metric(config.metric, judge, config.model, config.batch_size)
+    return open_metric(config.metric, judge, config.model, config.batch_size, config.num_gpus)
 
 
 def score_run(folder: RunFolder, metric: ImageMetric, config: ScoreImagesConfig) -> dict[str, Any]:

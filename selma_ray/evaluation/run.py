@@ -31,6 +31,7 @@ from selma_ray.evaluation.summary import BASE, EvaluationSummary, ModelScores, m
 from selma_ray.judging.dsg import mean_score
 from selma_ray.judging.judges.opening import judge_identity
 from selma_ray.judging.questions import PromptWithQuestions
+from selma_ray.models.device import see_own_gpus, task_options
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
@@ -117,7 +118,7 @@ def _judge_error(
     )
     path = ("calibration", f"{key}.parquet")
     if not folder.exists(*path):
-        ask = ray.remote(num_cpus=config.judge.num_cpus, num_gpus=config.judge.num_gpus)(_known_answers)
+        ask = ray.remote(num_cpus=config.judge.num_cpus, **task_options(config.judge.num_gpus))(_known_answers)
         folder.write_table(pa.Table.from_pylist(ray.get(ask.remote(config, suite, seed))), *path)
     known = folder.read_table(["/".join(path)]).to_pylist()
     answers = {
@@ -131,6 +132,7 @@ def _known_answers(config: EvaluationConfig, suite: Sequence[PromptWithQuestions
     from selma_ray.evaluation.calibration import ask_known_scenes, draw_known_scenes
     from selma_ray.judging.judges.opening import open_judge
 
+    see_own_gpus(config.judge.num_gpus)
     scenes = draw_known_scenes(suite, config.calibration_scenes, seed)
     return ask_known_scenes(open_judge(config.judge), scenes)
 
@@ -210,7 +212,12 @@ def _stream(
         spare_cpus -= (at_once - 1) * pool.resources["num_cpus"]
         dataset = dataset.map_batches(
             WorkOnChunks,
-            fn_constructor_args=(tuple(pending), pool.steps, max(1, int(pool.resources["num_cpus"]))),
+            fn_constructor_args=(
+                tuple(pending),
+                pool.steps,
+                max(1, int(pool.resources["num_cpus"])),
+                pool.resources["num_gpus"],
+            ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=at_once, max_size=pool.most),
             **pool.resources,
@@ -240,8 +247,13 @@ class WorkOnChunks:
     """A stage as Ray Data calls it: indices of chunks in, the same indices out when its steps are done."""
 
     def __init__(
-        self, chunks: Sequence[Chunk], steps: Sequence[Callable[[], Callable[[Chunk], None]]], num_threads: int
+        self,
+        chunks: Sequence[Chunk],
+        steps: Sequence[Callable[[], Callable[[Chunk], None]]],
+        num_threads: int,
+        num_gpus: float = 0,
     ) -> None:
+        see_own_gpus(num_gpus)
         import torch
 
         torch.set_num_threads(num_threads)

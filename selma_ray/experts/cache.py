@@ -25,6 +25,7 @@ from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.experts.preferences import preference_pairs
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.device import device_of, see_own_gpus
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -115,12 +116,15 @@ class EncodeExamples:
     Of a file, the rows in `ids` are encoded; default: those to train on.
     """
 
-    def __init__(self, folder: RunFolder, model: ModelConfig, ids: Collection[str] | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder, model: ModelConfig, ids: Collection[str] | None = None, num_gpus: float = 0
+    ) -> None:
+        see_own_gpus(num_gpus)
         from selma_ray.models.family import open_family
 
         self._folder = folder
         self._ids = ids
-        self._encoders = open_family(model).load_encoders()
+        self._encoders = open_family(model).load_encoders(device_of(num_gpus, "experts.gpus_per_worker"))
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Encode the files `source` into the safetensors `shard`; returns the shards and their numbers of examples.
@@ -168,14 +172,15 @@ def _encode(
     import ray.data
     import ray.exceptions
 
+    num_gpus = 1 if config.gpus_per_worker else 0
     logger.info("encoding %d files of images", len(items))
     encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         EncodeExamples,
-        fn_constructor_args=(folder, model, ids),
+        fn_constructor_args=(folder, model, ids, num_gpus),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(config.encoders, len(items))),
         num_cpus=1,
-        num_gpus=1 if config.gpus_per_worker else 0,
+        num_gpus=num_gpus,
         **role_options("train", cluster),
     )
     try:

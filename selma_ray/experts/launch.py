@@ -19,6 +19,7 @@ from selma_ray.experts.lanes import Lane, divide
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.device import see_own_gpus
 from selma_ray.progress import Progress, Report
 from selma_ray.storage import RunFolder
 
@@ -177,7 +178,9 @@ def _run(lane: Lane, cluster: ClusterConfig) -> None:
 def _run_worker(settings: dict[str, Any]) -> None:
     """Import the training loop in the worker alone: neither the driver nor Ray Train's controller loads DeepSpeed."""
     lane: Lane = settings["lane"]
-    if not lane.jobs[0].config.gpus_per_worker:
+    num_gpus = lane.jobs[0].config.gpus_per_worker
+    see_own_gpus(num_gpus)
+    if not num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed decorates an optimiser that is not used here with torch.compile, which would load the compiler for seconds.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

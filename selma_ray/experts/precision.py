@@ -9,15 +9,15 @@ from selma_ray.experts.config import ExpertsConfig
 __all__ = ["deepspeed_config", "resolve_precision"]
 
 
-def resolve_precision(precision: str) -> Literal["fp32", "bf16", "fp16"]:
-    """Return the precision that `auto` stands for on this machine; any other is returned as it is.
+def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """Return the precision that `auto` stands for on a device; any other is returned as it is.
 
     bf16 needs units of its own: CUDA from compute capability 8.0, or AMX. A CPU with AVX512-BF16 alone fits the miniature
     hardly faster in bf16 than in fp32, and fp32 resumes to the bit.
     """
     if precision != "auto":
         return precision  # type: ignore[return-value]
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 

@@ -13,6 +13,7 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.experts.config import CheckpointChoiceConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.models.device import see_own_gpus, task_options
 
 __all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
 
@@ -84,12 +85,11 @@ class CandidateScores:
         import ray
 
         assert self._selection is not None
+        num_gpus = self._selection.num_gpus
         task = ray.remote(_score_candidate).options(
-            num_cpus=self._selection.num_cpus,
-            num_gpus=self._selection.num_gpus,
-            **role_options("render", self._cluster),
+            num_cpus=self._selection.num_cpus, **task_options(num_gpus), **role_options("render", self._cluster)
         )
-        return task.remote(self._score, job, step)
+        return task.remote(self._score, job, step, num_gpus)
 
     def _collect(self) -> None:
         import ray
@@ -132,8 +132,9 @@ def choose_adapter(job: ExpertJob) -> None:
     folder.delete(job.candidates)
 
 
-def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int) -> dict[str, float]:
+def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int, num_gpus: float) -> dict[str, float]:
     """Score one adapter, and show the score in TensorBoard beside the loss; runs as a Ray task."""
+    see_own_gpus(num_gpus)
     from selma_ray.experts.curves import log_scalars
 
     scores = dict(score(job.folder.path(job.candidate(step)), job.skills))

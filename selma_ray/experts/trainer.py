@@ -17,6 +17,7 @@ from selma_ray.experts.examples import EncodedExamples, batch_positions, dropped
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
+from selma_ray.models.device import device_of
 from selma_ray.models.family import Batch, open_family
 from selma_ray.records import seed_of
 
@@ -55,7 +56,8 @@ class ExpertTrainer:
         self._seed = seed_of(job.seed, expert=job.name)
         self._family = open_family(job.model)
         self._examples = EncodedExamples(job.folder, job.caches)
-        self._precision = resolve_precision(job.config.precision)
+        self._device = device_of(job.config.gpus_per_worker, "experts.gpus_per_worker")
+        self._precision = resolve_precision(job.config.precision, self._device)
         self._engine = self._open_engine()
 
     @property
@@ -139,7 +141,7 @@ class ExpertTrainer:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.steps,
         )
-        if not torch.cuda.is_available():
+        if self._device.type == "cpu":
             # DeepSpeed would compile a shared-memory collective when it starts; gloo serves, and needs no compiler.
             deepspeed.ops.__compatible_ops__ = {}
         engine, *_ = deepspeed.initialize(

@@ -14,6 +14,7 @@ from selma_ray.errors import RenderError
 from selma_ray.images.config import ImageChoiceConfig
 from selma_ray.images.selection import OpenScorer, choose
 from selma_ray.images.shards import candidate_shards, write_shards
+from selma_ray.models.device import see_own_gpus
 from selma_ray.progress import Progress, Report
 from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
@@ -65,6 +66,7 @@ class ChooseImages:
     """A stage as Ray Data calls it: paths of candidates in, the same paths out once their images are judged and written."""
 
     def __init__(self, folder: RunFolder, config: ImageChoiceConfig, open_scorer: OpenScorer) -> None:
+        see_own_gpus(config.judge.num_gpus)
         self._folder = folder
         self._config = config
         self._score = open_scorer()

@@ -51,7 +51,8 @@ def open_engine(config: ImagesConfig, model: ModelConfig) -> ImageEngine:
     # The driver ships this function to the renderers without loading torch.
     import torch
 
+    from selma_ray.models.device import device_of
     from selma_ray.models.rendering import Renderer, load_pipeline
 
     torch.set_num_threads(max(1, int(config.num_cpus)))
-    return Renderer(load_pipeline(model), config.sampling)
+    return Renderer(load_pipeline(model, device_of(config.num_gpus, "images.num_gpus")), config.sampling)

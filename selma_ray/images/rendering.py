@@ -16,6 +16,7 @@ from selma_ray.images.engines import ImageEngine, open_engine
 from selma_ray.images.in_flight import begin_batch, begin_row, finish_row
 from selma_ray.images.selection import OpenScorer, ScoreImages, choose
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.device import see_own_gpus
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import IMAGE_SCHEMA
 from selma_ray.storage import RunFolder
@@ -50,6 +51,7 @@ class RenderPrompts:
         open_scorer: OpenScorer | None = None,
         open_engine: OpenEngine = open_engine,
     ) -> None:
+        see_own_gpus(config.num_gpus)
         self._config = config
         self._folder = folder
         self._denoiser = SharedBatches(self._render, config.batch_size)

@@ -31,6 +31,10 @@ class DevScorer:
     seed: int
     batch_size: int = 16
     num_cpus: float = 1
+    num_gpus: float = 0
+    """GPUs of rendering; the judge has its own."""
+    num_gpus_key: str = "evaluation.num_gpus"
+    """The recipe's key that says so."""
 
     def __call__(self, adapter_dir: str, skills: Sequence[str]) -> dict[str, float]:
         """Return the mean DSG score `dsg` in [0, 1] and the number of `images` it is the mean of."""
@@ -39,11 +43,13 @@ class DevScorer:
         from selma_ray.adapters.applying import load_adapted_pipeline
         from selma_ray.judging.judges.opening import open_judge
         from selma_ray.judging.scoring import score_images
+        from selma_ray.models.device import device_of
         from selma_ray.models.rendering import Renderer
 
         torch.set_num_threads(max(1, int(self.num_cpus)))
         prompts = self._prompts_of(skills)
-        renderer = Renderer(load_adapted_pipeline(self.model, Path(adapter_dir)), self.sampling)
+        device = device_of(self.num_gpus, self.num_gpus_key)
+        renderer = Renderer(load_adapted_pipeline(self.model, Path(adapter_dir), device), self.sampling)
         judge = open_judge(self.judge)
         scores: list[float] = []
         for start in range(0, len(prompts), self.batch_size):

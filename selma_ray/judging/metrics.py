@@ -27,6 +27,7 @@ from selma_ray.judging.judges.interface import Answer, Judge
 from selma_ray.judging.questions import Question
 from selma_ray.judging.scoring import answered
 from selma_ray.judging.soft import soft_dsg, soft_tifa_am, soft_tifa_gm, vqascore_question
+from selma_ray.models.device import device_of
 
 __all__ = [
     "ANSWER_METRICS",
@@ -106,13 +107,16 @@ def metrics_of_answers(questions: Sequence[Question], answers: Sequence[Answer])
     return {name: score(questions, read) for name, score in ANSWER_METRICS.items()}
 
 
-def open_metric(name: str, judge: Judge | None = None, model: str | None = None, batch_size: int = 64) -> ImageMetric:
+def open_metric(
+    name: str, judge: Judge | None = None, model: str | None = None, batch_size: int = 64, num_gpus: float = 0
+) -> ImageMetric:
     """Return the metric of that name, with a judge where it needs one, or with its public model or another folder or hub name.
 
-    Raises JudgeError for an unknown name, a judge that is missing and a model that cannot be opened.
+    A model of its own computes on CUDA where it has GPUs. Raises JudgeError for an unknown name, a judge that is missing and a model
+    that cannot be opened, ConfigError where its GPUs are not there.
     """
     if name in MODEL_METRICS:
-        return _ModelMetric(name, model, batch_size)
+        return _ModelMetric(name, model, batch_size, num_gpus)
     if name not in METRICS:
         raise JudgeError(f"metric must be one of {', '.join(METRICS)}, got {name!r}; name one of them")
     if judge is None:
@@ -165,15 +169,16 @@ class _PairScorer(Protocol):
 class _ModelMetric:
     """A metric with a model of its own."""
 
-    def __init__(self, metric: str, model: str | None, batch_size: int) -> None:
+    def __init__(self, metric: str, model: str | None, batch_size: int, num_gpus: float) -> None:
+        device = device_of(num_gpus, f"num_gpus of {metric}")
         if metric == "imagereward":
             from selma_ray.judging.preferences.image_reward import ImageRewardScorer
 
-            self._scorer: _PairScorer = ImageRewardScorer(model, batch_size)
+            self._scorer: _PairScorer = ImageRewardScorer(model, batch_size, device)
         else:
             from selma_ray.judging.preferences.clip import ClipScorer
 
-            self._scorer = ClipScorer(metric, model, batch_size)
+            self._scorer = ClipScorer(metric, model, batch_size, device)
         self.name = self._scorer.name
 
     def score(

@@ -10,6 +10,7 @@ from selma_ray.cluster.placement import role_options
 from selma_ray.judging.dev_scores import DevScorer
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.search import MergeCandidate, SearchResult, num_candidates, search_weights
+from selma_ray.models.device import see_own_gpus, task_options
 from selma_ray.models.locate import locate_judge, locate_text_to_image
 from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
@@ -75,9 +76,11 @@ def _scores(
     """Yield each candidate's score as it is known; as many are rendered at once as the cluster holds."""
     import ray
 
-    task = ray.remote(**resources, **role_options("render", cluster))(_score_candidate)
+    num_gpus = resources["num_gpus"]
+    options = {**resources, **task_options(num_gpus), **role_options("render", cluster)}
+    task = ray.remote(**options)(_score_candidate)
     shared = ray.put(scorer)
-    pending = {task.remote(candidate, shared, folder, scale): candidate for candidate in candidates}
+    pending = {task.remote(candidate, shared, folder, scale, num_gpus): candidate for candidate in candidates}
     try:
         while pending:
             (ready,), _ = ray.wait(list(pending))
@@ -88,8 +91,11 @@ def _scores(
             ray.cancel(unfinished)
 
 
-def _score_candidate(candidate: MergeCandidate, scorer: DevScorer, folder: RunFolder, scale: float) -> float:
+def _score_candidate(
+    candidate: MergeCandidate, scorer: DevScorer, folder: RunFolder, scale: float, num_gpus: float
+) -> float:
     """Write the candidate's adapter on this machine's disk, score it, delete it: no run keeps an adapter per candidate."""
+    see_own_gpus(num_gpus)
     from selma_ray.merging.inputs import open_adapters
     from selma_ray.merging.run import write_candidate
 

@@ -50,8 +50,8 @@ class Family(Protocol):
     predictions_per_step: int
     """Calls of the denoiser in a guided sampling step: 2 with classifier-free guidance, 1 where guidance is an input."""
 
-    def load_encoders(self) -> Encoders:
-        """Load the autoencoder and the text encoders in the model's precision."""
+    def load_encoders(self, device: torch.device | str) -> Encoders:
+        """Load the autoencoder and the text encoders in the model's precision, onto a device."""
 
     def load_denoiser(self) -> torch.nn.Module:
         """Load the denoiser alone, in fp32."""

@@ -62,9 +62,9 @@ class Flux(FlowMatching):
     tokens = 512  # of T5
     _denoise = staticmethod(_denoise)
 
-    def load_encoders(self) -> PipelineEncoders:
-        """Load the autoencoder and both text encoders in the model's precision; no transformer is read."""
-        pipeline = encoding_pipeline(self.model, self.located, FluxPipeline, transformer=None)
+    def load_encoders(self, device: torch.device | str) -> PipelineEncoders:
+        """Load the autoencoder and both text encoders in the model's precision, onto a device; no transformer is read."""
+        pipeline = encoding_pipeline(self.model, self.located, FluxPipeline, device, transformer=None)
         return PipelineEncoders(pipeline, _encode_texts)
 
     def _told(self, conditioning: dict[str, torch.Tensor]) -> Condition:

@@ -72,8 +72,10 @@ def latent_shape(autoencoder: Mapping[str, Any], height_px: int, width_px: int) 
     return autoencoder["latent_channels"], height_px // factor, width_px // factor
 
 
-def encoding_pipeline(model: ModelConfig, located: LocatedModel, pipeline_class: Any, **left_out: None) -> Any:
-    """Return the model's pipeline without the parts `left_out`, in the model's precision, on the best device."""
+def encoding_pipeline(
+    model: ModelConfig, located: LocatedModel, pipeline_class: Any, device: torch.device | str, **left_out: None
+) -> Any:
+    """Return the model's pipeline without the parts `left_out`, in the model's precision, on a device."""
     with load_errors(model, "the encoders"):
         pipeline = pipeline_class.from_pretrained(
             located.path,
@@ -84,7 +86,7 @@ def encoding_pipeline(model: ModelConfig, located: LocatedModel, pipeline_class:
             torch_dtype=DTYPES[model.dtype],
             use_safetensors=True,
         )
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device)
 
 
 def sample_latents(

@@ -23,8 +23,8 @@ CPU_LANES = 4
 logger = logging.getLogger(__name__)
 
 
-def load_pipeline(model: ModelConfig) -> DiffusionPipeline:
-    """Load a pipeline on the best device."""
+def load_pipeline(model: ModelConfig, device: torch.device | str) -> DiffusionPipeline:
+    """Load a pipeline onto a device."""
     located = locate_text_to_image(model.name, model.revision)
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
@@ -39,7 +39,7 @@ def load_pipeline(model: ModelConfig) -> DiffusionPipeline:
             f"model.name {model.name} cannot be opened ({first_line(error)}); give a diffusers folder"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device)
 
 
 class Renderer:

@@ -45,9 +45,9 @@ class StableDiffusion3(FlowMatching):
     tokens = 77 + 256  # of CLIP, then of T5
     _denoise = staticmethod(_denoise)
 
-    def load_encoders(self) -> PipelineEncoders:
-        """Load the autoencoder and the text encoders in the model's precision; no transformer is read."""
-        pipeline = encoding_pipeline(self.model, self.located, StableDiffusion3Pipeline, transformer=None)
+    def load_encoders(self, device: torch.device | str) -> PipelineEncoders:
+        """Load the autoencoder and the text encoders in the model's precision, onto a device; no transformer is read."""
+        pipeline = encoding_pipeline(self.model, self.located, StableDiffusion3Pipeline, device, transformer=None)
         return PipelineEncoders(pipeline, _encode_texts)
 
 

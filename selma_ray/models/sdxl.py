@@ -48,9 +48,9 @@ class StableDiffusionXL(StableDiffusion):
 
     _denoise = staticmethod(_denoise)
 
-    def load_encoders(self) -> "StableDiffusionXLEncoders":
-        """Load the autoencoder and both text encoders in the model's precision, on the best device; no UNet is read."""
-        pipeline = encoding_pipeline(self.model, self.located, StableDiffusionXLPipeline, unet=None)
+    def load_encoders(self, device: torch.device | str) -> "StableDiffusionXLEncoders":
+        """Load the autoencoder and both text encoders in the model's precision, onto a device; no UNet is read."""
+        pipeline = encoding_pipeline(self.model, self.located, StableDiffusionXLPipeline, device, unet=None)
         return StableDiffusionXLEncoders(pipeline, _encode_texts)
 
     def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:

@@ -57,9 +57,11 @@ class StableDiffusion:
         self.model = model
         self.located = located
 
-    def load_encoders(self) -> "StableDiffusionEncoders":
-        """Load the autoencoder and the text encoder in the model's precision, on the best device; no UNet is read."""
-        pipeline = encoding_pipeline(self.model, self.located, StableDiffusionPipeline, unet=None, safety_checker=None)
+    def load_encoders(self, device: torch.device | str) -> "StableDiffusionEncoders":
+        """Load the autoencoder and the text encoder in the model's precision, onto a device; no UNet is read."""
+        pipeline = encoding_pipeline(
+            self.model, self.located, StableDiffusionPipeline, device, unet=None, safety_checker=None
+        )
         return StableDiffusionEncoders(pipeline, _encode_texts)
 
     def load_denoiser(self) -> torch.nn.Module:

@@ -10,22 +10,28 @@ from selma_ray.run.questions import open_source, write_questions
 __all__ = ["dev_prompts", "dev_scorer"]
 
 
-def dev_scorer(run: Run, suite: str | None, max_prompts: int | None, section: str) -> DevScorer:
+def dev_scorer(
+    run: Run, suite: str | None, max_prompts: int | None, section: str, num_gpus: float | None = None
+) -> DevScorer:
     """Return what scores adapters as the evaluation of a run does: same sampling, same judge, dev prompts in place of the suite's.
 
-    `section` is the part of the recipe that asks for it. Raises ConfigError where a skill has no dev prompts.
+    `section` is the part of the recipe that asks for it; where it has `num_gpus` of its own, rendering and judging both take those.
+    Raises ConfigError where a skill has no dev prompts.
     """
     recipe, evaluation = run.recipe, run.recipe.evaluation
+    judge = evaluation.judge if num_gpus is None else evaluation.judge.model_copy(update={"num_gpus": num_gpus})
     return DevScorer(
         recipe.model,
         evaluation.sampling,
-        evaluation.judge,
+        judge,
         evaluation.dsg_scorer,
         dev_prompts(run, suite, section),
         max_prompts,
         recipe.seed,
         evaluation.batch_size,
         evaluation.num_cpus,
+        evaluation.num_gpus if num_gpus is None else num_gpus,
+        "evaluation.num_gpus" if num_gpus is None else f"{section}.num_gpus",
     )
 
 

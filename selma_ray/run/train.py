@@ -27,4 +27,4 @@ def _dev_scorer(run: Run) -> Any:
         return None
     from selma_ray.run.dev_scorer import dev_scorer
 
-    return dev_scorer(run, selection.suite, selection.max_prompts, "experts.selection")
+    return dev_scorer(run, selection.suite, selection.max_prompts, "experts.selection", selection.num_gpus)

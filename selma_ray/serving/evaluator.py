@@ -9,6 +9,7 @@ from PIL import Image
 from ray import serve
 
 from selma_ray.errors import JudgeError, NoQuestionsError
+from selma_ray.models.device import see_own_gpus
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import decode_upload
 from selma_ray.serving.errors import invalid_request, metric_not_served
@@ -71,6 +72,7 @@ class Evaluator:
     """Scores images, those of concurrent requests in one batch; deployed by Ray Serve."""
 
     def __init__(self, open_scorer: Callable[[], Scorer], config: ServingConfig) -> None:
+        see_own_gpus(config.evaluator_num_gpus)
         use_threads(config.num_threads)
         self._scorer = open_scorer()
         self._max_pixels = config.max_upload_pixels

@@ -14,6 +14,7 @@ from typing import Any
 from selma_ray.adapters.mixing import Expert
 from selma_ray.config import StrictModel, validate
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.device import device_of, see_own_gpus
 from selma_ray.serving.backend import Drawn
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat, encode
@@ -42,6 +43,7 @@ class Generator:
     """Draws images for any number of callers at once on one step-batching engine; deployed by Ray Serve."""
 
     def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None = None) -> None:
+        see_own_gpus(config.num_gpus)
         from selma_ray.models.rendering import load_pipeline, use_scheduler
 
         started_s = time.monotonic()
@@ -49,7 +51,7 @@ class Generator:
         self._models, self._config = models, config
         self._name = secrets.token_hex(4)
         self._weights = MergedWeights()
-        self._pipeline = load_pipeline(models.merged)
+        self._pipeline = load_pipeline(models.merged, device_of(config.num_gpus, "serving.num_gpus"))
         use_scheduler(self._pipeline, config.sampling.scheduler)
         base = None if models.base is None else _with_denoiser_of(self._pipeline, models.base)
         experts = open_experts(models.experts) if open_experts else {}
@@ -165,5 +167,5 @@ def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None
     from selma_ray.models.parts import denoiser_name, denoiser_of
 
     other = copy(pipeline)
-    setattr(other, denoiser_name(pipeline), denoiser_of(load_adapted_pipeline(model, adapter_dir)))
+    setattr(other, denoiser_name(pipeline), denoiser_of(load_adapted_pipeline(model, adapter_dir, pipeline.device)))
     return other

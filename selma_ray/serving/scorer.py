@@ -83,13 +83,17 @@ def _shown(name: str) -> str:
 
 
 def open_scorer(
-    judge: JudgeConfig | None, score_models: Mapping[ModelMetric, str], source: QuestionSource
+    judge: JudgeConfig | None, score_models: Mapping[ModelMetric, str], source: QuestionSource, num_gpus: float = 0
 ) -> ServiceScorer:
-    """Load a judge, and models of other scores by name, for the evaluator; called on the replica that holds them."""
+    """Load a judge, and models of other scores by name, for the evaluator; called on the replica that holds them and its GPUs."""
     from selma_ray.judging.judges.opening import open_judge
 
-    models: dict[str, ImageMetric] = {name: open_metric(name, model=model) for name, model in score_models.items()}
-    return ServiceScorer(None if judge is None else open_judge(judge), models, source)
+    models: dict[str, ImageMetric] = {
+        name: open_metric(name, model=model, num_gpus=num_gpus) for name, model in score_models.items()
+    }
+    return ServiceScorer(
+        None if judge is None else open_judge(judge.model_copy(update={"num_gpus": num_gpus})), models, source
+    )
 
 
 def scorer_of(config: ServingConfig, source: QuestionSource) -> Callable[[], ServiceScorer]:
@@ -100,4 +104,4 @@ def scorer_of(config: ServingConfig, source: QuestionSource) -> Callable[[], Ser
     if config.evaluator_replicas:
         for name in (*((config.judge.name,) if config.judge else ()), *config.score_models.values()):
             locate_judge(name)
-    return partial(open_scorer, config.judge, config.score_models, source)
+    return partial(open_scorer, config.judge, config.score_models, source, config.evaluator_num_gpus)

@@ -88,7 +88,7 @@ def test_the_shipped_configuration_deploys_and_changes_its_weights_in_place(
     assert score["data"][0]["questions"]
 
     replica = engine_replicas(url)
-    experts = save_experts(load_pipeline(ModelConfig()), tmp_path / "experts")
+    experts = save_experts(load_pipeline(ModelConfig(), "cpu"), tmp_path / "experts")
     before = ask(f"{url}/v1/images/generations", BODY)["data"]
     change(file, "deployments", 0, user_config={"adapter": experts["counting"]})
     assert deploy(dashboard, file)

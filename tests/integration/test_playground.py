@@ -41,7 +41,7 @@ DRAW_TIMEOUT_MS = 60_000
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalBackend, ServedModels]]:
     model = ModelConfig()
-    experts = save_experts(load_pipeline(model), tmp_path_factory.mktemp("experts"))
+    experts = save_experts(load_pipeline(model, "cpu"), tmp_path_factory.mktemp("experts"))
     models = ServedModels("merged", model, model, experts)
     generator = Generator(models, CONFIG, open_experts)
     yield LocalBackend(generator, open_scorer(JudgeConfig(), {}, GrammarQuestions())), models

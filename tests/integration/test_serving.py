@@ -61,7 +61,9 @@ def service(ray_cluster: None, tiny_pipeline_dir: Path, tmp_path_factory: pytest
         num_threads=1, request_timeout_s=60, num_cpus=0.25,
     )  # fmt: skip
     model = ModelConfig(name=str(tiny_pipeline_dir))
-    models = ServedModels("tiny", model, model, save_experts(load_pipeline(model), tmp_path_factory.mktemp("experts")))
+    models = ServedModels(
+        "tiny", model, model, save_experts(load_pipeline(model, "cpu"), tmp_path_factory.mktemp("experts"))
+    )
     running = start_service(models, config, ClusterConfig(), RednessScorer, open_experts)
     yield running
     running.stop()
@@ -92,7 +94,7 @@ def test_the_openai_client_gets_what_the_pipeline_draws(client: openai.OpenAI, t
     answer = client.images.generate(
         prompt="a red ball", model="tiny", n=2, size="64x64", response_format="b64_json", extra_body={"seed": 7}
     )
-    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
     expected = pipeline(
         prompt=["a red ball"] * 2, num_inference_steps=4, guidance_scale=3.0, width=64, height=64,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)],

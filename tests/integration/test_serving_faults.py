@@ -53,7 +53,7 @@ CONFIG = ServingConfig(
 @pytest.fixture(scope="module")
 def models(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ServedModels:
     model = ModelConfig(name=str(tiny_pipeline_dir))
-    folders = save_experts(load_pipeline(model), tmp_path_factory.mktemp("experts"))
+    folders = save_experts(load_pipeline(model, "cpu"), tmp_path_factory.mktemp("experts"))
     return ServedModels("tiny", model, model, folders)
 
 

@@ -26,8 +26,9 @@ _Asked = tuple[Image.Image, Sequence[str], Sequence[Sequence[str]]]
 class MiniatureImageJudge:
     """Answers "yes", "no" or a number; `p_yes` weighs yes against no alone."""
 
-    def __init__(self, located: LocatedModel, batch_size: int) -> None:
+    def __init__(self, located: LocatedModel, batch_size: int, device: torch.device | str) -> None:
         self._judge = MiniatureJudge.from_pretrained(located.path)
+        self._judge.model.to(device)
         self._batches = HalvingBatches(batch_size)
         self._encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.name = f"miniature@{located.revision}"

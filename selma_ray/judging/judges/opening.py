@@ -11,6 +11,7 @@ from selma_ray.errors import JudgeError
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.interface import Answer, Choices, Judge
 from selma_ray.judging.tifa import ChoiceFinder, choose
+from selma_ray.models.device import device_of
 from selma_ray.models.locate import LocatedModel, locate_judge
 
 __all__ = ["ChoosingJudge", "judge_identity", "open_judge"]
@@ -20,7 +21,9 @@ _VQA = ("vilt", "blip")
 
 
 def open_judge(config: JudgeConfig) -> Judge:
-    """Load the judge that `config` names; raises ModelNotFoundError or JudgeError where it cannot be."""
+    """Load the judge that `config` names; raises ModelNotFoundError or JudgeError where it cannot be, ConfigError where its
+    GPUs are not there.
+    """
     judge = _open(config)
     if config.embedder is None:
         return judge
@@ -71,11 +74,12 @@ class ChoosingJudge:
 
 def _open(config: JudgeConfig) -> Judge:
     located = locate_judge(config.name, config.revision)
+    device = device_of(config.num_gpus, "judge.num_gpus")
     match _engine(config, located):
         case "miniature":
             from selma_ray.judging.judges.miniature import MiniatureImageJudge
 
-            return MiniatureImageJudge(located, config.batch_size)
+            return MiniatureImageJudge(located, config.batch_size, device)
         case "vllm":
             from selma_ray.judging.judges.vllm_vlm import VllmJudge
 
@@ -83,7 +87,7 @@ def _open(config: JudgeConfig) -> Judge:
         case _:
             from selma_ray.judging.judges.transformers_vqa import TransformersJudge
 
-            return TransformersJudge(located, config.batch_size)
+            return TransformersJudge(located, config.batch_size, device)
 
 
 def _engine(config: JudgeConfig, located: LocatedModel) -> str:

@@ -36,7 +36,7 @@ class _Asked(NamedTuple):
 class TransformersJudge:
     """Answers in the model's own words, lower case; `p_yes` weighs "yes" against "no" alone."""
 
-    def __init__(self, located: LocatedModel, batch_size: int) -> None:
+    def __init__(self, located: LocatedModel, batch_size: int, device: torch.device | str) -> None:
         try:
             revision = {} if Path(located.path).is_dir() else {"revision": located.revision}
             self._processor: Any = AutoProcessor.from_pretrained(located.path, **revision)
@@ -51,7 +51,7 @@ class TransformersJudge:
                 f"evaluation.judge.name {located.path} must be {' or '.join(MODEL_TYPES)} for transformers, got "
                 f"{model.config.model_type}; set evaluation.judge.engine to vllm"
             )
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device
         self._model: Any = model.eval().to(self._device)
         self._batches = HalvingBatches(batch_size)
         self._tokens = AnswerTokens(self._processor.tokenizer)

@@ -62,7 +62,9 @@ class ClipScorer:
     Raises JudgeError where the checkpoint cannot be opened; HPSv2's public files are pickles, which `convert` turns into folders.
     """
 
-    def __init__(self, metric: str, model: str | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self, metric: str, model: str | None = None, batch_size: int = 64, device: torch.device | str = "cpu"
+    ) -> None:
         self._formula = FORMULAS[metric]
         located = locate_judge(model or self._formula.checkpoint)
         try:
@@ -73,7 +75,7 @@ class ClipScorer:
                 f"{metric}: {located.path} cannot be opened ({first_line(error)}); name a folder or hub name of a CLIP model with "
                 "safetensors weights, made from a pickled checkpoint by python -m selma_ray.judging.preferences.convert"
             ) from None
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device
         self._model = self._model.eval().to(self._device)
         self._batches = HalvingBatches(batch_size)
         self.name = f"{metric}:{located.path}@{located.revision}"

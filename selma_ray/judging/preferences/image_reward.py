@@ -91,7 +91,7 @@ class _Reward(nn.Module):
 class ImageRewardScorer:
     """Scores images against prompts with a folder that `convert` made; the public checkpoint is a pickle and is refused."""
 
-    def __init__(self, model: str | None = None, batch_size: int = 64) -> None:
+    def __init__(self, model: str | None = None, batch_size: int = 64, device: torch.device | str = "cpu") -> None:
         located = locate_judge(model or CHECKPOINT)
         try:
             self._model: Any = ImageRewardModel.from_pretrained(located.path, use_safetensors=True, dtype=torch.float32)
@@ -101,7 +101,7 @@ class ImageRewardScorer:
                 f"imagereward: {located.path} cannot be opened ({first_line(error)}); the public ImageReward.pt is a pickle: convert it "
                 "once with python -m selma_ray.judging.preferences.convert imagereward ImageReward.pt FOLDER and name the folder"
             ) from None
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device
         self._model = self._model.eval().to(self._device)
         self._batches = HalvingBatches(batch_size)
         self.name = f"imagereward:{located.path}@{located.revision}"

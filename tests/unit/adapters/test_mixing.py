@@ -83,13 +83,13 @@ def test_mixes_in_one_batch_equal_set_adapters_one_at_a_time(
         folder = tmp_path / "sdxl"
         save_tiny_sdxl(folder)
     model = ModelConfig(name=str(folder))
-    folders = save_experts(load_pipeline(model), tmp_path / "experts")
-    base = load_pipeline(model)
-    batch = StepBatch(denoiser_for(load_pipeline(model)), 5, (64, 64), denoiser_for(base, open_experts(folders)))
+    folders = save_experts(load_pipeline(model, "cpu"), tmp_path / "experts")
+    base = load_pipeline(model, "cpu")
+    batch = StepBatch(denoiser_for(load_pipeline(model, "cpu")), 5, (64, 64), denoiser_for(base, open_experts(folders)))
     rng = random.Random(0)
     requests = [request_of(rng, mix) for mix in MIXES * 2]
     rng.shuffle(requests)
-    reference = with_adapters(load_pipeline(model), folders)
+    reference = with_adapters(load_pipeline(model, "cpu"), folders)
     expected = [drawn_by_set_adapters(reference, request) for request in requests]
     for image, wanted, request in zip(drawn_together(batch, requests), expected, requests, strict=True):
         assert np.abs(image - wanted).max() <= 1, request
@@ -99,7 +99,7 @@ def test_mixes_in_one_batch_equal_set_adapters_one_at_a_time(
 
 
 def test_all_mixes_share_one_step(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
-    pipeline: StableDiffusionPipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline: StableDiffusionPipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
     experts = open_experts(save_experts(pipeline, tmp_path))
     batch = StepBatch(denoiser_for(pipeline), 8, (64, 64), denoiser_for(pipeline, experts))
     for mix in MIXES[1:]:
@@ -108,7 +108,7 @@ def test_all_mixes_share_one_step(tiny_pipeline_dir: Path, tmp_path: Path) -> No
 
 
 def test_an_expert_of_another_model_is_refused(tiny_pipeline_dir: Path) -> None:
-    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
     for module, rows in (("no.such.module", 32), ("conv_in", 32), ("mid_block.attentions.0.proj_in", 7)):
         expert = {module: LowRank(torch.zeros(2, 32), torch.zeros(rows, 2))}
         with pytest.raises(

@@ -107,7 +107,9 @@ def test_a_mixture_is_read_back_and_changes_images(folder, model):
     assert torch.equal(prediction(read), prediction(mixed(folder, model, routers)))
     sampling = SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64)
     images = [
-        np.asarray(Renderer(load_adapted_pipeline(model, adapter), sampling).render(["two apples"], [0])[0], dtype=int)
+        np.asarray(
+            Renderer(load_adapted_pipeline(model, adapter, "cpu"), sampling).render(["two apples"], [0])[0], dtype=int
+        )
         for adapter in (None, folder.path("experts", "moe"))
     ]
     assert not np.array_equal(*images)

@@ -32,7 +32,7 @@ trainer.step()
 training = held()
 frozen = sum(each.numel() for each in trainer._engine.module.parameters() if not each.requires_grad)
 storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-encoders = open_family(job.model).load_encoders()
+encoders = open_family(job.model).load_encoders("cpu")
 print(json.dumps({"training": training, "frozen": frozen, "bytes": sum(storages.values()), "with encoders": held()}))
 """
 

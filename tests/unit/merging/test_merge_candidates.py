@@ -36,7 +36,7 @@ def test_a_candidates_score_is_that_of_its_adapter(run, tiny_pipeline_dir):
     alone = MergeCandidate(0, 0, {ALL: {"common": 0.0, "counting": 1.0}})
     expected = scorer(str(run.folder.local_path("experts", "counting")), SKILLS)
     assert expected["images"] == 4
-    assert _score_candidate(alone, scorer, run.folder, 1.0) == pytest.approx(expected["dsg"])
+    assert _score_candidate(alone, scorer, run.folder, 1.0, 0) == pytest.approx(expected["dsg"])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def peak_bytes(model, denoiser) -> int:
 
 
 def test_weights_are_counted_without_loading_them(model, cost):
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, "cpu")
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())
         for name, part in pipeline.components.items()
@@ -76,7 +76,7 @@ def test_weights_are_counted_without_loading_them(model, cost):
 def test_shapes_are_those_of_encoded_examples(model):
     import numpy as np
 
-    encoders = open_family(model).load_encoders()
+    encoders = open_family(model).load_encoders("cpu")
     encoded = encoders.encode_images(np.zeros((1, 64, 48, 3), np.uint8)) | encoders.encode_prompts(["a cat"], 64, 48)
     shapes = open_family(model).example_shapes(64, 48)
     assert {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()} == shapes

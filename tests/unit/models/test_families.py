@@ -41,7 +41,7 @@ def family(model: ModelConfig) -> Family:
 
 @pytest.fixture(scope="module")
 def pipeline(model: ModelConfig) -> DiffusionPipeline:
-    return load_pipeline(model)
+    return load_pipeline(model, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def predictor(pipeline: DiffusionPipeline) -> Predictor:
 
 @torch.inference_mode()
 def test_it_draws_by_what_it_is_trained_with(family: Family, predictor: Predictor) -> None:
-    encoders = family.load_encoders()
+    encoders = family.load_encoders("cpu")
     trained_with = encoders.encode_prompts([DRAWING.prompt], *DRAWING.size_px)
     (conditions,) = predictor.encode([DRAWING])
     assert trained_with.keys() <= conditions.positive.keys()
@@ -85,7 +85,7 @@ def test_one_step_of_its_own_is_one_step_of_the_pipeline(pipeline: DiffusionPipe
 
 
 def test_what_cannot_be_drawn_is_named_also_after_being_sent(tiny_pipeline_dir: Path) -> None:
-    predictor = open_predictor(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir))))
+    predictor = open_predictor(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu"))
     with pytest.raises(DrawingError, match="5000 steps are not possible") as refusal:
         predictor.start(Drawing("a", 0, 5000, 2.0, 64, 48))
     sent = copy(refusal.value)  # by what Ray sends

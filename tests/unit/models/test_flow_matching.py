@@ -40,12 +40,12 @@ def family(model):
 @pytest.fixture(scope="module")
 def batch(family):
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
-    encoders = family.load_encoders()
+    encoders = family.load_encoders("cpu")
     return encoders.encode_images(images) | encoders.encode_prompts(["two apples", "a cat"], 64, 48)
 
 
 def test_conditioning_is_what_the_pipeline_makes(name, model, batch):
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, "cpu")
     if name == "sd3":
         text, _, pooled, _ = pipeline.encode_prompt(
             ["two apples", "a cat"], None, None, device="cpu", do_classifier_free_guidance=False
@@ -111,7 +111,7 @@ def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family,
     export_adapter(adapted, trainable_parameters(adapted), RunFolder(str(tmp_path)), "fitted")
     images = [
         np.asarray(
-            Renderer(load_adapted_pipeline(model, adapter), SAMPLING).render(["two apples"], [0])[0], dtype=float
+            Renderer(load_adapted_pipeline(model, adapter, "cpu"), SAMPLING).render(["two apples"], [0])[0], dtype=float
         )
         for adapter in (None, tmp_path / "fitted", tmp_path / "fitted")
     ]
@@ -126,7 +126,7 @@ def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family,
 
 
 def test_a_dropped_caption_is_the_empty_prompt(family):
-    encoders = family.load_encoders()
+    encoders = family.load_encoders("cpu")
     empty, written = encoders.encode_no_caption(), encoders.encode_prompts([""])
     assert empty.keys() == {"text_NTD", "pooled_NP"}
     assert all(torch.equal(empty[key], written[key]) for key in empty)

@@ -11,7 +11,7 @@ SAMPLING = SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline_dir):
-    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def renderer(pipeline):
 def test_another_family_renders_with_a_scheduler_by_name_and_a_negative_prompt(tmp_path):
     save_tiny_sdxl(tmp_path / "sdxl")
     sampling = SAMPLING.model_copy(update={"scheduler": "DPMSolverMultistepScheduler", "negative_prompt": "blur"})
-    renderer = Renderer(load_pipeline(ModelConfig(name=str(tmp_path / "sdxl"))), sampling)
+    renderer = Renderer(load_pipeline(ModelConfig(name=str(tmp_path / "sdxl")), "cpu"), sampling)
     assert renderer.scheduler == "DPMSolverMultistepScheduler"
     assert renderer.render(["a cat"], [0])[0].size == (64, 64)
 

@@ -16,7 +16,7 @@ def sdxl_dir(tiny_pipeline_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(sdxl_dir):
-    encoders = open_family(ModelConfig(name=str(sdxl_dir))).load_encoders()
+    encoders = open_family(ModelConfig(name=str(sdxl_dir))).load_encoders("cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
     return encoders.encode_images(images) | encoders.encode_prompts(["two apples", "a cat"], 64, 48)
 
@@ -54,7 +54,7 @@ def test_loss_equals_the_formula(sdxl_dir, batch):
 
 
 def test_an_overflowing_autoencoder_is_kept_in_fp32(sdxl_dir):
-    encoders = open_family(ModelConfig(name=str(sdxl_dir), dtype="fp16")).load_encoders()
+    encoders = open_family(ModelConfig(name=str(sdxl_dir), dtype="fp16")).load_encoders("cpu")
     assert encoders._pipeline.vae.dtype == torch.float32
     assert encoders._pipeline.text_encoder.dtype == torch.float16
 
@@ -64,7 +64,7 @@ def test_a_dropped_caption_is_what_guidance_starts_from(sdxl_dir):
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_dir)
     _, text, _, pooled = pipeline.encode_prompt(["a cat"], device="cpu", do_classifier_free_guidance=True)
-    empty = open_family(ModelConfig(name=str(sdxl_dir))).load_encoders().encode_no_caption()
+    empty = open_family(ModelConfig(name=str(sdxl_dir))).load_encoders("cpu").encode_no_caption()
     assert empty.keys() == {"text_NTD", "pooled_NP"}
     assert torch.equal(empty["text_NTD"], text)
     assert torch.equal(empty["pooled_NP"], pooled)

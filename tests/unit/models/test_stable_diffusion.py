@@ -121,7 +121,7 @@ def test_encoders_give_what_the_pipeline_gives(epsilon_family, tiny_pipeline_dir
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
-    encoders = epsilon_family.load_encoders()
+    encoders = epsilon_family.load_encoders("cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     latents = encoders.encode_images(images)
     text = encoders.encode_prompts(["two red apples", "a cat"], 64, 64)["text_NTD"]
@@ -135,7 +135,7 @@ def test_encoders_give_what_the_pipeline_gives(epsilon_family, tiny_pipeline_dir
 
 
 def test_what_is_encoded_for_a_row_does_not_depend_on_its_batch(epsilon_family):
-    encoders = epsilon_family.load_encoders()
+    encoders = epsilon_family.load_encoders("cpu")
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     together, alone = encoders.encode_images(images), encoders.encode_images(images[1:2])
     assert torch.equal(together["latent_mean"][1], alone["latent_mean"][0])

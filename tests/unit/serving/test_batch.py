@@ -19,7 +19,7 @@ from tests.unit.serving.solo import FULL_SIZE_PX, assert_equal_to_solo, random_r
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline_dir: Path) -> StableDiffusionPipeline:
-    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -48,21 +48,21 @@ def test_two_hundred_random_mixes_equal_the_pipeline_itself(pipeline: StableDiff
     ],
 )
 def test_every_scheduler_keeps_its_own_state(tiny_pipeline_dir: Path, scheduler: str) -> None:
-    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
     use_scheduler(pipeline, scheduler)
     rng = random.Random(0)
     assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(5)], rng)
 
 
 def test_a_scheduler_that_changes_its_timesteps(tiny_pipeline_dir: Path) -> None:
-    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
     pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
     rng = random.Random(0)
     assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(5)], rng)
 
 
 def test_steps_that_a_scheduler_cannot_take_are_the_callers_error(tiny_pipeline_dir: Path) -> None:
-    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    pipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
     use_scheduler(pipeline, "PNDMScheduler")
     batch = StepBatch(denoiser_for(pipeline), 2, FULL_SIZE_PX)
     batch.submit(square(steps=2))
@@ -81,7 +81,7 @@ def test_more_steps_than_the_model_has_timesteps_are_the_callers_error(pipeline:
 
 def test_v_prediction(tmp_path: Path) -> None:
     save_tiny_stable_diffusion(tmp_path, prediction_type="v_prediction")
-    pipeline = load_pipeline(ModelConfig(name=str(tmp_path)))
+    pipeline = load_pipeline(ModelConfig(name=str(tmp_path)), "cpu")
     rng = random.Random(1)
     assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(6)], rng)
 
@@ -89,7 +89,7 @@ def test_v_prediction(tmp_path: Path) -> None:
 @pytest.mark.parametrize("zero_negative", [True, False])
 def test_sdxl(tmp_path: Path, zero_negative: bool) -> None:
     save_tiny_sdxl(tmp_path)
-    pipeline = load_pipeline(ModelConfig(name=str(tmp_path)))
+    pipeline = load_pipeline(ModelConfig(name=str(tmp_path)), "cpu")
     pipeline.register_to_config(force_zeros_for_empty_prompt=zero_negative)
     rng = random.Random(2)
     assert_equal_to_solo(pipeline, [random_request(rng) for _ in range(6)], rng)

@@ -42,7 +42,7 @@ class GatedDenoiser(Denoiser):
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline_dir: Path):
-    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def model(family: str, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def experts(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_experts(load_pipeline(model), tmp_path_factory.mktemp("experts"))
+    return save_experts(load_pipeline(model, "cpu"), tmp_path_factory.mktemp("experts"))
 
 
 def request_for(family: str, rng: random.Random) -> ImageRequest:
@@ -59,7 +59,7 @@ def plain(**changes) -> ImageRequest:
 @pytest.mark.parametrize("seed", range(2))
 def test_random_mixes_equal_the_pipeline_itself(family: str, model: ModelConfig, seed: int) -> None:
     rng = random.Random(seed)
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, "cpu")
     requests = [request_for(family, rng) for _ in range(5)]
     assert_equal_to_solo(pipeline, requests, rng)
     assert np.abs(solo_image(pipeline, plain(guidance_scale=1.0)) - solo_image(pipeline, plain())).max() > 1
@@ -67,7 +67,7 @@ def test_random_mixes_equal_the_pipeline_itself(family: str, model: ModelConfig,
 
 @pytest.mark.heavy
 def test_many_random_mixes_equal_the_pipeline_itself(family: str, model: ModelConfig) -> None:
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, "cpu")
     for seed in range(100, 150):
         rng = random.Random(seed)
         assert_equal_to_solo(pipeline, [request_for(family, rng) for _ in range(6)], rng)
@@ -76,7 +76,7 @@ def test_many_random_mixes_equal_the_pipeline_itself(family: str, model: ModelCo
 @pytest.mark.parametrize("family", ["sd3"], indirect=True)
 @pytest.mark.parametrize("scheduler", ["dynamic", "heun", "unipc"])
 def test_schedulers_keep_their_own_state(family: str, model: ModelConfig, scheduler: str) -> None:
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, "cpu")
     pipeline.scheduler = {
         "dynamic": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         "heun": FlowMatchHeunDiscreteScheduler(shift=3.0),
@@ -91,12 +91,15 @@ def test_schedulers_keep_their_own_state(family: str, model: ModelConfig, schedu
 def test_mixes_of_experts_in_one_batch_equal_set_adapters_one_at_a_time(
     family: str, model: ModelConfig, experts: dict[str, str]
 ) -> None:
-    reference = load_pipeline(model)
+    reference = load_pipeline(model, "cpu")
     for name, folder in experts.items():
         state = {f"transformer.{key}": value for key, value in peft_weights(folder).items()}
         reference.load_lora_weights(state, adapter_name=name)
     batch = StepBatch(
-        denoiser_for(load_pipeline(model)), 4, FULL_SIZE_PX, denoiser_for(load_pipeline(model), open_experts(experts))
+        denoiser_for(load_pipeline(model, "cpu")),
+        4,
+        FULL_SIZE_PX,
+        denoiser_for(load_pipeline(model, "cpu"), open_experts(experts)),
     )
     requests = [plain(seed=seed, mix=mix) for seed, mix in enumerate(MIXES)]
     images = run_mix(batch, requests, random.Random(0))
@@ -121,7 +124,7 @@ REFUSED = {
 
 
 def test_what_a_family_cannot_draw_is_the_callers_error_and_spares_the_others(family: str, model: ModelConfig) -> None:
-    denoiser = denoiser_for(load_pipeline(model))
+    denoiser = denoiser_for(load_pipeline(model, "cpu"))
     for changes, param in REFUSED[family]:
         batch = StepBatch(denoiser, 4, FULL_SIZE_PX)
         good = batch.submit(plain(steps=1))
@@ -134,7 +137,7 @@ def test_what_a_family_cannot_draw_is_the_callers_error_and_spares_the_others(fa
 
 def test_step_caching_is_refused_by_name(model: ModelConfig) -> None:
     with pytest.raises(ConfigError, match=r"cache_interval must be 1 for \w+Pipeline, got 2"):
-        denoiser_for(load_pipeline(model), cache_interval=2)
+        denoiser_for(load_pipeline(model, "cpu"), cache_interval=2)
 
 
 def test_the_generator_previews_mixes_and_changes_its_weights(model: ModelConfig, experts: dict[str, str]) -> None:

@@ -27,7 +27,9 @@ CONFIG = ServingConfig(
 
 @pytest.fixture(scope="module")
 def experts(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_experts(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir))), tmp_path_factory.mktemp("experts"))
+    return save_experts(
+        load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu"), tmp_path_factory.mktemp("experts")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from selma_ray.serving.requests import ImageRequest
 
 @pytest.fixture
 def pipeline(tiny_pipeline_dir: Path):
-    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)))
+    return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
 def drawn(batch: StepBatch, requests: list[ImageRequest], rng: random.Random | None = None) -> list[np.ndarray]:
