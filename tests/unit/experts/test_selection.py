@@ -81,7 +81,8 @@ class FakeRay:
         self.resources = resources
         return SimpleNamespace(remote=self._start)
 
-    def _start(self, score, job, step):
+    def _start(self, score, job, step, num_gpus):
+        assert num_gpus == self.resources["num_gpus"]
         self.started[f"{job.name} {step}"] = (score, job, step)
         return f"{job.name} {step}"
 
