@@ -22,8 +22,9 @@ $(READY): requirements/cpu.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements/cpu.txt)"
 	@$(INSTALL) --quiet -r requirements/cpu.txt \
-		|| { echo "The CPU build of torch is not among this environment's sources: taking it from PyTorch's index"; \
-		     $(INSTALL) --index $(PYTORCH_CPU_INDEX) --index-strategy unsafe-best-match -r requirements/cpu.txt; }
+		|| { echo "The CPU build of torch is not among this environment's sources: taking it, and it alone, from PyTorch's index"; \
+		     $(INSTALL) --default-index $(PYTORCH_CPU_INDEX) "$$(grep -o '^torch==[^ ]*+cpu' requirements/cpu.txt)"; \
+		     $(INSTALL) -r requirements/cpu.txt; }
 	@$(INSTALL) --quiet -e .
 	@touch $@
 
@@ -46,9 +47,12 @@ format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt
-	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/overrides.txt \
-		--python-version 3.11 --no-header --no-annotate $(FIND_LINKS) -o requirements/cpu.txt
+# For every Python from 3.11 on: both files are universal, with markers where versions or machines differ.
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --quiet
+
+lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt and gpu.txt
+	@$(COMPILE) --extra cpu --extra dev --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
+	@$(COMPILE) --extra gpu --override requirements/overrides_gpu.txt -o requirements/gpu.txt
 
 clean: ## Delete .venv and the runs
 	@rm -rf .venv runs
