@@ -6,7 +6,7 @@ factors of the experts in use are stacked, so that a module costs two more produ
 Shapes: N rows, I input features, O output features, R summed ranks of the experts in use.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ class ExpertLayers:
         rows = [[dict(mix).get(name, 0.0) for name in active] for mix in mixes_N]
         self._weights_NK = torch.tensor(rows, device=self._denoiser.device, dtype=self._denoiser.dtype)
 
-    def _hook(self, module_name: str):
+    def _hook(self, module_name: str) -> Callable[..., torch.Tensor]:
         def add_deltas(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             stack = self._stack(module_name) if self._weights_NK is not None else None
             if stack is None or self._weights_NK is None:

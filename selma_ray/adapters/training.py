@@ -27,13 +27,13 @@ def add_adapter(
     """
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         target_modules=list(settings.targets),
         init_lora_weights="gaussian",
     )
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(denoiser, config)  # type: ignore[arg-type]
+        model = get_peft_model(denoiser, config)
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise
@@ -42,7 +42,7 @@ def add_adapter(
         ) from None
     described = model.peft_config["default"]
     described.base_model_name_or_path, described.revision = model_name, revision
-    return model  # type: ignore[return-value]
+    return model
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
 from selma_ray.config import StrictModel
 from selma_ray.errors import JudgeError
-from selma_ray.evaluation.statistics import figure, paired_difference
+from selma_ray.evaluation.statistics import Floats, figure, paired_difference
 from selma_ray.evaluation.summary import BASE
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.opening import open_judge
@@ -125,7 +124,7 @@ def _opened(image: Mapping[str, Any] | None) -> Image.Image | None:
         return None
 
 
-def _totals(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> tuple[NDArray, NDArray]:
+def _totals(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> tuple[Floats, Floats]:
     """Return each prompt's mean over its images, and 1 where it has any."""
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     sums_P, counts_P = np.zeros(len(prompts)), np.zeros(len(prompts))
@@ -137,7 +136,9 @@ def _totals(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> tuple[
 
 
 def _figures(
-    totals: tuple[NDArray, NDArray], base: tuple[NDArray, NDArray] | None, config: ScoreImagesConfig
+    totals: tuple[Floats, Floats],
+    base: tuple[Floats, Floats] | None,
+    config: ScoreImagesConfig,
 ) -> dict[str, Any]:
     own = figure(*totals, config.bootstrap_resamples, config.seed)
     paired = None if base is None else paired_difference(*totals, *base, config.bootstrap_resamples, config.seed)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selma_ray.evaluation.statistics import share, tails
+from selma_ray.evaluation.statistics import Floats, share, tails
 
 __all__ = ["calibration_summary", "figures_with_judge_error", "judge_error_summary"]
 
@@ -55,7 +55,7 @@ def judge_error_summary(
 
 def figures_with_judge_error(
     answers: Mapping[str, Sequence[Row]], known: Sequence[Row], score: Score, draws: int, seed: int
-) -> dict[str, NDArray]:
+) -> dict[str, Floats]:
     """Return {model: figures of R draws}; the same draw has the same prompts and error rates in every model.
 
     `answers` are the answer rows of each model, `score` scores the rows of one image. A figure is the mean over prompts of the mean
@@ -98,7 +98,9 @@ class _ModelAnswers:
     def _categories(self) -> set[str]:
         return {row["category"] for row in self._rows}
 
-    def figure(self, rates: Mapping[tuple[str, bool], float], drawn_P: NDArray, rng: np.random.Generator) -> float:
+    def figure(
+        self, rates: Mapping[tuple[str, bool], float], drawn_P: NDArray[np.int64], rng: np.random.Generator
+    ) -> float:
         """Turn answers round as often as the rates say, score those images again, and average over the drawn prompts."""
         chances_A = np.zeros(len(self._rows))
         for category, said_yes in self._said_yes.items():
@@ -117,7 +119,7 @@ class _ModelAnswers:
         return float(np.mean(sums_P[drawn_P] / counts_P[drawn_P])) if len(drawn_P) else float("nan")
 
 
-def _spread(figures_R: NDArray) -> dict[str, Any] | None:
+def _spread(figures_R: Floats) -> dict[str, Any] | None:
     """Return the mean and the 95% interval of draws, or None where there are none."""
     there_R = figures_R[~np.isnan(figures_R)]
     if len(there_R) == 0:

@@ -25,6 +25,8 @@ __all__ = [
     "tails",
 ]
 
+Floats = NDArray[np.float64]
+
 _LEVEL = 0.95
 _CHUNK = 1 << 22  # indices drawn at once
 
@@ -63,7 +65,7 @@ class Share:
     count: int
 
 
-def figure(sums_P: NDArray, counts_P: NDArray, resamples: int, seed: int) -> Figure | None:
+def figure(sums_P: Floats, counts_P: Floats, resamples: int, seed: int) -> Figure | None:
     """Return sum(s) / sum(n) with a percentile bootstrap interval over prompts, or None where nothing was counted."""
     present = counts_P > 0
     sums_P, counts_P = sums_P[present], counts_P[present]
@@ -74,7 +76,12 @@ def figure(sums_P: NDArray, counts_P: NDArray, resamples: int, seed: int) -> Fig
 
 
 def paired_difference(
-    sums_P: NDArray, counts_P: NDArray, base_sums_P: NDArray, base_counts_P: NDArray, resamples: int, seed: int
+    sums_P: Floats,
+    counts_P: Floats,
+    base_sums_P: Floats,
+    base_counts_P: Floats,
+    resamples: int,
+    seed: int,
 ) -> Difference | None:
     """Return figure minus base figure over the prompts that both have, resampled together; None where they share none."""
     present = (counts_P > 0) & (base_counts_P > 0)
@@ -122,7 +129,7 @@ def share(successes: int, trials: int) -> Share | None:
     return Share(successes / trials, float(bounds.low), float(bounds.high), trials)
 
 
-def resampled_figures(sums_P: NDArray, counts_P: NDArray, resamples: int, seed: int) -> NDArray:
+def resampled_figures(sums_P: Floats, counts_P: Floats, resamples: int, seed: int) -> Floats:
     """Return the figure of each resample, shape (R,); the same seed and P draw the same prompts."""
     rng = np.random.default_rng(seed)
     num_prompts = len(sums_P)
@@ -139,7 +146,7 @@ def tails() -> tuple[float, float]:
     return (1 - _LEVEL) / 2, (1 + _LEVEL) / 2
 
 
-def _bootstrap_test(resampled_R: NDArray) -> float:
+def _bootstrap_test(resampled_R: Floats) -> float:
     """Return twice the smaller share of resamples on either side of zero, never 0 (Davison and Hinkley 1997, section 4.2)."""
     below, above = ((1 + (side * resampled_R <= 0).sum()) / (1 + len(resampled_R)) for side in (1, -1))
     return float(min(1.0, 2 * min(below, above)))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.evaluation.scores import images_scored
-from selma_ray.evaluation.statistics import Difference, Figure, figure, holm, paired_difference
+from selma_ray.evaluation.statistics import Difference, Figure, Floats, figure, holm, paired_difference
 from selma_ray.judging.dsg import SCORERS
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.judging.soft import soft_dsg
@@ -133,7 +133,7 @@ def summarise(
 
 def prompt_totals(
     scores: ModelScores, measure: Measure, rows: Mapping[str, int], images: Collection[ImageKey]
-) -> tuple[NDArray, NDArray]:
+) -> tuple[Floats, Floats]:
     """Return a measure's sums and counts by prompt, each of shape (P,), over `images`.
 
     Where a measure averages over images, a prompt counts once, however many of its images could be read.
@@ -181,7 +181,7 @@ class _Tally:
         """Return a model's figures as plain values."""
         main: Measure = ("metric", scores.scorer)
 
-        def of(measure: Measure, where_P: NDArray | slice = slice(None)) -> Figure | None:
+        def of(measure: Measure, where_P: NDArray[np.bool_] | slice = slice(None)) -> Figure | None:
             sums_P, counts_P = prompt_totals(scores, measure, self._row_of, scores.images)
             return figure(sums_P[where_P], counts_P[where_P], self._resamples, self._seed)
 
@@ -204,7 +204,7 @@ class _Tally:
         """Return a model's figures minus base's, over the images that both were scored on."""
         main: Measure = ("metric", scores.scorer)
 
-        def between(measure: Measure, where_P: NDArray | slice = slice(None)) -> Difference | None:
+        def between(measure: Measure, where_P: NDArray[np.bool_] | slice = slice(None)) -> Difference | None:
             shared = [
                 key for key, parts in scores.images.items() if measure in parts and measure in base.images.get(key, {})
             ]

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 
 from selma_ray.miniature.captions import normalise_caption, write_caption
-from selma_ray.miniature.scenes import BACKGROUNDS, RELATIONS, STYLES, Group, Scene
+from selma_ray.miniature.scenes import BACKGROUNDS, RELATIONS, STYLES, Group, Relation, Scene
 from selma_ray.miniature.sprites import COLOURS, NATURAL_COLOUR, OBJECTS
 from selma_ray.miniature.usual import USUAL_COLOURS
 
@@ -88,7 +88,7 @@ def any_colour(name: str, rng: random.Random) -> str:
     return rng.choice(list(COLOURS))
 
 
-def _relation(counts: tuple[int, ...], chance: float, rng: random.Random):
+def _relation(counts: tuple[int, ...], chance: float, rng: random.Random) -> Relation | None:
     return rng.choice(RELATIONS) if len(counts) == 2 and rng.random() < chance else None
 
 

@@ -58,7 +58,7 @@ def training_cost(
         denoiser = family.empty_denoiser()
         parameters = _count(denoiser)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
-        adapted: Any = get_peft_model(denoiser, config).train()  # type: ignore[arg-type]
+        adapted: Any = get_peft_model(denoiser, config).train()
     batch = {name: torch.empty((1, *shape), device="meta") for name, shape in shapes.items()}
     kept = _Trace()
     with _exact_attention(), FlopCounterMode(display=False) as flops, kept.watching(denoiser):

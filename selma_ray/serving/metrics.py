@@ -44,7 +44,7 @@ class Metrics:
     def exposition(self, generators: Sequence[Mapping[str, Any]]) -> bytes:
         """Return everything in Prometheus' text format; `generators` holds the counts of each replica."""
         engines = CollectorRegistry()
-        engines.register(_Engines(generators))  # type: ignore[arg-type]
+        engines.register(_Engines(generators))
         return generate_latest(self._registry) + generate_latest(engines)
 
 

@@ -65,7 +65,9 @@ def image_fault(image: Image.Image | None) -> str | None:
     return None
 
 
-def _answer_rows(judge: Judge, rows: Sequence[tuple[Image.Image, Sequence[str], Sequence[Sequence[str]]]]) -> list:
+def _answer_rows(
+    judge: Judge, rows: Sequence[tuple[Image.Image, Sequence[str], Sequence[Sequence[str]]]]
+) -> list[list[Answer]]:
     images, questions, choices = zip(*rows, strict=True)
     if any(each for asked in choices for each in asked):
         return judge.answer(images, questions, choices)

@@ -1,6 +1,7 @@
 """Every question the judge is trained on, and their answers for whole batches of scenes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ class QuestionBank:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.slots: list[tuple[int, int]] = []
-        self._numbers: dict[tuple, list[int]] = {}
+        self._numbers: dict[tuple[Any, ...], list[int]] = {}
         self._fill()
 
-    def _add(self, key: tuple, *texts: str) -> None:
+    def _add(self, key: tuple[Any, ...], *texts: str) -> None:
         self.slots.extend([_slots_of(key)] * len(texts))
         self._numbers[key] = list(range(len(self.texts), len(self.texts) + len(texts)))
         self.texts.extend(texts)
@@ -86,7 +87,7 @@ class QuestionBank:
 _SHARES = (0.2, 0.2, 0.2, 0.2, 0.06, 0.06, 0.08)
 
 
-def _slots_of(key: tuple) -> tuple[int, int]:
+def _slots_of(key: tuple[Any, ...]) -> tuple[int, int]:
     """Return the two slots of the judge's image states that a question is about."""
     if key[0] == "background":
         return len(OBJECTS), len(OBJECTS)
@@ -115,7 +116,7 @@ class _SceneFacts:
         return _RELATION_OF["above"] if down < 0 else _RELATION_OF["below"]
 
 
-_Drawn = tuple[tuple, int]
+_Drawn = tuple[tuple[Any, ...], int]
 
 
 def _pick(options: list[int], rng: np.random.Generator) -> int:

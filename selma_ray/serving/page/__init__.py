@@ -1,5 +1,6 @@
 """The playground at `/`: one page that asks the API as any client does, with nothing loaded from elsewhere."""
 
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 from fastapi import FastAPI
@@ -28,7 +29,7 @@ def add_page(app: FastAPI) -> None:
         app.add_api_route(path, response, methods=["GET"], include_in_schema=False, response_class=Response)
 
 
-def _file(name: str, media_type: str):
+def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
     content = files(__package__).joinpath(name).read_bytes()
 
     async def answer() -> Response:
