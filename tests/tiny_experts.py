@@ -1,6 +1,7 @@
 """Small random LoRA experts for a pipeline, in PEFT's folder format."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from selma_ray.models.parts import denoiser_of
 RANKS = {"counting": 4, "style": 2, "common": 3}
 
 
-def save_experts(pipeline, folder: Path) -> dict[str, str]:
+def save_experts(pipeline: Any, folder: Path) -> dict[str, str]:
     """Write an adapter for each name, on other modules each but for some; returns their folders."""
     linear = {
         name: module.weight.shape

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from tests.e2e.conftest import DEMO, SMALL
 
 
 @pytest.mark.heavy
-def test_ground_truth_mixed_lora_and_choice_of_checkpoint(selma, tmp_path):
+def test_ground_truth_mixed_lora_and_choice_of_checkpoint(selma: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [
         f"run_dir={run_dir}",
@@ -55,7 +57,7 @@ arms:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1500)
-def test_a_study_makes_each_thing_once_and_writes_one_table(selma, tmp_path):
+def test_a_study_makes_each_thing_once_and_writes_one_table(selma: Any, tmp_path: Path) -> None:
     shutil.copytree(locate_text_to_image("miniature").path, tmp_path / "other")
     study_text = STUDY.replace("OTHER", str(tmp_path / "other")).replace("RECIPE", str(DEMO))
     (tmp_path / "study.yaml").write_text(study_text)
@@ -71,7 +73,7 @@ def test_a_study_makes_each_thing_once_and_writes_one_table(selma, tmp_path):
     table = (study / "tables.md").read_text()
     assert all(f"| {title} |" in table for title in ("SELMA", "DPO", "MoE-LoRA", "images of another model"))
 
-    def file_of(arm: str, *parts: str):
+    def file_of(arm: str, *parts: str) -> Any:
         return study.joinpath(arm, "seed=0", *parts)
 
     adapter = ("experts", "counting", "adapter_model.safetensors")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ WITH_AUTOSCALER = {
 
 
 @pytest.fixture
-def head(tmp_path):
+def head(tmp_path: Path) -> Iterator[Any]:
     """Start a head with no CPU and an autoscaler; yields the address of its dashboard."""
     port, dashboard_port = free_port(), free_port()
     config = tmp_path / "fake.json"
@@ -51,7 +52,7 @@ def head(tmp_path):
 
 
 @pytest.mark.heavy
-def test_both_pools_grow_from_nothing_and_shrink_again(head, tmp_path):
+def test_both_pools_grow_from_nothing_and_shrink_again(head: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = subprocess.Popen(
         [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--",

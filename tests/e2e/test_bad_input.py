@@ -1,5 +1,8 @@
 """Bad input gets one clear line, exit code 2, and nothing written."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 
@@ -20,7 +23,9 @@ import pytest
         ("seed", "an override must read key.path=value"),
     ],
 )
-def test_a_wrong_recipe_is_one_line_and_writes_nothing(selma, tmp_path, override, expected):
+def test_a_wrong_recipe_is_one_line_and_writes_nothing(
+    selma: Any, tmp_path: Path, override: str, expected: str
+) -> None:
     run_dir = tmp_path / "run"
     finished = selma("run", f"run_dir={run_dir}", override)
     assert finished.returncode == (1 if "ftp7" in override else 2)
@@ -29,7 +34,7 @@ def test_a_wrong_recipe_is_one_line_and_writes_nothing(selma, tmp_path, override
     assert not run_dir.exists()
 
 
-def test_a_skill_file_that_breaks_its_own_cap_is_named(selma, tmp_path):
+def test_a_skill_file_that_breaks_its_own_cap_is_named(selma: Any, tmp_path: Path) -> None:
     skill = tmp_path / "skill.yaml"
     skill.write_text("name: s\ndescription: d\nmax_words: 3\nseeds: [one two three four]\n")
     finished = selma("generate", f"run_dir={tmp_path / 'run'}", f"skills=[{skill}]")
@@ -39,7 +44,7 @@ def test_a_skill_file_that_breaks_its_own_cap_is_named(selma, tmp_path):
     assert "seeds" in selma("generate", f"run_dir={tmp_path / 'run'}", f"skills=[{skill}]").stderr
 
 
-def test_a_run_folder_of_another_recipe_is_refused(selma, tmp_path):
+def test_a_run_folder_of_another_recipe_is_refused(selma: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     run_dir = tmp_path / "run"
     first = selma("merge", f"run_dir={run_dir}")
@@ -53,7 +58,7 @@ def test_a_run_folder_of_another_recipe_is_refused(selma, tmp_path):
     assert (run_dir / "recipe.yaml").read_bytes() == before
 
 
-def test_help_names_every_command(selma):
+def test_help_names_every_command(selma: Any) -> None:
     finished = selma("run", "--help")
     assert finished.returncode == 0
     assert "key.path=value" in finished.stdout

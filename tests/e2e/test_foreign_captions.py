@@ -5,6 +5,7 @@ Every engine is real and none is good: what is tested is that each stage takes s
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -55,7 +56,7 @@ def recipe(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
 
 
 @pytest.mark.timeout(1500)
-def test_captions_of_a_real_language_model_go_through_every_stage(selma, recipe, tmp_path):
+def test_captions_of_a_real_language_model_go_through_every_stage(selma: Any, recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for stage in ("generate", "train", "merge", "evaluate"):
         finished = selma(stage, recipe=recipe)

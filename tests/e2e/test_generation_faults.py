@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -71,7 +72,7 @@ MOST_AGAIN = {
 
 
 @pytest.fixture(scope="module")
-def planned_ids(tmp_path_factory) -> list[str]:
+def planned_ids(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return the ids of the images that the recipe comes to, from its requests decided one by one, without Ray."""
     recipe = load_recipe(DEMO, SMALL_JOB)
     skills = load_skills(recipe.skills)
@@ -133,7 +134,7 @@ class TwoNodes:
 
 
 @pytest.fixture
-def two_nodes(tmp_path) -> Iterator[TwoNodes]:
+def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
     nodes = TwoNodes(tmp_path)
     yield nodes
     nodes.stop()
@@ -245,8 +246,8 @@ def kill_and_finish(job: Job, kinds: Sequence[str], rng: random.Random, record_p
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_moments_leave_exactly_the_planned_images(
-    tmp_path, two_nodes, planned_ids, seed, record_property
-):
+    tmp_path: Path, two_nodes: TwoNodes, planned_ids: list[str], seed: int, record_property: Any
+) -> None:
     rng = random.Random(seed)
     kinds = ["driver"] * 2 + ["AnswerAtNoCost"] * 2 + ["RenderPrompts"] * 3 + ["WriteImages"] + ["node"] * 2
     rng.shuffle(kinds)
@@ -257,7 +258,7 @@ def test_kills_at_random_moments_leave_exactly_the_planned_images(
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1200)
-def test_kills_of_vllm_and_of_its_driver_leave_an_image_of_each_prompt(tmp_path, record_property):
+def test_kills_of_vllm_and_of_its_driver_leave_an_image_of_each_prompt(tmp_path: Path, record_property: Any) -> None:
     job = Job(tmp_path, *WITH_VLLM)
     kill_and_finish(job, ["VLLM::Engine", "driver", "VLLM::Engine"], random.Random(0), record_property)
     # The last kill is of the driver again where the engine has already written everything.
@@ -272,7 +273,9 @@ def test_kills_of_vllm_and_of_its_driver_leave_an_image_of_each_prompt(tmp_path,
 
 
 @pytest.mark.heavy
-def test_a_killed_driver_and_a_killed_renderer_leave_exactly_the_planned_images(tmp_path, planned_ids, record_property):
+def test_a_killed_driver_and_a_killed_renderer_leave_exactly_the_planned_images(
+    tmp_path: Path, planned_ids: list[str], record_property: Any
+) -> None:
     fast = ["images.free.latency_s=0.8", "prompts.llm.free.latency_s=0.2"]
     job = Job(tmp_path, *fast)
     kill_and_finish(job, ["RenderPrompts", "driver"], random.Random(0), record_property)

@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.fixture
-def head(tmp_path):
+def head(tmp_path: Path) -> Iterator[Any]:
     """Start a head node with its own ports and temporary folder; yields the address of its dashboard."""
     port, dashboard_port = _free_port(), _free_port()
     temp_dir = Path(f"/tmp/ray_{os.getpid()}")
@@ -33,7 +35,7 @@ def head(tmp_path):
 
 
 @pytest.mark.heavy
-def test_the_loop_runs_as_a_job(head, tmp_path):
+def test_the_loop_runs_as_a_job(head: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     submitted = subprocess.run(
         [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--",
@@ -51,7 +53,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _wait_for_port(port, process, timeout_s=90):
+def _wait_for_port(port: Any, process: Any, timeout_s: int = 90) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, "the head node ended"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +30,7 @@ NUM_IMAGES = 2 * 2 * 24  # two models, two seeds
 
 
 @pytest.mark.heavy
-def test_a_killed_evaluation_ends_with_the_rows_and_figures_of_one_left_alone(selma, tmp_path):
+def test_a_killed_evaluation_ends_with_the_rows_and_figures_of_one_left_alone(selma: Any, tmp_path: Path) -> None:
     killed_dir, alone_dir = (_merged_run(tmp_path / name) for name in ("killed", "alone"))
     process = subprocess.Popen(
         [sys.executable, "-m", "selma_ray.cli", "evaluate", str(DEMO), f"run_dir={killed_dir}", *OVERRIDES],

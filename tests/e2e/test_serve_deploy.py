@@ -179,7 +179,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
         return None
 
 
-def wait_until(holds, what: str) -> None:
+def wait_until(holds: Any, what: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not holds():
         assert time.monotonic() < deadline, f"not in time: {what}"

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +38,7 @@ ADAPTER = "experts/counting/adapter_model.safetensors"
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path: Path) -> Iterator[Any]:
     """Start a head without CPUs; yields its address and a function that starts a node for training."""
     port, temp_dir, log = free_port(), Path(f"/tmp/ray_train_{os.getpid()}"), tmp_path / "nodes.log"
     memory = "--object-store-memory=100000000"
@@ -57,7 +59,9 @@ def cluster(tmp_path):
 
 
 @pytest.mark.heavy
-def test_an_expert_whose_node_dies_ends_with_the_same_weights(cluster, tiny_pipeline_dir, tmp_path):
+def test_an_expert_whose_node_dies_ends_with_the_same_weights(
+    cluster: Any, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
     address, add_node = cluster
     struck, spared = (tmp_path / name for name in ("struck", "spared"))
     write_images(RunFolder(str(struck)), "counting", 7)

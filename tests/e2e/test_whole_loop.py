@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +16,7 @@ from tests.e2e.conftest import DEMO, REPOSITORY, SMALL
 
 
 @pytest.mark.timeout(1500)
-def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma, tmp_path):
+def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [f"run_dir={run_dir}", *SMALL]
 
@@ -49,7 +51,7 @@ def test_a_killed_run_finishes_when_started_again_and_then_does_nothing(selma, t
     assert _images(run_dir) == images
 
 
-def _images(run_dir):
+def _images(run_dir: Any) -> Any:
     return sorted(
         identifier
         for path in (run_dir / "images").rglob("*.parquet")
@@ -57,7 +59,7 @@ def _images(run_dir):
     )
 
 
-def _wait_for(condition, process, timeout_s):
+def _wait_for(condition: Any, process: Any, timeout_s: Any) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the run ended before it could be killed"

@@ -1,5 +1,8 @@
 """One Ray for all integration tests."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from selma_ray.cluster.config import ClusterConfig
@@ -7,7 +10,7 @@ from selma_ray.cluster.connection import connect
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def ray_cluster() -> Iterator[Any]:
     """Start Ray with four logical CPUs, once."""
     import ray
 

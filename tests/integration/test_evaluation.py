@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -31,7 +32,7 @@ SUITE = [
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> EvaluationConfig:
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     judge_dir = save_tiny_vilt(tmp_path_factory.mktemp("judges") / "vilt")
     return EvaluationConfig(
         suite="in memory", seeds=(0, 1), batch_size=4, bootstrap_resamples=100, judge=JudgeConfig(name=str(judge_dir)),
@@ -40,21 +41,26 @@ def config(tmp_path_factory) -> EvaluationConfig:
 
 
 @pytest.fixture(scope="module")
-def models(tiny_pipeline_dir: Path, tmp_path_factory) -> dict[str, ModelUnderTest]:
+def models(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelUnderTest]:
     adapter_dir = save_random_adapter(tiny_pipeline_dir, tmp_path_factory.mktemp("adapters") / "merged", seed=1)
     base = ModelConfig(name=str(tiny_pipeline_dir))
     return {"base": ModelUnderTest(base), "merged": ModelUnderTest(base, adapter_dir=str(adapter_dir))}
 
 
 @pytest.fixture(scope="module")
-def evaluated(ray_cluster, config, models, tmp_path_factory):
+def evaluated(
+    ray_cluster: Any,
+    config: EvaluationConfig,
+    models: dict[str, ModelUnderTest],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
     events = []
     summary = evaluate_models(folder, models, SUITE, config, SEED, ClusterConfig(), events.append).as_dict()
     return folder, summary, events
 
 
-def rounded(value):
+def rounded(value: Any) -> Any:
     """Return nested values with their numbers to six digits."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
@@ -67,7 +73,7 @@ def rows_of(folder: RunFolder, summary: dict, model: str, kind: str) -> list[dic
     return folder.read_table(summary["files"][model][kind]).to_pylist()
 
 
-def test_every_model_renders_every_prompt_from_the_same_seeds(evaluated):
+def test_every_model_renders_every_prompt_from_the_same_seeds(evaluated: Any) -> None:
     folder, summary, events = evaluated
     expected = {
         (prompt.prompt, seed_of(SEED, prompt=prompt.prompt, sampling_seed=seed)) for prompt in SUITE for seed in (0, 1)
@@ -83,7 +89,7 @@ def test_every_model_renders_every_prompt_from_the_same_seeds(evaluated):
     assert all(first[row["seed"]] != row["image"]["bytes"] for row in rows_of(folder, summary, "merged", "images"))
 
 
-def test_summary_has_figures_and_a_paired_difference(evaluated):
+def test_summary_has_figures_and_a_paired_difference(evaluated: Any) -> None:
     _, summary, _ = evaluated
     assert summary["prompts"] == 5
     for scores in summary["models"].values():
@@ -96,7 +102,9 @@ def test_summary_has_figures_and_a_paired_difference(evaluated):
     assert difference["wins"] + difference["losses"] + difference["ties"] == 5
 
 
-def test_a_finished_evaluation_does_nothing_and_a_killed_one_goes_on(evaluated, config, models):
+def test_a_finished_evaluation_does_nothing_and_a_killed_one_goes_on(
+    evaluated: Any, config: EvaluationConfig, models: dict[str, ModelUnderTest]
+) -> None:
     folder, summary, _ = evaluated
     paths = [path for model in models for kind in ("images", "answers") for path in summary["files"][model][kind]]
     before = {path: folder.local_path(path).stat().st_ino for path in paths}
@@ -116,7 +124,9 @@ def test_a_finished_evaluation_does_nothing_and_a_killed_one_goes_on(evaluated, 
     assert redone <= {lost_answers, lost_images, its_answers}
 
 
-def test_judges_in_actors_of_their_own_give_the_same_figures(evaluated, config, models, tmp_path):
+def test_judges_in_actors_of_their_own_give_the_same_figures(
+    evaluated: Any, config: EvaluationConfig, models: dict[str, ModelUnderTest], tmp_path: Path
+) -> None:
     _, summary, _ = evaluated
     apart = config.model_copy(update={"judges": 1})
     again, events = evaluated_again(RunFolder(str(tmp_path)), models, apart)
@@ -124,13 +134,15 @@ def test_judges_in_actors_of_their_own_give_the_same_figures(evaluated, config, 
     assert (events[-1].done, events[-1].total) == (20, 20)
 
 
-def test_actors_that_cannot_all_start_are_refused(ray_cluster, config, models, tmp_path):
+def test_actors_that_cannot_all_start_are_refused(
+    ray_cluster: Any, config: EvaluationConfig, models: dict[str, ModelUnderTest], tmp_path: Path
+) -> None:
     apart = config.model_copy(update={"judges": 1, "num_cpus": 4})
     with pytest.raises(ConfigError, match=r"need 5 CPUs at least, this machine offers 4; set evaluation\.judges=0"):
         evaluated_again(RunFolder(str(tmp_path)), models, apart)
 
 
-def test_every_image_has_its_scores_in_a_table(evaluated):
+def test_every_image_has_its_scores_in_a_table(evaluated: Any) -> None:
     folder, summary, _ = evaluated
     for model, scores in summary["models"].items():
         table = folder.read_table([f"evaluation/{model}/scores.parquet"])
@@ -143,12 +155,12 @@ def test_every_image_has_its_scores_in_a_table(evaluated):
         )
 
 
-def evaluated_again(folder, models, config):
+def evaluated_again(folder: Any, models: Any, config: Any) -> Any:
     events = []
     return evaluate_models(folder, models, SUITE, config, SEED, ClusterConfig(), events.append).as_dict(), events
 
 
-def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated, config):
+def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated: Any, config: EvaluationConfig) -> None:
     folder, summary, _ = evaluated
     scorer = ImageScorer(open_judge(config.judge), config.dsg_scorer)
     answers = {}

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -44,12 +45,12 @@ def planned(config: ExpertsConfig = CONFIG, *, mixed: bool = False) -> list[Plan
 
 
 @pytest.fixture(scope="module")
-def model(tiny_pipeline_dir):
+def model(tiny_pipeline_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(tiny_pipeline_dir))
 
 
 @pytest.fixture(scope="module")
-def run(ray_cluster, model, tmp_path_factory):
+def run(ray_cluster: Any, model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run whose experts were trained at once, with the progress that was told."""
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
     for skill in ("counting", "style"):
@@ -71,13 +72,13 @@ def files_of(folder: RunFolder) -> dict[str, int]:
     return {path: folder.local_path(path).stat().st_mtime_ns for path in folder.files("experts")}
 
 
-def noise_prediction(denoiser) -> torch.Tensor:
+def noise_prediction(denoiser: Any) -> torch.Tensor:
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return denoiser(latents, torch.tensor([500]), encoder_hidden_states=torch.ones(1, 77, 32)).sample
 
 
-def test_each_expert_changes_the_denoiser_in_its_own_way(run, model):
+def test_each_expert_changes_the_denoiser_in_its_own_way(run: Any, model: ModelConfig) -> None:
     folder, results, _ = run
     denoisers = {name: open_family(model).load_denoiser() for name in results}
     base = noise_prediction(open_family(model).load_denoiser())
@@ -89,7 +90,7 @@ def test_each_expert_changes_the_denoiser_in_its_own_way(run, model):
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-4)
 
 
-def test_results_and_progress_tell_what_was_done(run):
+def test_results_and_progress_tell_what_was_done(run: Any) -> None:
     folder, results, told = run
     assert {name: (result.steps, result.examples) for name, result in results.items()} == {
         "counting": (40, 7),
@@ -104,7 +105,7 @@ def test_results_and_progress_tell_what_was_done(run):
     }  # fmt: skip
 
 
-def test_tensorboard_shows_the_curve(run):
+def test_tensorboard_shows_the_curve(run: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, _, _ = run
@@ -115,14 +116,16 @@ def test_tensorboard_shows_the_curve(run):
     assert shown == curve
 
 
-def test_a_finished_run_does_nothing(run, model):
+def test_a_finished_run_does_nothing(run: Any, model: ModelConfig) -> None:
     folder, results, _ = run
     before = files_of(folder)
     assert train_experts(folder, planned(mixed=True), model, 0, ClusterConfig()) == results
     assert files_of(folder) == before
 
 
-def test_a_worker_killed_at_its_second_expert_ends_with_the_same_weights(run, model, tmp_path):
+def test_a_worker_killed_at_its_second_expert_ends_with_the_same_weights(
+    run: Any, model: ModelConfig, tmp_path: Path
+) -> None:
     """In the run before, the experts were fitted at once; here they take turns in one process."""
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "killed")
@@ -138,7 +141,7 @@ def test_a_worker_killed_at_its_second_expert_ends_with_the_same_weights(run, mo
     assert not [path for path in second.files("experts") if "checkpoints" in path]
 
 
-def test_one_expert_s_failure_does_not_stop_the_others(run, model, tmp_path):
+def test_one_expert_s_failure_does_not_stop_the_others(run: Any, model: ModelConfig, tmp_path: Path) -> None:
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "failing")
     shard = next(path for path in second.files("cache", suffix=".safetensors") if "/style/" in path)
@@ -159,14 +162,16 @@ class LikesStep20:
     def __init__(self, failing_skill: str | None = None) -> None:
         self.failing_skill = failing_skill
 
-    def __call__(self, adapter_dir, skills):
+    def __call__(self, adapter_dir: Any, skills: Any) -> Any:
         assert load_file(Path(adapter_dir, "adapter_model.safetensors"))
         if self.failing_skill in skills:
             raise JudgeError("the judge has no voice")
         return {"dsg": 0.9 if adapter_dir.endswith("step-000020") else 0.5, "images": 3}
 
 
-def test_the_best_adapter_is_kept_and_a_judge_s_failure_spares_the_others(run, model, tmp_path):
+def test_the_best_adapter_is_kept_and_a_judge_s_failure_spares_the_others(
+    run: Any, model: ModelConfig, tmp_path: Path
+) -> None:
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "chosen")
     experts = plan_experts(
@@ -186,7 +191,7 @@ def test_the_best_adapter_is_kept_and_a_judge_s_failure_spares_the_others(run, m
     assert results["style"].seconds == seconds, "what was fitted is scored, not fitted again"
 
 
-def test_a_mixture_is_fitted_when_its_experts_are_finished(run, model, tmp_path):
+def test_a_mixture_is_fitted_when_its_experts_are_finished(run: Any, model: ModelConfig, tmp_path: Path) -> None:
     """The experts are those of the run, which are left as they are; a second start finds the mixture finished."""
     folder, results, _ = run
     second = RunFolder(str(tmp_path / "mixture"))
@@ -209,7 +214,7 @@ def test_a_mixture_is_fitted_when_its_experts_are_finished(run, model, tmp_path)
 
 
 @pytest.mark.heavy
-def test_two_workers_give_what_one_gives(run, model, tmp_path):
+def test_two_workers_give_what_one_gives(run: Any, model: ModelConfig, tmp_path: Path) -> None:
     """Gradients are summed in another order: 40 steps drew weights of 0.2 on average apart by at most 2e-5 when it was measured."""
     folder, _, _ = run
     second = copy_of(folder, tmp_path / "two")

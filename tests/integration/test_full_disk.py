@@ -36,7 +36,7 @@ def in_small_filesystem(disk: Path, *lines: str) -> list[str]:
     return finished.stdout.strip().splitlines()
 
 
-def test_a_full_disk_stops_rendering_with_one_line_and_it_resumes(tmp_path, tiny_pipeline_dir):
+def test_a_full_disk_stops_rendering_with_one_line_and_it_resumes(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
     disk, script = tmp_path / "disk", tmp_path / "render.py"
     disk.mkdir()
     script.write_text(RENDER)

@@ -3,6 +3,8 @@
 import random
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -84,8 +86,8 @@ def wait_for_an_image(folder: RunFolder, timeout_s: float = 300) -> None:
         time.sleep(0.2)
 
 
-def language_model(replicas: int = 1, batch_size: int = 1, **options):
-    def stage(requests):
+def language_model(replicas: int = 1, batch_size: int = 1, **options: Any) -> Any:
+    def stage(requests: Any) -> Any:
         return requests.map_batches(
             AnswerRequests,
             fn_constructor_kwargs=options,
@@ -98,11 +100,11 @@ def language_model(replicas: int = 1, batch_size: int = 1, **options):
     return stage
 
 
-def unused_language_model(requests):
+def unused_language_model(requests: Any) -> None:
     raise AssertionError("no request is left to be answered")
 
 
-def stream(folder: RunFolder, llm_stage=unused_language_model, config: PromptsConfig = PROMPTS):
+def stream(folder: RunFolder, llm_stage: Any = unused_language_model, config: PromptsConfig = PROMPTS) -> Any:
     return prompt_stream(SKILLS, config, 0, folder, CLUSTER, llm_stage=llm_stage)
 
 
@@ -111,12 +113,12 @@ def kept(folder: RunFolder) -> list[dict]:
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory) -> list[dict]:
+def undisturbed(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return what a run keeps whose answers come at once, one by one."""
     folder = RunFolder(str(tmp_path_factory.mktemp("undisturbed")))
     rows = stream(folder, language_model()).take_all()
@@ -126,18 +128,18 @@ def undisturbed(ray_cluster, tmp_path_factory) -> list[dict]:
     return prompts
 
 
-def test_latencies_and_pool_sizes_do_not_change_the_prompts(folder, undisturbed):
+def test_latencies_and_pool_sizes_do_not_change_the_prompts(folder: RunFolder, undisturbed: list[dict]) -> None:
     stream(folder, language_model(replicas=3, longest_delay_s=0.3)).materialize()
     assert kept(folder) == undisturbed
 
 
-def test_a_larger_window_streams_in_whole_batches_to_its_end(folder):
+def test_a_larger_window_streams_in_whole_batches_to_its_end(folder: RunFolder) -> None:
     config = PROMPTS.model_copy(update={"requests_in_flight": 8})
     stream(folder, language_model(batch_size=2), config).materialize()
     assert len(kept(folder)) == 40
 
 
-def test_a_stopped_run_goes_on_to_the_same_prompts(folder, undisturbed):
+def test_a_stopped_run_goes_on_to_the_same_prompts(folder: RunFolder, undisturbed: list[dict]) -> None:
     with pytest.raises(Exception, match="went away"):
         stream(folder, language_model(fails_from_request=3)).materialize()
     before = kept(folder)
@@ -148,14 +150,16 @@ def test_a_stopped_run_goes_on_to_the_same_prompts(folder, undisturbed):
     assert [row for row in before if row not in undisturbed] == []
 
 
-def test_a_skill_that_cannot_be_filled_ends_the_stream_with_its_yield(folder):
+def test_a_skill_that_cannot_be_filled_ends_the_stream_with_its_yield(folder: RunFolder) -> None:
     config = PROMPTS.model_copy(update={"max_requests": 2})
     with pytest.raises(Exception, match=r"kept \d+ of 20 prompts in prompts.max_requests=2 requests"):
         stream(folder, language_model(), config).materialize()
 
 
 @pytest.mark.heavy
-def test_every_training_prompt_becomes_an_image_and_a_second_start_renders_what_is_lost(folder, tiny_pipeline_dir):
+def test_every_training_prompt_becomes_an_image_and_a_second_start_renders_what_is_lost(
+    folder: RunFolder, tiny_pipeline_dir: Path
+) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     # Later requests are answered only when the first image is finished: a barrier between the two would end in an error.
     prompts = stream(folder, language_model(first_image_in=folder))
@@ -180,7 +184,7 @@ def test_every_training_prompt_becomes_an_image_and_a_second_start_renders_what_
 
 
 @pytest.mark.heavy
-def test_vllm_writes_captions_inside_the_grammar(folder):
+def test_vllm_writes_captions_inside_the_grammar(folder: RunFolder) -> None:
     from selma_ray.miniature.captions import parse_caption
     from selma_ray.skills import load_skill
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ OVERRIDES = [
 ]
 
 
-def trained_run(folder: Path, *overrides: str):
+def trained_run(folder: Path, *overrides: str) -> Any:
     """Return a run whose experts are random adapters of the miniature, as if it had been trained."""
     run = open_run(load_recipe(DEMO, [f"run_dir={folder}", *OVERRIDES, *overrides]))
     write_captions(run.folder, run.skill_names, run.recipe.prompts, run.recipe.seed)
@@ -39,7 +40,7 @@ def trained_run(folder: Path, *overrides: str):
 
 
 @pytest.mark.heavy
-def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster, tmp_path):
+def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster: Any, tmp_path: Path) -> None:
     run = trained_run(tmp_path / "run")
     told = []
     summary = run_stage(run, "merge", told.append)
@@ -67,7 +68,7 @@ def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster, tmp_pa
     assert json.loads((merged / "report.json").read_text()) == report
 
 
-def test_a_skill_without_dev_prompts_is_named(ray_cluster, tmp_path):
+def test_a_skill_without_dev_prompts_is_named(ray_cluster: Any, tmp_path: Path) -> None:
     run = trained_run(tmp_path / "run", "prompts.dev_fraction=0")
     with pytest.raises(ConfigError, match=r"merging.search needs dev prompts of every skill, common has none; raise"):
         run_stage(run, "merge", lambda progress: None)

@@ -1,5 +1,9 @@
 """A run's folder on a server that speaks S3, on loopback."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
@@ -16,7 +20,7 @@ BUCKET = "selma"
 
 
 @pytest.fixture(scope="module")
-def server():
+def server() -> Iterator[Any]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server
@@ -24,7 +28,7 @@ def server():
 
 
 @pytest.fixture
-def folder(server, monkeypatch) -> RunFolder:
+def folder(server: Any, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     from pyarrow import fs
 
     host, port = server.get_host_and_port()
@@ -38,7 +42,7 @@ def folder(server, monkeypatch) -> RunFolder:
     return RunFolder(f"s3://{BUCKET}/run")
 
 
-def test_objects_tables_and_markers_come_back_and_go(folder):
+def test_objects_tables_and_markers_come_back_and_go(folder: RunFolder) -> None:
     folder.write_json({"a": 1}, "x", "y.json")
     folder.write_table(pa.table({"id": ["1"]}), "t", "a.parquet")
     folder.mark_done("train", {"loss": 1.5})
@@ -55,7 +59,7 @@ def test_objects_tables_and_markers_come_back_and_go(folder):
     assert folder.files() == ["done/train.json"]
 
 
-def test_images_are_written_read_and_forgotten(folder):
+def test_images_are_written_read_and_forgotten(folder: RunFolder) -> None:
     write_shards(folder, table(row("a"), row("b", error="ValueError: no")))
     assert existing_ids(folder) == {"a"}
     assert len(folder.files("failures")) == 1
@@ -64,7 +68,7 @@ def test_images_are_written_read_and_forgotten(folder):
     assert read_images(folder, "one")["id"].to_pylist() == ["a"]
 
 
-def test_an_endpoint_may_stand_in_the_address(server, monkeypatch, folder):
+def test_an_endpoint_may_stand_in_the_address(server: Any, monkeypatch: pytest.MonkeyPatch, folder: RunFolder) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     host, port = server.get_host_and_port()
     named = RunFolder(f"s3://{BUCKET}/named?scheme=http&endpoint_override={host}:{port}")
@@ -73,7 +77,9 @@ def test_an_endpoint_may_stand_in_the_address(server, monkeypatch, folder):
     assert RunFolder(named.path("a")).read_bytes("b") == b"x"
 
 
-def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_one_line(folder, monkeypatch):
+def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_one_line(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(StorageError, match=r"s3://nowhere/run/a cannot be written: .*run the same command again"):
         RunFolder("s3://nowhere/run").write_bytes(b"x", "a")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -87,19 +93,21 @@ def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_one_li
 class CutFolder(RunFolder):
     """Loses its server at a write."""
 
-    def __init__(self, uri: str, cut_at: int, cut) -> None:
+    def __init__(self, uri: str, cut_at: int, cut: Any) -> None:
         super().__init__(uri)
         self._left = cut_at
         self._cut = cut
 
-    def write_bytes(self, content, *parts: str) -> None:
+    def write_bytes(self, content: Any, *parts: str) -> None:
         self._left -= 1
         if self._left == 0:
             self._cut()
         super().write_bytes(content, *parts)
 
 
-def test_rendering_that_loses_its_server_stops_and_resumes(folder, server, monkeypatch, tmp_path, tiny_pipeline_dir):
+def test_rendering_that_loses_its_server_stops_and_resumes(
+    folder: RunFolder, server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline_dir: Path
+) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     undisturbed = RunFolder(str(tmp_path))
     render_all(undisturbed, model)

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -69,7 +70,7 @@ class AnswerAtNoCostDies(free.AnswerAtNoCost):
         return super().__call__(requests)
 
 
-def write(folder: RunFolder, llm_stage=None, **llm) -> list[dict]:
+def write(folder: RunFolder, llm_stage: Any = None, **llm: Any) -> list[dict]:
     """Run the stream with other settings of the engine; returns what was kept, in order."""
     config = CONFIG.model_copy(update={"llm": CONFIG.llm.model_copy(update=llm)})
     with llm_errors(config.llm):
@@ -78,7 +79,7 @@ def write(folder: RunFolder, llm_stage=None, **llm) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory) -> list[dict]:
+def undisturbed(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return what one replica writes that answers at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(free, "AnswerAtNoCost", AnswerByText)
@@ -87,7 +88,9 @@ def undisturbed(ray_cluster, tmp_path_factory) -> list[dict]:
     return prompts
 
 
-def test_a_killed_replica_among_others_does_not_change_the_prompts(tmp_path, monkeypatch, undisturbed):
+def test_a_killed_replica_among_others_does_not_change_the_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: list[dict]
+) -> None:
     sign = tmp_path / "killed"
     monkeypatch.setattr(KilledOnce, "sign", str(sign))
     monkeypatch.setattr(free, "AnswerAtNoCost", KilledOnce)
@@ -96,8 +99,8 @@ def test_a_killed_replica_among_others_does_not_change_the_prompts(tmp_path, mon
     assert prompts == undisturbed
 
 
-def test_an_engine_that_keeps_dying_ends_the_stream_in_one_line(tmp_path):
-    def stage(requests):
+def test_an_engine_that_keeps_dying_ends_the_stream_in_one_line(tmp_path: Path) -> None:
+    def stage(requests: Any) -> Any:
         return requests.map_batches(
             AnswerAtNoCostDies,
             fn_constructor_args=(SKILLS, CONFIG),
@@ -113,7 +116,7 @@ def test_an_engine_that_keeps_dying_ends_the_stream_in_one_line(tmp_path):
 
 
 @pytest.mark.heavy
-def test_vllm_is_asked_in_the_chat_form_with_each_skills_own_sampling(tmp_path):
+def test_vllm_is_asked_in_the_chat_form_with_each_skills_own_sampling(tmp_path: Path) -> None:
     inside = load_skill("miniature/common").model_copy(update={"sampling": SkillSampling(top_k=50, max_tokens=300)})
     skills = [inside, load_skill("coco")]
     config = PromptsConfig(
@@ -129,7 +132,7 @@ def test_vllm_is_asked_in_the_chat_form_with_each_skills_own_sampling(tmp_path):
 
 
 @pytest.mark.heavy
-def test_a_vllm_engine_that_is_killed_again_and_again_ends_the_stream(tmp_path):
+def test_a_vllm_engine_that_is_killed_again_and_again_ends_the_stream(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     llm = LLMConfig(chat=False, max_tokens=120, max_restarts=1)
     config = PromptsConfig(per_skill=400, per_request=2, requests_in_flight=2, max_requests=1000, llm=llm)
@@ -161,7 +164,7 @@ def test_a_vllm_engine_that_is_killed_again_and_again_ends_the_stream(tmp_path):
 
 
 @pytest.mark.heavy
-def test_two_vllm_engines_write_what_one_writes(tmp_path):
+def test_two_vllm_engines_write_what_one_writes(tmp_path: Path) -> None:
     skill = load_skill("miniature/common")
 
     def write_with(engines: int) -> list[dict]:

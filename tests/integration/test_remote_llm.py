@@ -6,6 +6,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +30,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture(scope="module")
-def server_url(tmp_path_factory):
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Start vLLM's server with an API key; returns the address of its API."""
     port = free_port()
     words = [
@@ -46,7 +49,7 @@ def server_url(tmp_path_factory):
             process.wait(60)
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen, log, timeout_s: float = 400) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen, log: Any, timeout_s: float = 400) -> None:
     deadline_s = time.monotonic() + timeout_s
     while True:
         assert process.poll() is None, log.read_text()[-2000:]
@@ -58,7 +61,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log, timeout_s: floa
             time.sleep(1)
 
 
-def write(folder: RunFolder, url: str, **options) -> list[str]:
+def write(folder: RunFolder, url: str, **options: Any) -> list[str]:
     remote = RemoteConfig(url=url, api_key_env=KEY_ENV, max_retries=1)
     llm = LLMConfig(engine="remote", name="writer", max_tokens=400, remote=remote, **options)
     config = PromptsConfig(per_skill=8, per_request=6, requests_in_flight=2, max_requests=30, llm=llm)
@@ -68,7 +71,9 @@ def write(folder: RunFolder, url: str, **options) -> list[str]:
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_server_writes_captions_inside_the_grammar(server_url, tmp_path, monkeypatch, chat):
+def test_the_server_writes_captions_inside_the_grammar(
+    server_url: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
     monkeypatch.setenv(KEY_ENV, "sk-loopback")
     folder = RunFolder(str(tmp_path / "run"))
     captions = write(folder, server_url, chat=chat)
@@ -79,7 +84,9 @@ def test_the_server_writes_captions_inside_the_grammar(server_url, tmp_path, mon
     assert not [path for path in folder.files() if b"sk-loopback" in folder.read_bytes(path)]
 
 
-def test_a_wrong_key_and_a_server_out_of_reach_are_one_line(server_url, tmp_path, monkeypatch):
+def test_a_wrong_key_and_a_server_out_of_reach_are_one_line(
+    server_url: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(KEY_ENV, "sk-wrong")
     with pytest.raises(LLMError, match="refused a request") as refused:
         write(RunFolder(str(tmp_path / "refused")), server_url)

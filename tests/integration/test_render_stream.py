@@ -2,6 +2,8 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -36,10 +38,10 @@ class EndingEngine:
 
     scheduler = "none"
 
-    def __init__(self, *_) -> None:
+    def __init__(self, *_: Any) -> None:
         pass
 
-    def render(self, prompts, seeds):
+    def render(self, prompts: Any, seeds: Any) -> Any:
         if any("ghost" in prompt for prompt in prompts):
             os._exit(1)
         if any("goblin" in prompt for prompt in prompts):
@@ -47,23 +49,23 @@ class EndingEngine:
         return [Image.new("RGB", (64, 64), (seed % 256, 0, 0)) for seed in seeds]
 
 
-def prompts(*texts: str):
+def prompts(*texts: str) -> Any:
     rows = [{"id": text, "skill": "one", "index": i, "prompt": text, "split": "train"} for i, text in enumerate(texts)]
     table = pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA)
     return ray.data.from_arrow([table.slice(start, 5) for start in range(0, len(rows), 5)])
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "run"))
 
 
 @pytest.fixture
-def render(folder, tiny_pipeline_dir):
+def render(folder: RunFolder, tiny_pipeline_dir: Path) -> Any:
     """Return a function that streams prompts through an engine and returns the last progress."""
     model = ModelConfig(name=str(tiny_pipeline_dir))
 
-    def run(texts, config=IMAGES, **options):
+    def run(texts: Any, config: Any = IMAGES, **options: Any) -> Any:
         images = render_stream(prompts(*texts), config, model, 0, folder, ClusterConfig(), **options)
         return list(follow(images, folder, config, len(texts) * config.per_prompt))[-1][1]
 
@@ -71,7 +73,9 @@ def render(folder, tiny_pipeline_dir):
 
 
 @pytest.mark.heavy
-def test_a_prompt_that_ends_the_renderer_is_recorded_and_the_others_are_rendered(render, folder):
+def test_a_prompt_that_ends_the_renderer_is_recorded_and_the_others_are_rendered(
+    render: Any, folder: RunFolder
+) -> None:
     texts = [f"cat {number}" for number in range(11)]
     progress = render([*texts[:6], "a ghost", *texts[6:]], open_engine=EndingEngine)
     assert sorted(read_images(folder, "one")["prompt"].to_pylist()) == sorted(texts)
@@ -84,13 +88,13 @@ def test_a_prompt_that_ends_the_renderer_is_recorded_and_the_others_are_rendered
     assert folder.files("in_flight") == [path for path in folder.files("in_flight") if "row-" in path]
 
 
-def test_too_many_failures_end_the_stream(render, folder):
+def test_too_many_failures_end_the_stream(render: Any, folder: RunFolder) -> None:
     texts = [f"goblin {number}" if number % 2 else f"cat {number}" for number in range(40)]
     with pytest.raises(RenderError, match=r"max_failed_fraction allows 0.2, 9 of 40 images failed \(9 x ValueError"):
         render(texts, open_engine=EndingEngine)
 
 
-def test_the_best_of_each_prompt_is_kept_whatever_the_blocks(render, folder):
+def test_the_best_of_each_prompt_is_kept_whatever_the_blocks(render: Any, folder: RunFolder) -> None:
     config = IMAGES.model_copy(update={"per_prompt": 3, "batch_size": 7, "selection": ImageChoiceConfig()})
     render([f"cat {number}" for number in range(12)], config, open_scorer=lambda: score_by_redness)
     images = read_images(folder, "one").to_pylist()
@@ -102,5 +106,5 @@ def test_the_best_of_each_prompt_is_kept_whatever_the_blocks(render, folder):
         assert [row["id"] for row in group if row["split"] == "train"] == [best["id"]]
 
 
-def score_by_redness(images, prompts):
+def score_by_redness(images: Any, prompts: Any) -> Any:
     return [image.getpixel((0, 0))[0] / 255 for image in images]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -94,7 +95,7 @@ def http(service: Service) -> Iterator[httpx.Client]:
         yield client
 
 
-def draw(http: httpx.Client, **changes) -> httpx.Response:
+def draw(http: httpx.Client, **changes: Any) -> httpx.Response:
     return http.post("/v1/images/generations", json=BODY | changes)
 
 
@@ -104,7 +105,7 @@ def replicas(what: str) -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if title in " ".join(process.cmdline())]
 
 
-def under_load(http: httpx.Client, clients: int, disturb) -> list[httpx.Response]:
+def under_load(http: httpx.Client, clients: int, disturb: Any) -> list[httpx.Response]:
     """Send requests from several clients, one after another, until `disturb` has returned; returns all answers."""
     ended = threading.Event()
 

@@ -30,7 +30,9 @@ def generated(folder: Path, *overrides: str) -> tuple[dict[str, bytes], list[str
     return {row["id"]: row["image"]["bytes"] for row in rows}, told
 
 
-def test_pools_that_do_not_fit_together_take_turns_and_give_the_same_rows(tmp_path, caplog):
+def test_pools_that_do_not_fit_together_take_turns_and_give_the_same_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     at_once, told = generated(tmp_path / "at_once")
     assert len(at_once) == 5 * 11 * 2
     assert not any("gone" in words for words in told)

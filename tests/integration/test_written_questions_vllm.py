@@ -1,5 +1,7 @@
 """Questions written by a real language model in vLLM on Ray, which is held to the schema of each answer."""
 
+from pathlib import Path
+
 import pytest
 
 from selma_ray.cluster.config import ClusterConfig
@@ -19,7 +21,7 @@ CONFIG = WriterConfig(max_examples=2, attempts=1, batch_size=2, llm=LLM)
 PROMPTS = [PromptToAsk("a", "common", "two red cups on a table"), PromptToAsk("b", "common", "a blue dog, sketch")]
 
 
-def test_questions_become_a_suite_and_a_pass_goes_on_where_it_stopped(tmp_path):
+def test_questions_become_a_suite_and_a_pass_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """SmolLM2-135M writes poor questions; their form is what is tested."""
     written = WrittenQuestions(RunFolder(str(tmp_path)), CONFIG)
     told = []
@@ -41,7 +43,7 @@ def test_questions_become_a_suite_and_a_pass_goes_on_where_it_stopped(tmp_path):
         assert written.source().questions(prompt.prompt) == prompt.questions
 
 
-def test_a_request_that_cannot_be_answered_has_its_own_error():
+def test_a_request_that_cannot_be_answered_has_its_own_error() -> None:
     requests = [
         Request("fits", "output format: id | tuple\n\ninput: a dog\noutput: ", 0.0, 1, "\ninput:"),
         Request("too long", "word " * 4000, 0.0, 1, "\ninput:"),

@@ -16,7 +16,7 @@ class WrappedError(Exception):
         self.cause = cause
 
 
-def test_an_error_is_found_behind_those_that_were_raised_from_it():
+def test_an_error_is_found_behind_those_that_were_raised_from_it() -> None:
     known = StorageError("the folder cannot be written; free space")
     with pytest.raises(RuntimeError) as raised:
         raise RuntimeError("the task failed") from WrappedError("ray::task", known)
@@ -24,7 +24,7 @@ def test_an_error_is_found_behind_those_that_were_raised_from_it():
     assert known_error(known) is known
 
 
-def test_an_error_is_found_in_the_text_of_another():
+def test_an_error_is_found_in_the_text_of_another() -> None:
     text = (
         'ray::Map()\n  File "x.py", line 1\nselma_ray.errors.LLMError: the server refused; fix the key\n\nmore of Ray'
     )
@@ -39,12 +39,12 @@ def test_an_error_is_found_in_the_text_of_another():
 @pytest.mark.parametrize(
     "text", ["no such thing", "selma_ray.errors.known_errors: x", "selma_ray.errors.re: x", "LLMError: x"]
 )
-def test_other_errors_are_not_known(text):
+def test_other_errors_are_not_known(text: str) -> None:
     assert known_error(RuntimeError(text)) is None
     assert known_error(None) is None
 
 
-def test_the_first_and_the_last_line_with_text_stand_for_an_error():
+def test_the_first_and_the_last_line_with_text_stand_for_an_error() -> None:
     error = ValueError("\n  no colour\nin scene 3\n\n  red is one \n")
     assert first_line(error) == "no colour"
     assert last_line(error) == "red is one"
@@ -53,7 +53,7 @@ def test_the_first_and_the_last_line_with_text_stand_for_an_error():
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "\t\r\n"])
-def test_an_error_without_text_is_known_by_its_class(text):
+def test_an_error_without_text_is_known_by_its_class(text: str) -> None:
     assert (
         first_line(MemoryError(text)) == last_line(MemoryError(text)) == named_line(MemoryError(text)) == "MemoryError"
     )
@@ -62,7 +62,7 @@ def test_an_error_without_text_is_known_by_its_class(text):
 
 
 @given(st.text())
-def test_every_text_gives_one_line_of_it(text):
+def test_every_text_gives_one_line_of_it(text: str) -> None:
     for line in (first_line(text), last_line(text), first_line(OSError(text)), named_line(OSError(text))):
         assert len(line.splitlines()) <= 1
         assert line == line.strip()

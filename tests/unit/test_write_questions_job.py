@@ -1,9 +1,13 @@
 """The job's bad input, before Ray or a language model starts."""
 
+from pathlib import Path
+
+import pytest
+
 from jobs.write_questions import main
 
 
-def test_what_is_wrong_is_one_line(tmp_path, capsys):
+def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a red cup\n")
     prompts, questions = str(tmp_path / "prompts.txt"), str(tmp_path / "questions.jsonl")
     for arguments, code, message in (

@@ -1,6 +1,7 @@
 """Small adapters in PEFT's own format, written by PEFT."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoModel
@@ -10,7 +11,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 MORE_TARGETS = [*TARGETS, "ff.net.0.proj", "ff.net.2", "time_emb_proj"]  # as in the miniature's recipes
 
 
-def save_random_adapter(pipeline_dir: Path, folder: Path, seed: int, rank: int = 4, **options) -> Path:
+def save_random_adapter(pipeline_dir: Path, folder: Path, seed: int, rank: int = 4, **options: Any) -> Path:
     """Write an adapter of the pipeline's denoiser whose factors are random, so that no delta is zero."""
     name = "unet" if (pipeline_dir / "unet").is_dir() else "transformer"
     denoiser = AutoModel.from_pretrained(str(pipeline_dir), subfolder=name)

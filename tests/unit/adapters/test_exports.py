@@ -33,7 +33,7 @@ TRANSFORMERS = ["sd3", "flux"]
 
 
 @pytest.fixture(scope="module")
-def base_dir(request, tiny_pipeline_dir, tmp_path_factory) -> Path:
+def base_dir(request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "stable_diffusion":
         return tiny_pipeline_dir
     folder = tmp_path_factory.mktemp("models") / request.param
@@ -45,7 +45,7 @@ def base_dir(request, tiny_pipeline_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged_dir(base_dir, tmp_path_factory) -> Path:
+def merged_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for seed, skill in enumerate(SKILLS):
         save_random_adapter(base_dir, folder / "experts" / skill, seed, rank=2 + seed, lora_alpha=3)
@@ -63,7 +63,7 @@ def image_of(pipeline: DiffusionPipeline) -> np.ndarray:
 
 
 @pytest.mark.parametrize("base_dir", UNETS + TRANSFORMERS, indirect=True)
-def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir, merged_dir):
+def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir: Path, merged_dir: Path) -> None:
     with_peft = DiffusionPipeline.from_pretrained(base_dir)
     # PEFT puts its layers into the denoiser itself.
     PeftModel.from_pretrained(denoiser_of(with_peft), merged_dir / "adapter")
@@ -78,7 +78,7 @@ def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir, merged_dir)
 
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
-def test_diffusers_renders_the_same_from_the_kohya_file(base_dir, merged_dir):
+def test_diffusers_renders_the_same_from_the_kohya_file(base_dir: Path, merged_dir: Path) -> None:
     by_format = []
     for name in EXPORT_FILES.values():
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
@@ -88,7 +88,7 @@ def test_diffusers_renders_the_same_from_the_kohya_file(base_dir, merged_dir):
 
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
-def test_kohya_keys_round_trip_through_diffusers_reader(base_dir, merged_dir):
+def test_kohya_keys_round_trip_through_diffusers_reader(base_dir: Path, merged_dir: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(base_dir)
     reader = StableDiffusionXLPipeline if isinstance(pipeline, StableDiffusionXLPipeline) else StableDiffusionPipeline
     read, alphas = reader.lora_state_dict(str(merged_dir / EXPORT_FILES["kohya"]), unet_config=pipeline.unet.config)
@@ -109,7 +109,7 @@ def test_kohya_keys_round_trip_through_diffusers_reader(base_dir, merged_dir):
 
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
-def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir):
+def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir: Path) -> None:
     ours = load_file(merged_dir / EXPORT_FILES["kohya"])
     theirs = convert_state_dict_to_kohya(load_file(merged_dir / EXPORT_FILES["diffusers"]))
     assert set(ours) == set(theirs)
@@ -118,7 +118,7 @@ def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir):
 
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
-def test_files_say_what_they_were_merged_from(merged_dir):
+def test_files_say_what_they_were_merged_from(merged_dir: Path) -> None:
     for name in EXPORT_FILES.values():
         with safe_open(merged_dir / name, framework="pt") as file:
             metadata = file.metadata()
@@ -128,7 +128,7 @@ def test_files_say_what_they_were_merged_from(merged_dir):
 
 
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
-def test_an_adapters_scale_is_kohyas_alpha(base_dir, tmp_path):
+def test_an_adapters_scale_is_kohyas_alpha(base_dir: Path, tmp_path: Path) -> None:
     folder = save_random_adapter(base_dir, tmp_path / "adapter", seed=0, rank=4, lora_alpha=2)
     adapter = open_adapter(folder)
     write_kohya(tmp_path / "kohya.safetensors", adapter, shapes_of([adapter]), {})
@@ -136,7 +136,7 @@ def test_an_adapters_scale_is_kohyas_alpha(base_dir, tmp_path):
     assert alphas == {2.0}
 
 
-def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path):
+def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
     adapter = Adapter(tmp_path, None, 2, 1.0, ("a.to_q", "a_to.q"))
     with pytest.raises(AdapterError, match=r"a.to_q and a_to.q are both lora_unet_a_to_q to kohya; leave kohya out"):
         write_kohya(tmp_path / "kohya.safetensors", adapter, {"a.to_q": (2, 2), "a_to.q": (2, 2)}, {})
@@ -144,7 +144,7 @@ def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
-def test_exports_are_left_out_where_the_recipe_says_so(base_dir, merged_dir):
+def test_exports_are_left_out_where_the_recipe_says_so(base_dir: Path, merged_dir: Path) -> None:
     run = RunFolder(str(merged_dir.parents[1]))
     config = MergingConfig(name="bare", exports=())
     merge_experts(run, SKILLS, ModelConfig(name=str(base_dir)), config)
@@ -152,7 +152,7 @@ def test_exports_are_left_out_where_the_recipe_says_so(base_dir, merged_dir):
 
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
-def test_single_experts_are_exported_where_the_recipe_says_so(base_dir, merged_dir):
+def test_single_experts_are_exported_where_the_recipe_says_so(base_dir: Path, merged_dir: Path) -> None:
     run = RunFolder(str(merged_dir.parents[1]))
     config = MergingConfig(name="with-experts", export_experts=True)
     merge_experts(run, SKILLS, ModelConfig(name=str(base_dir)), config)
@@ -171,7 +171,7 @@ def test_single_experts_are_exported_where_the_recipe_says_so(base_dir, merged_d
 
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
-def test_adapters_on_more_than_attention_are_read_back_from_both_files(base_dir, tmp_path):
+def test_adapters_on_more_than_attention_are_read_back_from_both_files(base_dir: Path, tmp_path: Path) -> None:
     for seed, skill in enumerate(SKILLS):
         save_random_adapter(base_dir, tmp_path / "experts" / skill, seed, rank=2, target_modules=MORE_TARGETS)
     merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(base_dir)), MergingConfig())
@@ -185,11 +185,11 @@ def test_adapters_on_more_than_attention_are_read_back_from_both_files(base_dir,
         assert image_of(pipeline).tobytes() == expected.tobytes()
 
 
-def test_exports_of_experts_without_a_format_are_refused():
+def test_exports_of_experts_without_a_format_are_refused() -> None:
     with pytest.raises(ConfigError, match="export_experts needs a file format in exports, which is empty"):
         validate(MergingConfig, {"exports": [], "export_experts": True}, "recipe.yaml")
 
 
 @pytest.mark.parametrize("base_dir", TRANSFORMERS[:1], indirect=True)
-def test_a_transformer_has_no_kohya_file(merged_dir):
+def test_a_transformer_has_no_kohya_file(merged_dir: Path) -> None:
     assert not (merged_dir / EXPORT_FILES["kohya"]).exists()

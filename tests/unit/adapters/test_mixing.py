@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def drawn_together(batch: StepBatch, requests: list[ImageRequest]) -> list[np.nd
     return [images[ticket] for ticket in tickets]
 
 
-def drawn_by_set_adapters(pipeline, request: ImageRequest) -> np.ndarray:
+def drawn_by_set_adapters(pipeline: Any, request: ImageRequest) -> np.ndarray:
     if request.mix:
         pipeline.enable_lora()
         pipeline.set_adapters([name for name, _ in request.mix], [weight for _, weight in request.mix])
@@ -57,7 +58,7 @@ def drawn_by_set_adapters(pipeline, request: ImageRequest) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
-def with_adapters(pipeline, folders: dict[str, str]):
+def with_adapters(pipeline: Any, folders: dict[str, str]) -> Any:
     for name, folder in folders.items():
         config = LoraConfig.from_pretrained(folder)
         assert config.r == RANKS[name]

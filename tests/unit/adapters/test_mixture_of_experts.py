@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +26,12 @@ NAMES = ("counting", "style")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_pipeline_dir):
+def model(tiny_pipeline_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(tiny_pipeline_dir))
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+def folder(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run folder with two experts whose scale is not one, and a mixture of them with random routers."""
     run = RunFolder(str(tmp_path_factory.mktemp("run")))
     torch.manual_seed(0)
@@ -45,14 +47,14 @@ def folder(model, tmp_path_factory):
     return run
 
 
-def prediction(denoiser) -> torch.Tensor:
+def prediction(denoiser: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     latents, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 32, generator=generator)
     with torch.no_grad():
         return denoiser.eval()(latents, torch.tensor([500, 20]), encoder_hidden_states=text).sample
 
 
-def expert(folder, model, weights: dict[str, float]):
+def expert(folder: Any, model: Any, weights: dict[str, float]) -> Any:
     """Return the denoiser with the experts' weighed deltas added, as PEFT adds them."""
     from peft import PeftModel
 
@@ -66,19 +68,19 @@ def expert(folder, model, weights: dict[str, float]):
     return denoiser
 
 
-def mixed(folder, model, routers=None):
+def mixed(folder: Any, model: Any, routers: Any = None) -> Any:
     denoiser = open_family(model).load_denoiser()
     add_mixture(denoiser, read_experts([folder.local_path("experts", name) for name in NAMES]), routers)
     return denoiser
 
 
-def test_a_new_mixture_is_the_mean_of_its_experts(folder, model):
+def test_a_new_mixture_is_the_mean_of_its_experts(folder: Any, model: ModelConfig) -> None:
     mean = prediction(expert(folder, model, {"counting": 0.5, "style": 0.5}))
     torch.testing.assert_close(prediction(mixed(folder, model)), mean, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(mean, prediction(open_family(model).load_denoiser()), atol=1e-2)
 
 
-def test_a_router_that_is_sure_takes_one_expert_for_each_token(folder, model):
+def test_a_router_that_is_sure_takes_one_expert_for_each_token(folder: Any, model: ModelConfig) -> None:
     mixture = mixed(folder, model)
     module = next(each for each in mixture.modules() if hasattr(each, "router_KI"))
     width = module.base.in_features
@@ -90,11 +92,11 @@ def test_a_router_that_is_sure_takes_one_expert_for_each_token(folder, model):
     torch.testing.assert_close(module(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_only_routers_are_trained(folder, model):
+def test_only_routers_are_trained(folder: Any, model: ModelConfig) -> None:
     assert all(name.endswith(".router_KI") for name in trainable_parameters(mixed(folder, model)))
 
 
-def test_a_mixture_is_read_back_and_changes_images(folder, model):
+def test_a_mixture_is_read_back_and_changes_images(folder: Any, model: ModelConfig) -> None:
     tensors = load_file(folder.local_path("experts", "moe", "adapter_model.safetensors"))
     prefix = "base_model.model."
     routers = {
@@ -115,16 +117,16 @@ def test_a_mixture_is_read_back_and_changes_images(folder, model):
     assert not np.array_equal(*images)
 
 
-def test_what_merges_or_exports_plain_adapters_refuses_a_mixture(folder):
+def test_what_merges_or_exports_plain_adapters_refuses_a_mixture(folder: Any) -> None:
     with pytest.raises(AdapterError, match=r"moe/adapter_config.json: peft_type must be 'LORA' .*, got 'MOE_LORA'"):
         open_adapter(folder.path("experts", "moe"))
 
 
 @pytest.fixture
-def broken(folder, tmp_path):
+def broken(folder: Any, tmp_path: Path) -> Any:
     """Return a function that makes a mixture's folder with some tensors replaced, or its file cut short."""
 
-    def make(change=None, cut: int = 0):
+    def make(change: Any = None, cut: int = 0) -> Any:
         target = tmp_path / "moe"
         shutil.copytree(folder.local_path("experts", "moe"), target)
         path = target / "adapter_model.safetensors"
@@ -139,20 +141,20 @@ def broken(folder, tmp_path):
     return make
 
 
-def drop_factor(tensors):
+def drop_factor(tensors: Any) -> None:
     del tensors[next(name for name in tensors if name.endswith("lora_A.weight"))]
 
 
-def spoil_router(tensors):
+def spoil_router(tensors: Any) -> None:
     tensors[next(name for name in tensors if name.endswith(".router_KI"))][0, 0] = float("nan")
 
 
-def widen_router(tensors):
+def widen_router(tensors: Any) -> None:
     name = next(name for name in tensors if name.endswith(".router_KI"))
     tensors[name] = torch.zeros(3, tensors[name].shape[1])
 
 
-def drop_routers(tensors):
+def drop_routers(tensors: Any) -> None:
     for name in [name for name in tensors if name.endswith(".router_KI")]:
         del tensors[name]
 
@@ -166,13 +168,15 @@ def drop_routers(tensors):
         (drop_routers, r"holds no routers; train this mixture again"),
     ],
 )
-def test_a_broken_mixture_is_refused_in_one_line(broken, model, change, message):
+def test_a_broken_mixture_is_refused_in_one_line(broken: Any, model: ModelConfig, change: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=message) as error:
         load_mixture(open_family(model).load_denoiser(), broken(change))
     assert "\n" not in str(error.value)
 
 
-def test_a_truncated_file_and_another_base_are_refused(broken, folder, model, tmp_path):
+def test_a_truncated_file_and_another_base_are_refused(
+    broken: Any, folder: Any, model: ModelConfig, tmp_path: Path
+) -> None:
     with pytest.raises(AdapterError, match=r"cannot be read .* missing or truncated"):
         load_mixture(open_family(model).load_denoiser(), broken(cut=9))
     save_tiny_stable_diffusion(tmp_path / "other")

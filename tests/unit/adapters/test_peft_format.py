@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q
 PREFIX = "base_model.model."
 
 
-def write(folder, config=None, tensors=None):
+def write(folder: Any, config: Any = None, tensors: Any = None) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | (config or {})))
     if tensors is None:
@@ -21,7 +23,7 @@ def write(folder, config=None, tensors=None):
     return folder
 
 
-def test_reads_factors_and_scale(tmp_path):
+def test_reads_factors_and_scale(tmp_path: Path) -> None:
     (factors,) = open_adapter(write(tmp_path / "plain"))
     assert (factors.module, factors.scale) == ("a.to_q", 2.0)
     (factors,) = open_adapter(write(tmp_path / "rslora", {"use_rslora": True}))
@@ -42,7 +44,7 @@ def test_reads_factors_and_scale(tmp_path):
         ({"r": 0}, "r must be a positive number"),
     ],
 )
-def test_settings_that_change_the_delta_are_refused(tmp_path, config, message):
+def test_settings_that_change_the_delta_are_refused(tmp_path: Path, config: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=message) as caught:
         open_adapter(write(tmp_path, config))
     assert "adapter_config.json" in str(caught.value)
@@ -67,12 +69,12 @@ def test_settings_that_change_the_delta_are_refused(tmp_path, config, message):
         ({}, "holds no tensors"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(tmp_path, tensors, message):
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tensors: Any, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         open_adapter(write(tmp_path, tensors=tensors))
 
 
-def test_weights_that_are_not_finite_are_refused_when_read(tmp_path):
+def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> None:
     tensors = load_file(write(tmp_path) / "adapter_model.safetensors")
     tensors[f"{PREFIX}a.to_q.lora_A.weight"][0, 0] = torch.nan
     adapter = open_adapter(write(tmp_path, tensors=tensors))
@@ -80,7 +82,7 @@ def test_weights_that_are_not_finite_are_refused_when_read(tmp_path):
         list(adapter)
 
 
-def test_truncated_and_missing_and_pickled_files_are_refused(tmp_path):
+def test_truncated_and_missing_and_pickled_files_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "cut") / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(AdapterError, match="truncated"):
@@ -96,7 +98,7 @@ def test_truncated_and_missing_and_pickled_files_are_refused(tmp_path):
         open_adapter(path.parent)
 
 
-def test_a_written_adapter_is_read_back_by_peft_and_by_us(tmp_path):
+def test_a_written_adapter_is_read_back_by_peft_and_by_us(tmp_path: Path) -> None:
     factors = LoraFactors("a.to_q", torch.randn(3, 5), torch.randn(4, 3), scale=0.5)
     write_adapter(tmp_path, [factors], {"a.to_q": (4, 5)}, rank=3, base_model="base")
     read = open_adapter(tmp_path)

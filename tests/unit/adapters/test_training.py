@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ SETTINGS = LoraSettings(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
-def family(tiny_pipeline_dir):
+def family(tiny_pipeline_dir: Path) -> Any:
     return open_family(ModelConfig(name=str(tiny_pipeline_dir)))
 
 
-def noise_prediction(denoiser) -> torch.Tensor:
+def noise_prediction(denoiser: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(1, 4, 16, 16, generator=generator)
     text = torch.randn(1, 77, 32, generator=generator)
@@ -27,13 +29,13 @@ def noise_prediction(denoiser) -> torch.Tensor:
         return denoiser(latents, torch.tensor([500]), encoder_hidden_states=text).sample
 
 
-def test_only_the_attention_projections_are_trained(family):
+def test_only_the_attention_projections_are_trained(family: Any) -> None:
     names = trainable_parameters(add_adapter(family.load_denoiser(), SETTINGS, "tiny", seed=0))
     assert names
     assert all("lora_" in name and name.split(".lora_")[0].endswith(SETTINGS.targets) for name in names)
 
 
-def test_every_expert_of_a_run_starts_from_the_same_factors(family):
+def test_every_expert_of_a_run_starts_from_the_same_factors(family: Any) -> None:
     first, second, other = (
         trainable_parameters(add_adapter(family.load_denoiser(), SETTINGS, "tiny", seed=seed)) for seed in (0, 0, 1)
     )
@@ -42,7 +44,7 @@ def test_every_expert_of_a_run_starts_from_the_same_factors(family):
     assert not torch.equal(first[name], other[name])
 
 
-def test_an_exported_adapter_reloads_to_the_same_denoiser(family, tmp_path):
+def test_an_exported_adapter_reloads_to_the_same_denoiser(family: Any, tmp_path: Path) -> None:
     model = add_adapter(family.load_denoiser(), SETTINGS, "tiny", seed=0, revision="abc")
     for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:
@@ -56,6 +58,6 @@ def test_an_exported_adapter_reloads_to_the_same_denoiser(family, tmp_path):
     assert (config["base_model_name_or_path"], config["revision"]) == ("tiny", "abc")
 
 
-def test_targets_that_name_no_module_are_refused(family):
+def test_targets_that_name_no_module_are_refused(family: Any) -> None:
     with pytest.raises(ConfigError, match=r"experts.lora.targets must name .*, got \['to_nothing'\]"):
         add_adapter(family.load_denoiser(), LoraSettings(targets=("to_nothing",)), "tiny", seed=0)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from selma_ray.cli import commands as cli
@@ -5,11 +7,11 @@ from selma_ray.errors import CaptionError, ConfigError, StorageError
 
 
 @pytest.fixture
-def failing(monkeypatch):
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that makes every command raise an error."""
 
-    def fail_with(error):
-        def raise_it(options):
+    def fail_with(error: Any) -> None:
+        def raise_it(options: Any) -> None:
             raise error
 
         monkeypatch.setattr(cli, "_execute", raise_it)
@@ -20,7 +22,7 @@ def failing(monkeypatch):
 class WrappedByRayError(Exception):
     """Like Ray's task errors: the message is a stack of lines, the cause an attribute."""
 
-    def __init__(self, cause):
+    def __init__(self, cause: Any) -> None:
         super().__init__("Traceback\nmany lines")
         self.cause = cause
 
@@ -34,13 +36,17 @@ class WrappedByRayError(Exception):
         (KeyError("x"), 1, "selma: unexpected KeyError: 'x'; --debug shows where"),
     ],
 )
-def test_an_error_is_one_line_and_an_exit_code(failing, capsys, error, code, line):
+def test_an_error_is_one_line_and_an_exit_code(
+    failing: Any, capsys: pytest.CaptureFixture[str], error: Any, code: int, line: str
+) -> None:
     failing(error)
     assert cli.main(["run", "recipe.yaml"]) == code
     assert capsys.readouterr().err.strip() == line
 
 
-def test_an_error_raised_because_of_another_is_explained_by_the_known_one(failing, capsys):
+def test_an_error_raised_because_of_another_is_explained_by_the_known_one(
+    failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     unknown = RuntimeError("user code failed")
     unknown.__cause__ = StorageError("the disk is gone")
     failing(unknown)
@@ -48,19 +54,19 @@ def test_an_error_raised_because_of_another_is_explained_by_the_known_one(failin
     assert "the disk is gone" in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback(failing):
+def test_debug_shows_the_traceback(failing: Any) -> None:
     failing(StorageError("no space left"))
     with pytest.raises(StorageError):
         cli.main(["run", "recipe.yaml", "--debug"])
 
 
-def test_an_interrupt_says_how_to_go_on(failing, capsys):
+def test_an_interrupt_says_how_to_go_on(failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyboardInterrupt())
     assert cli.main(["run", "recipe.yaml"]) == 130
     assert "goes on where this one stopped" in capsys.readouterr().err
 
 
-def test_overrides_may_stand_on_both_sides_of_an_option(monkeypatch):
+def test_overrides_may_stand_on_both_sides_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(cli, "_execute", seen.append)
     assert cli.main(["run", "recipe.yaml", "a=1", "--debug", "b=2"]) == 0

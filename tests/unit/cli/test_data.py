@@ -1,6 +1,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
 
 
 @pytest.fixture
-def run_dir(tmp_path, tiny_pipeline_dir) -> str:
+def run_dir(tmp_path: Path, tiny_pipeline_dir: Path) -> str:
     """Return the folder of a run that stopped after some prompts and images."""
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")
@@ -36,7 +37,7 @@ def run_dir(tmp_path, tiny_pipeline_dir) -> str:
     return run.folder.uri
 
 
-def test_the_status_of_a_run_is_read_from_its_folder(run_dir, capsys):
+def test_the_status_of_a_run_is_read_from_its_folder(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "status", run_dir]) == 0
     shown = capsys.readouterr().out
     assert "stopped" in shown
@@ -46,7 +47,7 @@ def test_the_status_of_a_run_is_read_from_its_folder(run_dir, capsys):
     assert "Images failed: 1 ValueError: no" in shown
 
 
-def test_the_status_is_json_for_programs(run_dir, capsys):
+def test_the_status_is_json_for_programs(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "status", run_dir, "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["prompts"]["reasons"] == {"too similar": 1}
@@ -55,14 +56,16 @@ def test_the_status_is_json_for_programs(run_dir, capsys):
     assert status["latest_start"]["prompts_per_s"] == pytest.approx(2)
 
 
-def test_the_rate_of_an_earlier_start_is_not_shown(run_dir, capsys):
+def test_the_rate_of_an_earlier_start_is_not_shown(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = PromptProgress(wanted=80, kept=21, found=1, first_answer_at=1.0, updated_at=11.0)
     write_prompt_progress(RunFolder(run_dir), before)
     assert cli.main(["data", "status", run_dir, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["latest_start"]["prompts_per_s"] is None
 
 
-def test_exports_and_contact_sheets_are_files_of_the_run(run_dir, tmp_path, capsys):
+def test_exports_and_contact_sheets_are_files_of_the_run(
+    run_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["export", run_dir, "--to", "imagefolder"]) == 0
     assert (Path(run_dir) / "exports" / "imagefolder" / "train" / "common" / "a.png").is_file()
     assert cli.main(["data", "sheet", run_dir]) == 0
@@ -79,13 +82,13 @@ def test_exports_and_contact_sheets_are_files_of_the_run(run_dir, tmp_path, caps
         (["data", "sheet", "RUN", "--per-skill", "0"], "--per-skill must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_one_line(run_dir, words, message, capsys):
+def test_bad_input_is_one_line(run_dir: str, words: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([run_dir if word == "RUN" else word for word in words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
 
 
-def test_overrides_are_for_recipes_alone(run_dir):
+def test_overrides_are_for_recipes_alone(run_dir: str) -> None:
     with pytest.raises(SystemExit):
         cli.main(["data", "status", run_dir, "seed=1"])

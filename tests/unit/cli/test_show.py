@@ -1,5 +1,7 @@
 import io
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,7 @@ from tests.unit.evaluation.finished_runs import SKILLS, write_finished_run
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that hands back what the console has shown so far."""
     output = io.StringIO()
     monkeypatch.setattr(console, "console", Console(file=output, width=100, highlight=False, soft_wrap=True))
@@ -20,12 +22,12 @@ def shown(monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path: Path) -> SimpleNamespace:
     folder = write_finished_run(tmp_path, max_prompts=10)
     return SimpleNamespace(folder=folder, skill_names=SKILLS, recipe=SimpleNamespace(seed=0))
 
 
-def test_an_evaluation_shows_its_table_its_failures_and_its_report(run, shown):
+def test_an_evaluation_shows_its_table_its_failures_and_its_report(run: SimpleNamespace, shown: Any) -> None:
     summary = run.folder.done("evaluate")
     summary["models"]["merged"]["unscored"] = {"images": 2, "reasons": {"torn": 2}, "first": []}
     summary["models"]["base"]["skills"]["style"] = None
@@ -38,7 +40,7 @@ def test_an_evaluation_shows_its_table_its_failures_and_its_report(run, shown):
     assert run.folder.path("report.html") in text.replace("\n", "")
 
 
-def test_pairs_are_exported_rated_and_counted(run, shown, tmp_path):
+def test_pairs_are_exported_rated_and_counted(run: SimpleNamespace, shown: Any, tmp_path: Path) -> None:
     console.export_pairs(run, 4)
     key = run.folder.read_json("pairs", "key.json")
     lines = ["export,pair,rater,choice"]
@@ -54,14 +56,14 @@ def test_pairs_are_exported_rated_and_counted(run, shown, tmp_path):
 FIGURES = "prompts: 3 of 9 kept, 1 rejected (1 duplicate)", "images: 2/s, 0.1 min left, 0 failed"
 
 
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(shown):
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(shown: Any) -> None:
     with console._progress_display() as report:
         report(Progress("generate", 1, 9, "style: an early one", FIGURES))
         report(Progress("generate", 9, 9, "style: a sign that says [/b]", FIGURES))
     assert shown() == f"  generate 9/9; {FIGURES[0]}; {FIGURES[1]}; style: a sign that says [/b]\n"
 
 
-def test_progress_on_a_terminal_has_figures_below_its_bar(monkeypatch):
+def test_progress_on_a_terminal_has_figures_below_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
     terminal = Console(file=output, width=120, force_terminal=True, highlight=False, soft_wrap=True)
     monkeypatch.setattr(console, "console", terminal)
@@ -73,7 +75,7 @@ def test_progress_on_a_terminal_has_figures_below_its_bar(monkeypatch):
     assert all(figure in text for figure in FIGURES)
 
 
-def test_options_of_raters_belong_to_evaluate(monkeypatch):
+def test_options_of_raters_belong_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(cli, "_execute", seen.append)
     assert (

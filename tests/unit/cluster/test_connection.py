@@ -8,7 +8,9 @@ from selma_ray.cluster.connection import _configure_output
 
 
 @pytest.mark.parametrize(("log_level", "shown"), [("DEBUG", 1), ("WARNING", 0)])
-def test_what_later_versions_of_ray_will_lack_is_shown_to_developers_alone(log_level, shown, monkeypatch):
+def test_what_later_versions_of_ray_will_lack_is_shown_to_developers_alone(
+    log_level: str, shown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("logging.Logger.setLevel", lambda *_: None)
     with warnings.catch_warnings(record=True) as seen:
         _configure_output(ClusterConfig(log_level=log_level))

@@ -2,7 +2,9 @@
 
 import io
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -54,11 +56,11 @@ def write_finished_run(folder: Path, max_prompts: int = 40) -> RunFolder:
     return run
 
 
-def _score_of(rows):
+def _score_of(rows: Any) -> Any:
     return mean_score(official([Answered(row["question_id"], row["answer"], row["parents"]) for row in rows]))
 
 
-def _known():
+def _known() -> Iterator[Any]:
     """Yield answers with known truth of a judge that errs one time in twenty."""
     rng = random.Random(1)
     for category in ("whole", "color", "count", "spatial", "background", "style"):
@@ -69,7 +71,7 @@ def _known():
             yield {"category": category, "answer": "yes" if truth == right else "no", "p_yes": p_yes, "truth": truth}
 
 
-def _answers(model, prompt, chance):
+def _answers(model: Any, prompt: Any, chance: Any) -> Iterator[Any]:
     rng = random.Random(f"{model} {prompt.id}")
     for each in prompt.questions:
         yield {
@@ -79,7 +81,7 @@ def _answers(model, prompt, chance):
         }  # fmt: skip
 
 
-def _image(model, caption, skill, image_index=0):
+def _image(model: Any, caption: Any, skill: Any, image_index: int = 0) -> Any:
     image = render_scene(parse_caption(caption), random.Random(f"{model} {caption} {image_index}"))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -90,7 +92,7 @@ def _image(model, caption, skill, image_index=0):
     }  # fmt: skip
 
 
-def _write_earlier_stages(run, suite):
+def _write_earlier_stages(run: Any, suite: Any) -> None:
     rng = random.Random(0)
     for skill in SKILLS:
         points = [

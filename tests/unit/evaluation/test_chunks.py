@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,13 +24,13 @@ SUITE = [
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> EvaluationConfig:
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     judge_dir = save_tiny_miniature_judge(tmp_path_factory.mktemp("judges") / "judge")
     sampling = SamplingConfig(steps=1, guidance_scale=1.0, width_px=64, height_px=64)
     return EvaluationConfig(seeds=(0, 1), batch_size=4, sampling=sampling, judge=JudgeConfig(name=str(judge_dir)))
 
 
-def test_models_get_the_same_seeds_and_other_files(config):
+def test_models_get_the_same_seeds_and_other_files(config: EvaluationConfig) -> None:
     base, merged = (
         plan_chunks(name, revision, SUITE, config, 7) for name, revision in (("base", "r0"), ("merged", "r1"))
     )
@@ -42,16 +45,18 @@ def test_models_get_the_same_seeds_and_other_files(config):
 @pytest.mark.parametrize(
     "change", [{"seeds": (0, 2)}, {"sampling": SamplingConfig(steps=2, width_px=64, height_px=64)}]
 )
-def test_what_changes_the_images_changes_their_keys(config, change):
+def test_what_changes_the_images_changes_their_keys(config: EvaluationConfig, change: Any) -> None:
     before = {chunk.key for chunk in plan_chunks("base", "r0", SUITE, config, 7)}
     after = {chunk.key for chunk in plan_chunks("base", "r0", SUITE, config.model_copy(update=change), 7)}
     assert before != after
 
 
-def test_a_prompt_that_fails_is_recorded_and_spares_its_batch(config, tiny_pipeline_dir, tmp_path, monkeypatch):
+def test_a_prompt_that_fails_is_recorded_and_spares_its_batch(
+    config: EvaluationConfig, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rendered = Renderer.render
 
-    def refusing(self, prompts, seeds):
+    def refusing(self: Any, prompts: Any, seeds: Any) -> Any:
         if "2 cups" in prompts:
             raise ValueError("no such number")
         return rendered(self, prompts, seeds)
@@ -70,7 +75,9 @@ def test_a_prompt_that_fails_is_recorded_and_spares_its_batch(config, tiny_pipel
     assert answers[2]["reason"] == "ValueError: no such number"
 
 
-def test_a_corrupt_image_is_null_with_its_reason_and_spares_the_others(config, tiny_pipeline_dir, tmp_path):
+def test_a_corrupt_image_is_null_with_its_reason_and_spares_the_others(
+    config: EvaluationConfig, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
     folder = RunFolder(str(tmp_path))
     models = {"base": ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))}
     chunk = plan_chunks("base", "r0", SUITE, config, 7)[0]
@@ -88,7 +95,9 @@ def test_a_corrupt_image_is_null_with_its_reason_and_spares_the_others(config, t
     assert {prompt_id for (prompt_id, _), parts in scores.images.items() if parts} == {"p0", "p2"}
 
 
-def test_images_that_are_there_are_not_rendered_again(config, tiny_pipeline_dir, tmp_path, monkeypatch):
+def test_images_that_are_there_are_not_rendered_again(
+    config: EvaluationConfig, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(str(tmp_path))
     models = {"base": ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))}
     chunk = plan_chunks("base", "r0", SUITE, config, 7)[0]
@@ -97,18 +106,18 @@ def test_images_that_are_there_are_not_rendered_again(config, tiny_pipeline_dir,
     RenderChunk(folder, models, config)(chunk)
 
 
-def make_failing():
+def make_failing() -> None:
     raise JudgeError("no such judge")
 
 
-def test_an_error_of_ours_travels_as_a_row_past_later_stages():
+def test_an_error_of_ours_travels_as_a_row_past_later_stages() -> None:
     first, second = (WorkOnChunks(("chunk",), (make,), 1) for make in (make_failing, lambda: pytest.fail))
     rows = first({"chunk": np.array([0])})
     assert rows == {"chunk": [0], "error_class": ["JudgeError"], "error": ["no such judge"]}
     assert second({key: np.array(values) for key, values in rows.items()}) == rows
 
 
-def test_steps_are_made_once_and_done_in_order():
+def test_steps_are_made_once_and_done_in_order() -> None:
     done = []
     work = WorkOnChunks(("a", "b"), (lambda: done.append("made") or (lambda chunk: done.append(chunk)),), 1)
     assert work({"chunk": np.array([1, 0])})["error"] == ["", ""]

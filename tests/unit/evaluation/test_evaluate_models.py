@@ -1,5 +1,9 @@
 """The evaluation from models to figures, its chunks worked on in this process instead of by Ray's actors."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
@@ -25,7 +29,7 @@ SUITE = [
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> EvaluationConfig:
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     judge_dir = save_tiny_miniature_judge(tmp_path_factory.mktemp("judges") / "judge")
     return EvaluationConfig(
         suite="in memory", seeds=(0, 1), batch_size=3, bootstrap_resamples=100, judge=JudgeConfig(name=str(judge_dir)),
@@ -34,11 +38,11 @@ def config(tmp_path_factory) -> EvaluationConfig:
 
 
 @pytest.fixture
-def evaluate(config, tiny_pipeline_dir, tmp_path, monkeypatch):
+def evaluate(config: EvaluationConfig, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that evaluates one pipeline under two names; it hands back the figures and the chunks worked on."""
     done = []
 
-    def in_process(folder, models, pending, config, judge_key, cluster):
+    def in_process(folder: Any, models: Any, pending: Any, config: Any, judge_key: Any, cluster: Any) -> Iterator[Any]:
         render, judge = RenderChunk(folder, models, config), JudgeChunk(folder, config, judge_key)
         for chunk in pending:
             render(chunk)
@@ -49,7 +53,7 @@ def evaluate(config, tiny_pipeline_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_stream", in_process)
     model = ModelUnderTest(ModelConfig(name=str(tiny_pipeline_dir)))
 
-    def call(folder=tmp_path / "run", **changes):
+    def call(folder: Any = tmp_path / "run", **changes: Any) -> Any:
         done.clear()
         changed = config.model_copy(update=changes)
         summary = evaluate_models(
@@ -72,7 +76,7 @@ def tear_first_image(folder: RunFolder, summary: dict) -> None:
     folder.delete(answers)
 
 
-def test_the_same_pipeline_twice_does_not_differ(evaluate):
+def test_the_same_pipeline_twice_does_not_differ(evaluate: Any) -> None:
     summary, done = evaluate()
     assert len(done) == 6
     assert summary["models"]["base"]["dsg"] == summary["models"]["merged"]["dsg"]
@@ -81,7 +85,7 @@ def test_the_same_pipeline_twice_does_not_differ(evaluate):
     assert (again, done) == (summary, [])
 
 
-def test_a_corrupt_image_is_counted_named_and_left_out(evaluate, tmp_path):
+def test_a_corrupt_image_is_counted_named_and_left_out(evaluate: Any, tmp_path: Path) -> None:
     summary, _ = evaluate()
     tear_first_image(RunFolder(str(tmp_path / "run")), summary)
     again, done = evaluate(max_failed_fraction=0.2)
@@ -93,7 +97,7 @@ def test_a_corrupt_image_is_counted_named_and_left_out(evaluate, tmp_path):
     assert again["difference"]["mean"] == 0
 
 
-def test_too_many_failures_stop_the_stage_and_are_tried_again(evaluate, tmp_path):
+def test_too_many_failures_stop_the_stage_and_are_tried_again(evaluate: Any, tmp_path: Path) -> None:
     summary, _ = evaluate()
     tear_first_image(RunFolder(str(tmp_path / "run")), summary)
     with pytest.raises(RenderError, match=r"1 of 8 images of merged have no score \(1 x the image cannot be read"):
@@ -103,7 +107,7 @@ def test_too_many_failures_stop_the_stage_and_are_tried_again(evaluate, tmp_path
     assert [chunk.model for chunk in done] == ["merged"]
 
 
-def test_another_judge_asks_again_about_the_same_images(evaluate, tmp_path):
+def test_another_judge_asks_again_about_the_same_images(evaluate: Any, tmp_path: Path) -> None:
     first, _ = evaluate()
     other = save_tiny_miniature_judge(tmp_path / "other judge")
     (other / "note.txt").write_text("another revision")
@@ -114,7 +118,7 @@ def test_another_judge_asks_again_about_the_same_images(evaluate, tmp_path):
     assert first["judge"] != second["judge"]
 
 
-def test_results_of_another_run_stand_beside_this_ones(evaluate, tmp_path):
+def test_results_of_another_run_stand_beside_this_ones(evaluate: Any, tmp_path: Path) -> None:
     first, _ = evaluate(tmp_path / "first")
     RunFolder(str(tmp_path / "first")).mark_done("evaluate", first)
     compared = {"compare_with": {"before": OtherResult(run_dir=str(tmp_path / "first"))}}

@@ -2,6 +2,8 @@
 
 import io
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +28,10 @@ class Brightness:
 
     name = "brightness@1"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.batches = []
 
-    def score(self, images, prompts, questions=None):
+    def score(self, images: Any, prompts: Any, questions: Any = None) -> Any:
         self.batches.append(len(images))
         return [
             MetricScore(None, "no image") if image is None else MetricScore(float(np.asarray(image).mean()))
@@ -37,7 +39,7 @@ class Brightness:
         ]
 
 
-def _row(model, prompt, seed, content, error=None):
+def _row(model: Any, prompt: Any, seed: Any, content: Any, error: Any = None) -> Any:
     return {
         "id": f"{model}{prompt}{seed}", "skill": "common", "prompt": prompt, "split": "test", "image_index": 0, "seed": seed,
         "image": None if content is None else {"bytes": content, "path": "x.png"}, "model": model, "revision": "0", "scheduler": "",
@@ -45,14 +47,14 @@ def _row(model, prompt, seed, content, error=None):
     }  # fmt: skip
 
 
-def _png(level):
+def _png(level: Any) -> Any:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (level, level, level)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path: Path) -> Any:
     """Base at brightness 100 and merged at 120; one image of merged failed, one is no image."""
     folder = RunFolder(str(tmp_path / "run"))
     files = {}
@@ -67,7 +69,7 @@ def run(tmp_path):
     return folder
 
 
-def test_figures_pair_models_by_prompt_and_name_what_has_no_score(run):
+def test_figures_pair_models_by_prompt_and_name_what_has_no_score(run: Any) -> None:
     result = score_run(run, Brightness(), CONFIG)
     assert result["models"]["base"]["mean"] == 100
     assert result["models"]["merged"]["mean"] == 120
@@ -77,7 +79,7 @@ def test_figures_pair_models_by_prompt_and_name_what_has_no_score(run):
     assert run.read_json("evaluation", "metrics", "clipscore.json") == result
 
 
-def test_a_file_is_scored_once_and_again_by_another_model(run):
+def test_a_file_is_scored_once_and_again_by_another_model(run: Any) -> None:
     metric = Brightness()
     first = score_run(run, metric, CONFIG)
     assert metric.batches == [6, 6]
@@ -88,14 +90,16 @@ def test_a_file_is_scored_once_and_again_by_another_model(run):
     assert metric.batches == [6, 6, 6, 6]
 
 
-def test_bad_input_is_named(tmp_path, run):
+def test_bad_input_is_named(tmp_path: Path, run: Any) -> None:
     with pytest.raises(JudgeError, match="has no finished evaluation"):
         score_run(RunFolder(str(tmp_path / "other")), Brightness(), CONFIG)
     with pytest.raises(JudgeError, match=r"metric must be one of clipscore, .* got 'dsg'"):
         open_configured(ScoreImagesConfig(metric="dsg"))
 
 
-def test_the_job_scores_a_run_with_a_model_in_a_folder(run, tmp_path, capsys):
+def test_the_job_scores_a_run_with_a_model_in_a_folder(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     letters = tiny.character_tokenizer(tmp_path / "letters")
     clip_from_open_clip(tiny.open_clip_weights(len(letters)), tiny.clip_config(letters)).save_pretrained(
         tmp_path / "clip"

@@ -2,6 +2,8 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,30 +22,30 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.open_tags: list[str] = []
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: Any, attributes: Any) -> None:
         self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
         if tag not in ("img", "meta", "link", "br"):
             self.open_tags.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
+    def handle_startendtag(self, tag: Any, attributes: Any) -> None:
         assert tag in ("line", "circle", "polyline")
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: Any) -> None:
         assert self.open_tags.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: Any) -> None:
         self.words.append(data)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = write_finished_run(tmp_path_factory.mktemp("run"), max_prompts=20)
     assert write_report(folder, SKILLS) == folder.path("report.html")
     return folder
 
 
 @pytest.fixture(scope="module")
-def page(run) -> Page:
+def page(run: Any) -> Page:
     page = Page()
     page.feed(run.read_bytes("report.html").decode())
     assert page.open_tags == []
@@ -54,14 +56,14 @@ def text_of(page: Page) -> str:
     return " ".join(" ".join(page.words).split())
 
 
-def test_page_asks_the_network_for_nothing(run, page):
+def test_page_asks_the_network_for_nothing(run: Any, page: Page) -> None:
     assert page.references
     assert all(reference.startswith("data:") for reference in page.references)
     html = run.read_bytes("report.html").decode()
     assert not re.search(r"@import|url\(|<script|https?://", html)
 
 
-def test_page_shows_every_figure_of_the_summary(run, page):
+def test_page_shows_every_figure_of_the_summary(run: Any, page: Page) -> None:
     text, summary = text_of(page), run.done("evaluate")
     for scores in summary["models"].values():
         for value in (scores["dsg"], *scores["interval"], *scores["skills"].values()):
@@ -91,7 +93,7 @@ def test_page_shows_every_figure_of_the_summary(run, page):
         ([0.0, 0.1], "No difference can be claimed"),
     ],
 )
-def test_headline_says_what_the_interval_says(tmp_path, interval, statement):
+def test_headline_says_what_the_interval_says(tmp_path: Path, interval: Any, statement: str) -> None:
     folder = write_finished_run(tmp_path, max_prompts=5)
     summary = folder.done("evaluate")
     summary["difference"]["interval"] = interval
@@ -100,7 +102,7 @@ def test_headline_says_what_the_interval_says(tmp_path, interval, statement):
     assert statement in folder.read_bytes("report.html").decode()
 
 
-def test_report_for_machines_holds_the_same_and_no_images(run):
+def test_report_for_machines_holds_the_same_and_no_images(run: Any) -> None:
     report = run.read_json("report.json")
     summary = run.done("evaluate")
     assert report["evaluation"]["models"] == summary["models"]
@@ -112,7 +114,7 @@ def test_report_for_machines_holds_the_same_and_no_images(run):
     assert all(gain > 0 for gain in gains)
 
 
-def test_differences_of_every_model_stand_with_corrected_tests(run, page):
+def test_differences_of_every_model_stand_with_corrected_tests(run: Any, page: Page) -> None:
     text, differences = text_of(page), run.done("evaluate")["differences"]
     assert set(differences) == {"merged", *SKILLS}
     for row in differences.values():
@@ -122,7 +124,7 @@ def test_differences_of_every_model_stand_with_corrected_tests(run, page):
             assert shown in text
 
 
-def test_the_judges_errors_are_stated(run, page):
+def test_the_judges_errors_are_stated(run: Any, page: Page) -> None:
     text, trust = text_of(page), run.done("evaluate")["judge_error"]
     low, high = trust["differences"]["merged"]["interval"]
     assert f"the difference is {100 * trust['differences']['merged']['mean']:+.1f} points".replace("-", "−") in text
@@ -131,7 +133,7 @@ def test_the_judges_errors_are_stated(run, page):
         assert f"P(yes) {100 * row['p_yes']:.1f}%: {100 * row['share']:.1f}% of {row['count']} are true" in text
 
 
-def test_answers_stand_side_by_side_and_a_void_yes_is_marked(run):
+def test_answers_stand_side_by_side_and_a_void_yes_is_marked(run: Any) -> None:
     html = run.read_bytes("report.html").decode()
     assert html.count('<span class="yes">yes</span>') > 20
     assert html.count('<span class="no">no</span>') > 20
@@ -140,14 +142,14 @@ def test_answers_stand_side_by_side_and_a_void_yes_is_marked(run):
     assert set(verdicts[0]["base"]) == {"text", "counted"}
 
 
-def test_dev_scores_and_the_checkpoint_that_was_kept_are_shown(run, page):
+def test_dev_scores_and_the_checkpoint_that_was_kept_are_shown(run: Any, page: Page) -> None:
     points = run.read_json("experts", "style", "dev_scores.json")
     best = max(points, key=lambda point: point["dsg"])
     assert f"best dev {100 * best['dsg']:.1f}% at step {best['step']}" in text_of(page)
     assert run.read_bytes("report.html").count(b'class="devdot"') == len(SKILLS) * len(points)
 
 
-def test_the_curve_of_every_expert_is_drawn_and_that_of_what_is_fitted_to_all_skills(run, tmp_path):
+def test_the_curve_of_every_expert_is_drawn_and_that_of_what_is_fitted_to_all_skills(run: Any, tmp_path: Path) -> None:
     shutil.copytree(run.local_path(), tmp_path / "run")
     folder = RunFolder(str(tmp_path / "run"))
     html = folder.read_bytes("report.html").decode()
@@ -159,12 +161,12 @@ def test_the_curve_of_every_expert_is_drawn_and_that_of_what_is_fitted_to_all_sk
     assert re.findall(r'aria-label="loss of ([^"]+)"', html) == [*SKILLS, "mixed-r80"]
 
 
-def test_the_command_to_reproduce_names_the_runs_own_recipe(run, page):
+def test_the_command_to_reproduce_names_the_runs_own_recipe(run: Any, page: Page) -> None:
     assert f"selma run {run.path('recipe.yaml')} run_dir=runs/again" in text_of(page)
     assert run.read_json("report.json")["versions"]["selma_ray"]
 
 
-def test_failures_other_judges_and_ratings_are_told(tmp_path):
+def test_failures_other_judges_and_ratings_are_told(tmp_path: Path) -> None:
     folder = write_finished_run(tmp_path, max_prompts=5)
     summary = folder.done("evaluate")
     summary["judges"] = {"ties": "blip@1"}
@@ -190,7 +192,7 @@ def test_failures_other_judges_and_ratings_are_told(tmp_path):
     assert "75.0% of the decided pairs, 95% binomial interval 42.8–94.5 (p = 0.146)" in text
 
 
-def test_metrics_of_images_that_were_scored_later_are_shown(tmp_path):
+def test_metrics_of_images_that_were_scored_later_are_shown(tmp_path: Path) -> None:
     folder = write_finished_run(tmp_path, max_prompts=5)
     base = {"mean": 20.5, "interval": [20.1, 20.9], "over_base": None, "images": 5, "unscored": {"torn": 1}}
     over_base = {"mean": -0.25, "interval": [-0.5, 0.0], "p": 0.04}
@@ -206,13 +208,13 @@ def test_metrics_of_images_that_were_scored_later_are_shown(tmp_path):
     assert "base: 1 of 5 images have no score: torn" in text
 
 
-def test_comparison_has_a_row_for_each_model(run):
+def test_comparison_has_a_row_for_each_model(run: Any) -> None:
     with Image.open(run.local_path("comparison.png")) as image:
         assert image.width > 10 * 128
         assert 2 * 128 < image.height < 2 * 150
 
 
-def test_report_without_optional_parts(tmp_path):
+def test_report_without_optional_parts(tmp_path: Path) -> None:
     folder = write_finished_run(tmp_path, max_prompts=5)
     for path in ("experts", "images", "merged", "done/generate.json"):
         folder.delete(path)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from selma_ray.evaluation.config import EvaluationConfig
@@ -11,7 +13,7 @@ SUITE = [
 CONFIG = EvaluationConfig(bootstrap_resamples=200)
 
 
-def rows(prompt: PromptWithQuestions, answers, seed=0):
+def rows(prompt: PromptWithQuestions, answers: Any, seed: int = 0) -> Any:
     return [
         {
             "prompt_id": prompt.id,
@@ -27,18 +29,18 @@ def rows(prompt: PromptWithQuestions, answers, seed=0):
     ]
 
 
-def figures(answers, scorer="official"):
+def figures(answers: Any, scorer: str = "official") -> Any:
     summary = summarise({"base": model_scores(answers, scorer)}, SUITE, CONFIG, 0, {})
     return summary.as_dict()["models"]["base"]
 
 
-def test_official_averages_prompts_and_selma_averages_questions():
+def test_official_averages_prompts_and_selma_averages_questions() -> None:
     answers = rows(SUITE[0], ["yes", "yes"]) + rows(SUITE[1], ["yes", "no", "no", "no"])
     assert figures(answers)["dsg"] == pytest.approx((1 + 0.25) / 2)
     assert figures(answers, "selma")["dsg"] == pytest.approx(3 / 6)
 
 
-def test_every_scorer_reads_the_same_answers():
+def test_every_scorer_reads_the_same_answers() -> None:
     answers = rows(SUITE[0], ["no", "yes"]) + rows(SUITE[1], ["yes"] * 4)
     metrics = figures(answers)["metrics"]
     assert list(metrics) == ["official", "dpg", "selma", "soft_dsg"]
@@ -47,7 +49,7 @@ def test_every_scorer_reads_the_same_answers():
     assert metrics["soft_dsg"]["mean"] == pytest.approx((0.3 + 0.9) / 2)
 
 
-def test_a_prompt_weighs_one_however_many_of_its_images_could_be_read():
+def test_a_prompt_weighs_one_however_many_of_its_images_could_be_read() -> None:
     answers = (
         rows(SUITE[0], ["yes", "yes"])
         + rows(SUITE[0], ["no", "yes"], seed=1)
@@ -63,7 +65,7 @@ def test_a_prompt_weighs_one_however_many_of_its_images_could_be_read():
     assert base["seeds"]["deviation"] == pytest.approx(0.5 / 2**0.5)
 
 
-def test_an_unreadable_prompt_is_left_out_named_and_not_zero():
+def test_an_unreadable_prompt_is_left_out_named_and_not_zero() -> None:
     answers = rows(SUITE[0], ["yes", None]) + rows(SUITE[1], [None] * 4)
     base = figures(answers)
     assert (base["dsg"], base["skills"]) == (1.0, {"common": 1.0, "counting": None})
@@ -76,14 +78,14 @@ def test_an_unreadable_prompt_is_left_out_named_and_not_zero():
     }
 
 
-def compared(base, merged, **others):
+def compared(base: Any, merged: Any, **others: Any) -> Any:
     scores = {
         name: model_scores(answers, "official") for name, answers in {"base": base, "merged": merged, **others}.items()
     }
     return summarise(scores, SUITE, CONFIG, 0, {}).as_dict()
 
 
-def test_the_difference_compares_prompts_that_both_models_have():
+def test_the_difference_compares_prompts_that_both_models_have() -> None:
     base = rows(SUITE[0], ["yes", "no"]) + rows(SUITE[1], ["no"] * 4)
     merged = rows(SUITE[0], ["yes", "yes"]) + rows(SUITE[1], [None] * 4)
     difference = compared(base, merged)["difference"]
@@ -92,14 +94,14 @@ def test_the_difference_compares_prompts_that_both_models_have():
     assert difference["skills"]["counting"] is None
 
 
-def test_a_seed_that_one_model_lost_is_left_out_for_both():
+def test_a_seed_that_one_model_lost_is_left_out_for_both() -> None:
     base = rows(SUITE[0], ["no", "no"]) + rows(SUITE[0], ["yes", "yes"], seed=1)
     merged = rows(SUITE[0], ["yes", "yes"]) + rows(SUITE[0], [None, None], seed=1)
     difference = compared(base, merged)["difference"]
     assert (difference["mean"], difference["wins"]) == (1.0, 1)
 
 
-def test_every_model_is_tested_against_base_and_tables_are_corrected():
+def test_every_model_is_tested_against_base_and_tables_are_corrected() -> None:
     base = rows(SUITE[0], ["yes", "no"]) + rows(SUITE[1], ["no"] * 4)
     better = rows(SUITE[0], ["yes", "yes"]) + rows(SUITE[1], ["yes"] * 4)
     summary = compared(base, better, counting=base)
@@ -111,20 +113,20 @@ def test_every_model_is_tested_against_base_and_tables_are_corrected():
         assert row["p_bootstrap"] <= row["p_bootstrap_holm"] <= len(categories) * row["p_bootstrap"]
 
 
-def test_without_base_there_is_no_difference():
+def test_without_base_there_is_no_difference() -> None:
     summary = summarise({"merged": model_scores(rows(SUITE[0], ["yes", "no"]), "official")}, SUITE, CONFIG, 0, {})
     assert summary.difference is None
     assert summary.as_dict()["differences"] == {}
 
 
-def test_a_question_with_choices_counts_by_its_gold_answer():
+def test_a_question_with_choices_counts_by_its_gold_answer() -> None:
     answers = rows(SUITE[0], ["surfer", "swimmer"])
     for row in answers:
         row["gold"] = "surfer"
     assert figures(answers)["dsg"] == 0.5
 
 
-def test_a_table_has_a_row_for_each_image_and_null_where_there_is_no_score():
+def test_a_table_has_a_row_for_each_image_and_null_where_there_is_no_score() -> None:
     answers = rows(SUITE[0], ["yes", "no"]) + rows(SUITE[1], [None] * 4)
     for row in answers:
         row |= {"skill": "s", "prompt": "p", "judge": "j"}

@@ -1,11 +1,13 @@
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 
 @pytest.fixture(scope="package")
-def process_group(tmp_path_factory):
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Give this process a process group, as Ray Train gives a worker; one for all, as DeepSpeed keeps the first for good."""
     store = tmp_path_factory.mktemp("store") / "file"
     before = dict(os.environ)

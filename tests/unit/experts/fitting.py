@@ -1,5 +1,7 @@
 """Small jobs whose images are encoded, and their training in this process; a process group must be up."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -37,7 +39,7 @@ def encoded_job(folder: RunFolder, model: ModelConfig, name: str, config: Expert
     return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
 
 
-def fit(job: ExpertJob, stop_at: int | None = None, start_from: str | None = None, save_to: str | None = None):
+def fit(job: ExpertJob, stop_at: int | None = None, start_from: str | None = None, save_to: str | None = None) -> Any:
     """Train up to a step, from a checkpoint or from the start; leave a checkpoint or the adapter."""
     from selma_ray.experts.trainer import ExpertTrainer
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,16 +12,16 @@ from tests.unit.experts.rendered_images import write_failed_image, write_images
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "run"))
 
 
 @pytest.fixture
-def model(tiny_pipeline_dir):
+def model(tiny_pipeline_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(tiny_pipeline_dir))
 
 
-def test_a_cache_holds_the_training_images_that_were_rendered(folder, model):
+def test_a_cache_holds_the_training_images_that_were_rendered(folder: RunFolder, model: ModelConfig) -> None:
     train = write_images(folder, "counting", 3)
     write_images(folder, "counting", 2, split="dev")
     write_failed_image(folder, "counting")
@@ -28,7 +30,7 @@ def test_a_cache_holds_the_training_images_that_were_rendered(folder, model):
     assert cache.sources == ("images/skill=counting/part-0-train.parquet",)
 
 
-def test_the_key_changes_with_rows_and_precision_and_not_with_files(folder, model):
+def test_the_key_changes_with_rows_and_precision_and_not_with_files(folder: RunFolder, model: ModelConfig) -> None:
     write_images(folder, "counting", 3)
     key = skill_cache(folder, "counting", model).key
     assert key == skill_cache(folder, "counting", model).key
@@ -37,7 +39,7 @@ def test_the_key_changes_with_rows_and_precision_and_not_with_files(folder, mode
     assert key != skill_cache(folder, "counting", model).key
 
 
-def test_the_key_changes_when_the_model_is_retrained(folder, tmp_path):
+def test_the_key_changes_when_the_model_is_retrained(folder: RunFolder, tmp_path: Path) -> None:
     from tests.tiny_models import save_tiny_stable_diffusion
 
     write_images(folder, "counting", 1)
@@ -50,12 +52,12 @@ def test_the_key_changes_when_the_model_is_retrained(folder, tmp_path):
     assert len(keys) == 2
 
 
-def test_a_skill_without_images_is_refused(folder, model):
+def test_a_skill_without_images_is_refused(folder: RunFolder, model: ModelConfig) -> None:
     with pytest.raises(TrainingError, match="skill counting has no rendered training image"):
         skill_cache(folder, "counting", model)
 
 
-def test_encoding_writes_shards_that_a_trainer_reads(folder, model):
+def test_encoding_writes_shards_that_a_trainer_reads(folder: RunFolder, model: ModelConfig) -> None:
     ids = write_images(folder, "counting", 3) + write_images(folder, "counting", 2, shard=1)
     cache = skill_cache(folder, "counting", model)
     shards = [cache.shard(source) for source in cache.sources]

@@ -1,5 +1,7 @@
 import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def write_shard(folder: RunFolder, path: str, rows: dict[str, float]) -> None:
 
 @given(num_examples=counts, batch_size=counts, epochs=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_every_example_comes_once_an_epoch(num_examples, batch_size, epochs, seed):
+def test_every_example_comes_once_an_epoch(num_examples: Any, batch_size: Any, epochs: int, seed: int) -> None:
     steps = -(-num_examples * epochs // batch_size)
     drawn = [place for step in range(steps) for place in batch_positions(num_examples, batch_size, step, seed)]
     whole_epochs = drawn[: num_examples * epochs]
@@ -34,18 +36,18 @@ def test_every_example_comes_once_an_epoch(num_examples, batch_size, epochs, see
 
 @given(num_examples=counts, batch_size=counts, step=st.integers(0, 1000), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_a_batch_depends_on_seed_and_step_alone(num_examples, batch_size, step, seed):
+def test_a_batch_depends_on_seed_and_step_alone(num_examples: Any, batch_size: Any, step: int, seed: int) -> None:
     batch = batch_positions(num_examples, batch_size, step, seed)
     assert len(batch) == batch_size
     assert batch == batch_positions(num_examples, batch_size, step, seed)
 
 
-def test_seeds_and_epochs_have_orders_of_their_own():
+def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     assert batch_positions(100, 100, 0, seed=0) != batch_positions(100, 100, 0, seed=1)
     assert batch_positions(100, 100, 0, seed=0) != batch_positions(100, 100, 1, seed=0)
 
 
-def test_noise_is_the_same_however_a_batch_is_split():
+def test_noise_is_the_same_however_a_batch_is_split() -> None:
     whole = [torch.rand(1, generator=generator) for generator in example_generators(3, range(4), seed=5)]
     parts = [
         torch.rand(1, generator=generator)
@@ -56,7 +58,7 @@ def test_noise_is_the_same_however_a_batch_is_split():
     assert len(set(map(float, whole))) == 4
 
 
-def test_examples_are_ordered_by_id_over_shards_and_caches(tmp_path):
+def test_examples_are_ordered_by_id_over_shards_and_caches(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_shard(folder, "cache/k/one/0.safetensors", {"d": 4.0, "a": 1.0})
     write_shard(folder, "cache/k/two/0.safetensors", {"c": 3.0, "b": 2.0})
@@ -67,7 +69,7 @@ def test_examples_are_ordered_by_id_over_shards_and_caches(tmp_path):
     assert examples.batch([3, 0, 1])["latent_mean"].flatten().tolist() == [4.0, 1.0, 2.0]
 
 
-def test_a_truncated_shard_is_named(tmp_path):
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_shard(folder, "cache/k/one/0.safetensors", {"a": 1.0})
     folder.write_json({"shards": ["cache/k/one/0.safetensors"]}, "cache/k/one/index.json")
@@ -77,7 +79,7 @@ def test_a_truncated_shard_is_named(tmp_path):
         EncodedExamples(folder, ["cache/k/one"])
 
 
-def test_captions_are_dropped_at_the_asked_share_however_a_batch_is_split():
+def test_captions_are_dropped_at_the_asked_share_however_a_batch_is_split() -> None:
     assert dropped_captions(3, range(64), seed=5, share=0.0) == []
     dropped = [dropped_captions(step, range(64), seed=5, share=0.25) for step in range(64)]
     assert 0.2 < sum(map(len, dropped)) / 64**2 < 0.3
@@ -85,7 +87,7 @@ def test_captions_are_dropped_at_the_asked_share_however_a_batch_is_split():
     assert dropped[3] == halves[0] + [32 + row for row in halves[1]]
 
 
-def test_a_dropped_caption_is_replaced_and_nothing_else(tmp_path):
+def test_a_dropped_caption_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_shard(folder, "cache/k/one/0.safetensors", {"a": 1.0})
     folder.write_json({"shards": ["cache/k/one/0.safetensors"]}, "cache/k/one/index.json")

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -20,19 +21,19 @@ from selma_ray.experts.precision import deepspeed_config
         ({"lora": {"rank": 0}}, "lora.rank"),
     ],
 )
-def test_a_bad_setting_is_refused_in_one_line(settings, message):
+def test_a_bad_setting_is_refused_in_one_line(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         validate(ExpertsConfig, settings, "recipe.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_deepspeed_learns_how_the_batch_is_split():
+def test_deepspeed_learns_how_the_batch_is_split() -> None:
     config = deepspeed_config(ExpertsConfig(batch_size=16, workers_per_expert=2, micro_batch_size=4), "bf16")
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (16, 4)
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (True, False)
 
 
-def test_launching_loads_no_deep_learning_library():
+def test_launching_loads_no_deep_learning_library() -> None:
     code = "import sys, selma_ray.experts.launch; print([m for m in ('torch', 'diffusers', 'deepspeed', 'peft') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

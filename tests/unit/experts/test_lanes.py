@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ def jobs_named(names: str, path: str = "unused") -> list[ExpertJob]:
 
 
 @given(st.integers(0, 12), st.integers(1, 20))
-def test_every_expert_is_in_one_lane_and_no_lane_is_empty_or_long(experts, slots):
+def test_every_expert_is_in_one_lane_and_no_lane_is_empty_or_long(experts: int, slots: int) -> None:
     jobs = jobs_named("abcdefghijkl"[:experts])
     lanes = divide(jobs, slots)
     assert sorted(job.name for lane in lanes for job in lane.jobs) == [job.name for job in jobs]
@@ -23,14 +25,14 @@ def test_every_expert_is_in_one_lane_and_no_lane_is_empty_or_long(experts, slots
     assert not lengths or 1 <= min(lengths) <= max(lengths) <= min(lengths) + 1
 
 
-def test_checkpoints_belong_to_the_experts_of_a_lane_in_their_order():
+def test_checkpoints_belong_to_the_experts_of_a_lane_in_their_order() -> None:
     a, b, c = jobs_named("abc")
     assert Lane((a, b)).checkpoints == Lane(tuple(jobs_named("ab"))).checkpoints
     assert len({Lane(jobs).checkpoints for jobs in ((a,), (a, b), (b, a), (a, c))}) == 4
     assert Lane((b, a)).directory == "experts/b"
 
 
-def test_what_is_fitted_is_skipped(tmp_path):
+def test_what_is_fitted_is_skipped(tmp_path: Path) -> None:
     a, b, c = jobs_named("abc", str(tmp_path))
     lane = Lane((a, b, c))
     assert lane.unfitted() == (a, b, c)

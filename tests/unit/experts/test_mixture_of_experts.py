@@ -1,4 +1,6 @@
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +18,14 @@ CONFIG = BASE.model_copy(update={"steps": 3, "warmup_steps": 0, "schedule": "con
 
 
 @pytest.fixture(scope="module")
-def make_job(tiny_pipeline_dir, tmp_path_factory, process_group):
+def make_job(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory, process_group: Any) -> Any:
     """Two fitted experts, and a function that makes the job of their mixture."""
     folder, model = RunFolder(str(tmp_path_factory.mktemp("run"))), ModelConfig(name=str(tiny_pipeline_dir))
     experts = tuple(encoded_job(folder, model, name, CONFIG) for name in ("counting", "style"))
     for job in experts:
         fit(job)
 
-    def make(**changes):
+    def make(**changes: Any) -> Any:
         return dataclasses.replace(
             encoded_job(folder, model, "moe", CONFIG.model_copy(update=changes)), experts=experts
         )
@@ -31,7 +33,7 @@ def make_job(tiny_pipeline_dir, tmp_path_factory, process_group):
     return make
 
 
-def test_routers_are_fitted_and_experts_are_left_as_they_are(make_job):
+def test_routers_are_fitted_and_experts_are_left_as_they_are(make_job: Any) -> None:
     job = make_job()
     fit(job)
     weights = adapter(job)
@@ -43,7 +45,7 @@ def test_routers_are_fitted_and_experts_are_left_as_they_are(make_job):
     assert (config["peft_type"], config["experts"], config["ranks"]) == ("MOE_LORA", ["counting", "style"], [4, 4])
 
 
-def test_a_resumed_mixture_gives_the_bits_of_one_that_was_not_stopped(make_job, tmp_path):
+def test_a_resumed_mixture_gives_the_bits_of_one_that_was_not_stopped(make_job: Any, tmp_path: Path) -> None:
     job = make_job()
     fit(job)
     weights = adapter(job)
@@ -53,7 +55,7 @@ def test_a_resumed_mixture_gives_the_bits_of_one_that_was_not_stopped(make_job, 
 
 
 @pytest.mark.parametrize("change", [{"zero_stage": 3}, {"gradient_checkpointing": True}])
-def test_zero_and_recomputation_do_not_change_the_routers(make_job, change):
+def test_zero_and_recomputation_do_not_change_the_routers(make_job: Any, change: Any) -> None:
     job = make_job()
     fit(job)
     weights = adapter(job)
@@ -63,14 +65,14 @@ def test_zero_and_recomputation_do_not_change_the_routers(make_job, change):
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_mixture_s_key_changes_with_its_experts(make_job):
+def test_a_mixture_s_key_changes_with_its_experts(make_job: Any) -> None:
     job = make_job()
     other = dataclasses.replace(job.experts[0], seed=1)
     assert dataclasses.replace(job, experts=(other, job.experts[1])).key != job.key
     assert dataclasses.replace(job, experts=()).key != job.key
 
 
-def test_the_recipe_s_mixture_learns_from_all_skills_by_its_own_settings():
+def test_the_recipe_s_mixture_learns_from_all_skills_by_its_own_settings() -> None:
     config = ExpertsConfig(steps=100, moe=MoeConfig(steps=7))
     *experts, mixture = plan_experts(["counting", "style"], config)
     assert [each.experts for each in experts] == [(), ()]
@@ -78,6 +80,6 @@ def test_the_recipe_s_mixture_learns_from_all_skills_by_its_own_settings():
     assert (mixture.config.steps, mixture.config.learning_rate) == (7, 1e-5)
 
 
-def test_a_mixture_of_experts_fitted_to_preferences_is_refused():
+def test_a_mixture_of_experts_fitted_to_preferences_is_refused() -> None:
     with pytest.raises(ConfigError, match="moe is fitted by denoising alone and must be left out with dpo"):
         validate(ExpertsConfig, {"dpo": {}, "moe": {}}, "recipe.yaml")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from selma_ray.adapters.config import LoraSettings
@@ -9,7 +11,7 @@ from selma_ray.experts.plan import plan_experts
 CONFIG = ExpertsConfig(lora=LoraSettings(rank=16, alpha=8), steps=100)
 
 
-def test_every_skill_has_an_expert():
+def test_every_skill_has_an_expert() -> None:
     planned = plan_experts(["counting", "style"], CONFIG)
     assert [(expert.name, expert.skills, expert.config) for expert in planned] == [
         ("counting", ("counting",), CONFIG),
@@ -17,7 +19,7 @@ def test_every_skill_has_an_expert():
     ]
 
 
-def test_mixed_loras_learn_from_all_skills_at_their_own_rank_and_the_same_scale():
+def test_mixed_loras_learn_from_all_skills_at_their_own_rank_and_the_same_scale() -> None:
     config = CONFIG.model_copy(update={"mixed": MixedConfig(ranks=(16, 80), steps=500)})
     mixed = plan_experts(["counting", "style"], config)[2:]
     assert [(expert.name, expert.skills) for expert in mixed] == [
@@ -31,6 +33,6 @@ def test_mixed_loras_learn_from_all_skills_at_their_own_rank_and_the_same_scale(
 
 
 @pytest.mark.parametrize("ranks", [[], [0], [4, 4]])
-def test_bad_ranks_are_refused(ranks):
+def test_bad_ranks_are_refused(ranks: Any) -> None:
     with pytest.raises(ConfigError, match=r"mixed\.ranks"):
         validate(ExpertsConfig, {"mixed": {"ranks": ranks}}, "recipe.yaml")

@@ -1,5 +1,7 @@
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,12 +34,12 @@ DPO = BASE.model_copy(
 
 
 @pytest.fixture(scope="module")
-def model(tiny_pipeline_dir):
+def model(tiny_pipeline_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(tiny_pipeline_dir))
 
 
 @pytest.fixture(scope="module")
-def make_job(model, tmp_path_factory):
+def make_job(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
     write_scored_images(folder, "counting", SCORES)
     return lambda **changes: encoded_job(folder, model, "counting", DPO.model_copy(update=changes))
@@ -47,7 +49,7 @@ def row(row_id: str, prompt: str, score: float | None, split: str = "rejected", 
     return {"id": row_id, "prompt": prompt, "score": score, "split": split, "error": error}
 
 
-def test_the_best_image_of_a_prompt_is_paired_with_its_worst():
+def test_the_best_image_of_a_prompt_is_paired_with_its_worst() -> None:
     rows = [
         row("3", "cat", 0.9, "train"), row("1", "cat", 0.1), row("2", "cat", 0.5),
         row("4", "dog", 0.2), row("5", "dog", 0.8, "train"), row("6", "dog", 0.2),
@@ -56,7 +58,7 @@ def test_the_best_image_of_a_prompt_is_paired_with_its_worst():
     assert preference_pairs(reversed(rows)) == [("3", "1"), ("5", "4")]
 
 
-def test_what_says_no_preference_makes_no_pair():
+def test_what_says_no_preference_makes_no_pair() -> None:
     rows = [
         row("1", "equal", 0.5, "train"), row("2", "equal", 0.5),
         row("3", "none chosen", 0.1), row("4", "none chosen", 0.2),
@@ -66,7 +68,7 @@ def test_what_says_no_preference_makes_no_pair():
     assert preference_pairs(rows) == []
 
 
-def test_the_loss_is_that_of_its_formula():
+def test_the_loss_is_that_of_its_formula() -> None:
     errors, base = [0.50, 0.30, 0.70, 0.20], [0.51, 0.30, 0.69, 0.25]
     margins = [(base[n] - errors[n]) - (base[2 + n] - errors[2 + n]) for n in range(2)]
     expected = sum(-math.log(1 / (1 + math.exp(-BETA / 2 * margin))) for margin in margins) / 2
@@ -75,7 +77,7 @@ def test_the_loss_is_that_of_its_formula():
     assert preferred.item() == 0.5
 
 
-def squared_error(unet, example, seed: int, scale: float) -> torch.Tensor:
+def squared_error(unet: Any, example: Any, seed: int, scale: float) -> torch.Tensor:
     """The error of predicting the noise of one example (2006.11239, equation 14), computed without the family's code."""
     draw = torch.Generator().manual_seed(seed)
     latents = (example["latent_mean"] + example["latent_std"] * torch.randn(1, 4, 16, 16, generator=draw)[0]) * scale
@@ -88,7 +90,9 @@ def squared_error(unet, example, seed: int, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_step_s_loss_compares_the_fitted_denoiser_with_the_base_on_both_images(make_job, model):
+def test_a_step_s_loss_compares_the_fitted_denoiser_with_the_base_on_both_images(
+    make_job: Any, model: ModelConfig
+) -> None:
     from selma_ray.experts.examples import EncodedExamples, batch_positions
     from selma_ray.records import seed_of
 
@@ -116,7 +120,7 @@ def test_a_step_s_loss_compares_the_fitted_denoiser_with_the_base_on_both_images
 
 
 @pytest.mark.usefixtures("process_group")
-def test_fitting_comes_to_prefer_the_chosen_images(model, tmp_path):
+def test_fitting_comes_to_prefer_the_chosen_images(model: ModelConfig, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_opposite_pairs(folder, "cache/key/counting", count=4)
     config = DPO.model_copy(update={"steps": 16, "learning_rate": 3e-3})
@@ -146,7 +150,7 @@ def write_opposite_pairs(folder: RunFolder, directory: str, count: int) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_resumed_fit_gives_the_bits_of_one_that_was_not_stopped(make_job, tmp_path):
+def test_a_resumed_fit_gives_the_bits_of_one_that_was_not_stopped(make_job: Any, tmp_path: Path) -> None:
     job = make_job()
     fit(job)
     weights, curve = adapter(job), job.folder.read_json(job.directory, "curve.json")
@@ -158,7 +162,7 @@ def test_a_resumed_fit_gives_the_bits_of_one_that_was_not_stopped(make_job, tmp_
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("change", [{"zero_stage": 0}, {"zero_stage": 3}, {"micro_batch_size": 2}])
-def test_zero_stages_and_accumulation_do_not_change_the_result(make_job, change):
+def test_zero_stages_and_accumulation_do_not_change_the_result(make_job: Any, change: Any) -> None:
     job = make_job()
     fit(job)
     weights = adapter(job)
@@ -169,14 +173,14 @@ def test_zero_stages_and_accumulation_do_not_change_the_result(make_job, change)
 
 
 @pytest.mark.usefixtures("process_group")
-def test_bf16_and_dropped_captions_fit_too(make_job):
+def test_bf16_and_dropped_captions_fit_too(make_job: Any) -> None:
     job = make_job(precision="bf16", caption_dropout=0.5, gradient_checkpointing=True, steps=3)
     fit(job)
     assert all(torch.isfinite(tensor).all() for tensor in adapter(job).values())
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter(job).items() if "lora_B" in name)
 
 
-def test_a_cache_of_pairs_holds_both_images_of_each_and_nothing_else(model, tmp_path):
+def test_a_cache_of_pairs_holds_both_images_of_each_and_nothing_else(model: ModelConfig, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_scored_images(folder, "counting", SCORES)
     cache = skill_cache(folder, "counting", model, in_pairs=True)
@@ -190,7 +194,7 @@ def test_a_cache_of_pairs_holds_both_images_of_each_and_nothing_else(model, tmp_
     assert cache.key != skill_cache(folder, "counting", model).key
 
 
-def test_images_without_preferences_are_refused(model, tmp_path):
+def test_images_without_preferences_are_refused(model: ModelConfig, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_images(folder, "counting", 2)
     write_failed_image(folder, "counting")
@@ -211,7 +215,7 @@ CHOICE = {"judge": "miniature"}
         ({"per_prompt": 2, "selection": CHOICE}, {"images": "ground_truth"}),
     ],
 )
-def test_a_recipe_that_makes_no_pairs_is_refused(images, data):
+def test_a_recipe_that_makes_no_pairs_is_refused(images: Any, data: Any) -> None:
     whole = {"run_dir": "runs/x", "skills": ["coco"], "experts": {"dpo": {}}, "images": images, "data": data}
     with pytest.raises(
         ConfigError, match=r"experts.dpo needs scored images to make pairs of: .* got images.selection="
@@ -220,7 +224,7 @@ def test_a_recipe_that_makes_no_pairs_is_refused(images, data):
     assert "\n" not in str(error.value)
 
 
-def test_settings_that_do_not_fit_are_refused():
+def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="min_snr_gamma must be left out with dpo, got 5"):
         validate(ExpertsConfig, {"dpo": {}, "min_snr_gamma": 5}, "recipe.yaml")
     with pytest.raises(ConfigError, match=r"dpo\.beta"):

@@ -1,4 +1,6 @@
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ SELECTION = CheckpointChoiceConfig(every_steps=2)
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path: Path) -> ExpertJob:
     config = ExpertsConfig(steps=6, selection=SELECTION)
     return ExpertJob("counting", RunFolder(str(tmp_path)), (), (), ModelConfig(), config, 0, ("counting",))
 
@@ -33,7 +35,7 @@ def leave_result(job: ExpertJob) -> None:
 @pytest.mark.parametrize(
     ("scores", "best"), [({2: 0.5, 4: 0.75, 6: 0.6}, 4), ({2: 0.5, 4: 0.7, 6: 0.7}, 4), ({2: 0.1, 4: 0.2, 6: 0.3}, 6)]
 )
-def test_the_best_score_is_kept_and_of_equal_ones_the_earliest(job, scores, best):
+def test_the_best_score_is_kept_and_of_equal_ones_the_earliest(job: ExpertJob, scores: Any, best: int) -> None:
     leave_candidates(job, scores)
     leave_result(job)
     choose_adapter(job)
@@ -46,7 +48,7 @@ def test_the_best_score_is_kept_and_of_equal_ones_the_earliest(job, scores, best
     assert not job.folder.exists(job.candidates)
 
 
-def test_training_is_over_when_every_adapter_and_the_result_are_there(job):
+def test_training_is_over_when_every_adapter_and_the_result_are_there(job: ExpertJob) -> None:
     leave_candidates(job, {2: 0.5, 4: 0.6})
     leave_result(job)
     assert not is_fitted(job)
@@ -55,8 +57,8 @@ def test_training_is_over_when_every_adapter_and_the_result_are_there(job):
     assert finished_result(job) is None
 
 
-def test_nothing_waits_where_no_adapter_was_left_or_all_are_scored(job):
-    def score(adapter_dir, skills):
+def test_nothing_waits_where_no_adapter_was_left_or_all_are_scored(job: ExpertJob) -> None:
+    def score(adapter_dir: Any, skills: Any) -> None:
         pytest.fail("must not be called")
 
     assert CandidateScores([job], SELECTION, score, ClusterConfig()).is_idle
@@ -74,36 +76,36 @@ class FakeRay:
     def __init__(self) -> None:
         self.started: dict[str, tuple] = {}
 
-    def remote(self, function):
+    def remote(self, function: Any) -> Any:
         return self
 
-    def options(self, **resources):
+    def options(self, **resources: Any) -> SimpleNamespace:
         self.resources = resources
         return SimpleNamespace(remote=self._start)
 
-    def _start(self, score, job, step, num_gpus):
+    def _start(self, score: Any, job: Any, step: Any, num_gpus: Any) -> str:
         assert num_gpus == self.resources["num_gpus"]
         self.started[f"{job.name} {step}"] = (score, job, step)
         return f"{job.name} {step}"
 
-    def wait(self, references, num_returns, timeout):
+    def wait(self, references: Any, num_returns: Any, timeout: Any) -> Any:
         assert timeout == 0
         return references[:num_returns], []
 
-    def get(self, reference):
+    def get(self, reference: Any) -> Any:
         score, job, step = self.started[reference]
         return score(job.candidate(step), job.skills)
 
 
 @pytest.fixture
-def fake_ray(monkeypatch):
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = FakeRay()
     for name in ("remote", "wait", "get"):
         monkeypatch.setattr(f"ray.{name}", getattr(fake, name))
     return fake
 
 
-def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job, fake_ray):
+def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job: ExpertJob, fake_ray: Any) -> None:
     scores = CandidateScores([job], SELECTION, lambda directory, skills: {"dsg": 0.5, "images": 3}, ClusterConfig())
     scores.poll()
     assert fake_ray.started == {}
@@ -121,8 +123,10 @@ def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job, fake_r
     assert job.folder.read_json(f"{job.candidate(4)}.json") == {"step": 4, "dsg": 0.5, "images": 3}
 
 
-def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_left_alone(job, fake_ray):
-    def broken(directory, skills):
+def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_left_alone(
+    job: ExpertJob, fake_ray: Any
+) -> None:
+    def broken(directory: Any, skills: Any) -> None:
         raise RuntimeError("no judge")
 
     leave_candidates(job, {2: 0.0, 4: 0.0})
@@ -136,6 +140,6 @@ def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_le
     assert list(fake_ray.started) == ["counting 2"]
 
 
-def test_a_choice_without_a_scorer_is_our_own_fault(job):
+def test_a_choice_without_a_scorer_is_our_own_fault(job: ExpertJob) -> None:
     with pytest.raises(ValueError, match="needs a scorer"):
         CandidateScores([job], SELECTION, None, ClusterConfig())

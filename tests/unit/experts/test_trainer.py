@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,24 +21,24 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
-def make_job(tiny_pipeline_dir, tmp_path_factory):
+def make_job(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
     model = ModelConfig(name=str(tiny_pipeline_dir))
 
-    def make(name: str, **changes) -> ExpertJob:
+    def make(name: str, **changes: Any) -> ExpertJob:
         return encoded_job(folder, model, name, BASE.model_copy(update=changes))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(make_job):
+def uninterrupted(make_job: Any) -> Any:
     job = make_job("counting")
     fit(job)
     return job, adapter(job)
 
 
-def test_export_holds_what_a_reader_needs(uninterrupted):
+def test_export_holds_what_a_reader_needs(uninterrupted: Any) -> None:
     job, weights = uninterrupted
     curve = job.folder.read_json(job.directory, "curve.json")
     result = finished_result(job)
@@ -47,20 +49,22 @@ def test_export_holds_what_a_reader_needs(uninterrupted):
     assert (result.loss, result.steps, result.examples, result.precision) == (curve[-1]["loss"], 6, 7, "fp32")
 
 
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine(uninterrupted):
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(uninterrupted: Any) -> None:
     job, _ = uninterrupted
     rates = [row["learning_rate"] for row in job.folder.read_json(job.directory, "curve.json")]
     expected = [0.0, 0.5, 1.0, *(0.5 * (1 + np.cos(np.pi * done / 4)) for done in (1, 2, 3))]
     np.testing.assert_allclose(rates, 5e-3 * np.array(expected), rtol=1e-6)
 
 
-def test_the_same_job_gives_the_same_bits(make_job, uninterrupted):
+def test_the_same_job_gives_the_same_bits(make_job: Any, uninterrupted: Any) -> None:
     job, weights = uninterrupted
     fit(job)
     assert_same_bits(adapter(job), weights)
 
 
-def test_a_resumed_job_gives_the_bits_of_one_that_was_not_stopped(make_job, uninterrupted, tmp_path):
+def test_a_resumed_job_gives_the_bits_of_one_that_was_not_stopped(
+    make_job: Any, uninterrupted: Any, tmp_path: Path
+) -> None:
     job, weights = uninterrupted
     whole_curve = job.folder.read_json(job.directory, "curve.json")
     fit(job, stop_at=3, save_to=str(tmp_path))
@@ -69,7 +73,7 @@ def test_a_resumed_job_gives_the_bits_of_one_that_was_not_stopped(make_job, unin
     assert job.folder.read_json(job.directory, "curve.json") == whole_curve
 
 
-def test_a_checkpoint_leaves_the_frozen_weights_out(make_job, uninterrupted, tmp_path):
+def test_a_checkpoint_leaves_the_frozen_weights_out(make_job: Any, uninterrupted: Any, tmp_path: Path) -> None:
     job, _ = uninterrupted
     trainer = fit(job, stop_at=1, save_to=str(tmp_path))
     frozen_bytes = sum(
@@ -78,7 +82,7 @@ def test_a_checkpoint_leaves_the_frozen_weights_out(make_job, uninterrupted, tmp
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < frozen_bytes
 
 
-def test_experts_learn_different_things_from_different_names(make_job, uninterrupted):
+def test_experts_learn_different_things_from_different_names(make_job: Any, uninterrupted: Any) -> None:
     other = make_job("style")
     fit(other)
     name = next(name for name in adapter(other) if "lora_B" in name)
@@ -95,7 +99,9 @@ def test_experts_learn_different_things_from_different_names(make_job, uninterru
         {"gradient_checkpointing": True},
     ],
 )
-def test_zero_stages_accumulation_and_recomputation_do_not_change_the_result(make_job, uninterrupted, change):
+def test_zero_stages_accumulation_and_recomputation_do_not_change_the_result(
+    make_job: Any, uninterrupted: Any, change: Any
+) -> None:
     job = make_job("counting", **change)
     fit(job)
     for name, tensor in adapter(job).items():
@@ -103,7 +109,7 @@ def test_zero_stages_accumulation_and_recomputation_do_not_change_the_result(mak
 
 
 @pytest.mark.parametrize("change", [{"min_snr_gamma": 1.0}, {"caption_dropout": 0.5}])
-def test_weighting_and_dropout_change_the_result(make_job, uninterrupted, change):
+def test_weighting_and_dropout_change_the_result(make_job: Any, uninterrupted: Any, change: Any) -> None:
     job = make_job("counting", **change)
     fit(job)
     assert any(
@@ -112,7 +118,7 @@ def test_weighting_and_dropout_change_the_result(make_job, uninterrupted, change
     )
 
 
-def test_candidates_are_left_to_choose_from_and_no_expert_yet(make_job):
+def test_candidates_are_left_to_choose_from_and_no_expert_yet(make_job: Any) -> None:
     from selma_ray.experts.trainer import ExpertTrainer
 
     job = make_job("chosen", steps=4, selection=CheckpointChoiceConfig(every_steps=2))
@@ -132,7 +138,7 @@ def test_candidates_are_left_to_choose_from_and_no_expert_yet(make_job):
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_bf16_keeps_its_weights_in_fp32(make_job, zero_stage):
+def test_bf16_keeps_its_weights_in_fp32(make_job: Any, zero_stage: int) -> None:
     job = make_job("counting", precision="bf16", zero_stage=zero_stage)
     fit(job)
     weights = adapter(job)
@@ -140,14 +146,14 @@ def test_bf16_keeps_its_weights_in_fp32(make_job, zero_stage):
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_remedy(make_job):
+def test_a_loss_that_is_not_finite_stops_with_the_remedy(make_job: Any) -> None:
     with pytest.raises(
         TrainingError, match=r"loss of expert counting must be finite, got nan .* lower experts.learning_rate"
     ):
         fit(make_job("counting", learning_rate=1e30, warmup_steps=0))
 
 
-def test_the_adapter_folder_is_peft_s(uninterrupted):
+def test_the_adapter_folder_is_peft_s(uninterrupted: Any) -> None:
     job, weights = uninterrupted
     config = json.loads(job.folder.read_bytes(job.directory, "adapter_config.json"))
     assert config["peft_type"] == "LORA"
@@ -158,7 +164,9 @@ def test_the_adapter_folder_is_peft_s(uninterrupted):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("save", [save_tiny_sdxl, save_tiny_sd3, save_tiny_flux], ids=["sdxl", "sd3", "flux"])
-def test_every_family_is_fitted_with_dropout_and_recomputation(save, precision, tiny_pipeline_dir, tmp_path):
+def test_every_family_is_fitted_with_dropout_and_recomputation(
+    save: Any, precision: str, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
     save(tmp_path / "model", tiny_pipeline_dir)
     config = BASE.model_copy(
         update={"steps": 3, "precision": precision, "gradient_checkpointing": True, "caption_dropout": 0.5}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
@@ -37,7 +38,7 @@ print(json.dumps({"training": training, "frozen": frozen, "bytes": sum(storages.
 """
 
 
-def test_a_trainer_holds_the_denoiser_alone(tiny_pipeline_dir, tmp_path):
+def test_a_trainer_holds_the_denoiser_alone(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     import pickle
 
     model = ModelConfig(name=str(tiny_pipeline_dir))

@@ -1,5 +1,8 @@
 """Choosing among images that were rendered before, without Ray."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from selma_ray.images.choosing import ChooseImages
@@ -15,15 +18,17 @@ COLOURS = {(255, 0, 0): "red", (0, 255, 0): "lime", (0, 0, 255): "blue"}
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
-def candidate(id_: str, prompt: str, index: int, colour: str = "red", error: str | None = None, skill: str = "one"):
+def candidate(
+    id_: str, prompt: str, index: int, colour: str = "red", error: str | None = None, skill: str = "one"
+) -> Any:
     return {**row(id_, skill, error, colour), "prompt": prompt, "image_index": index}
 
 
-def open_scorer():
+def open_scorer() -> Any:
     return lambda images, prompts: [SCORES[COLOURS[image.getpixel((0, 0))]] for image in images]
 
 
@@ -36,7 +41,7 @@ def choose(folder: RunFolder) -> None:
     ChooseImages(folder, CONFIG, open_scorer)({"path": candidate_shards(folder)})
 
 
-def test_the_best_image_of_each_prompt_is_chosen_and_the_others_are_kept_with_their_scores(folder):
+def test_the_best_image_of_each_prompt_is_chosen_and_the_others_are_kept_with_their_scores(folder: RunFolder) -> None:
     write(folder, table(
         candidate("a0", "a", 0), candidate("a1", "a", 1, "lime"), candidate("b0", "b", 0, "blue"),
         candidate("c0", "c", 0, skill="two"),
@@ -50,7 +55,7 @@ def test_the_best_image_of_each_prompt_is_chosen_and_the_others_are_kept_with_th
     assert candidate_shards(folder) == []
 
 
-def test_the_images_of_a_prompt_are_found_together_however_their_rows_came(folder):
+def test_the_images_of_a_prompt_are_found_together_however_their_rows_came(folder: RunFolder) -> None:
     write(folder, table(candidate("a0", "a", 0), candidate("b0", "b", 0), candidate("a1", "a", 1, "lime")))
     choose(folder)
     assert {id_: split for id_, (split, _) in chosen(folder).items()} == {
@@ -60,7 +65,7 @@ def test_the_images_of_a_prompt_are_found_together_however_their_rows_came(folde
     }
 
 
-def test_a_failed_image_is_rejected_beside_others_and_a_failure_where_it_is_alone(folder):
+def test_a_failed_image_is_rejected_beside_others_and_a_failure_where_it_is_alone(folder: RunFolder) -> None:
     lost = "ValueError: no"
     write(folder, table(
         candidate("a0", "a", 0, error=lost), candidate("a1", "a", 1), candidate("b0", "b", 0, error=lost),
@@ -70,7 +75,7 @@ def test_a_failed_image_is_rejected_beside_others_and_a_failure_where_it_is_alon
     assert chosen(folder) == {"a0": ("rejected", None), "a1": ("train", 0.2)}
 
 
-def test_a_stage_that_was_killed_while_it_chose_goes_on_with_the_same_rows(folder):
+def test_a_stage_that_was_killed_while_it_chose_goes_on_with_the_same_rows(folder: RunFolder) -> None:
     rows = table(candidate("a0", "a", 0), candidate("a1", "a", 1, "lime"))
     write(folder, rows)
     choose(folder)
@@ -81,7 +86,7 @@ def test_a_stage_that_was_killed_while_it_chose_goes_on_with_the_same_rows(folde
     assert len(folder.files("images", suffix=".parquet")) == 1
 
 
-def test_rendered_rows_wait_for_the_judge_where_images_are_chosen_later(folder):
+def test_rendered_rows_wait_for_the_judge_where_images_are_chosen_later(folder: RunFolder) -> None:
     rendered = table({**candidate("a0", "a", 0), "seconds": 0.1, "batch": "key", "again": False})
     WriteImages(folder, unjudged=True)(rendered)
     assert len(candidate_shards(folder)) == 1

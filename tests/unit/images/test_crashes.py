@@ -1,5 +1,8 @@
 """A run that is killed at any one of its writes, and started again, ends as one that is not."""
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
@@ -34,13 +37,13 @@ class MortalFolder(RunFolder):
         self.changes = 0
         self._kill_at = kill_at
 
-    def write_bytes(self, content, *parts: str) -> None:
+    def write_bytes(self, content: Any, *parts: str) -> None:
         self._change(lambda: super(MortalFolder, self).write_bytes(content, *parts))
 
     def delete(self, *parts: str) -> None:
         self._change(lambda: super(MortalFolder, self).delete(*parts))
 
-    def _change(self, make) -> None:
+    def _change(self, make: Any) -> None:
         self.changes += 1
         if self.changes - 0.5 == self._kill_at:
             raise KilledError
@@ -66,11 +69,11 @@ def ids(folder: RunFolder) -> list[str]:
 
 
 @pytest.fixture
-def model(tiny_pipeline_dir) -> ModelConfig:
+def model(tiny_pipeline_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(tiny_pipeline_dir))
 
 
-def test_a_kill_at_any_write_costs_at_most_the_batch_in_flight(tmp_path, model):
+def test_a_kill_at_any_write_costs_at_most_the_batch_in_flight(tmp_path: Path, model: ModelConfig) -> None:
     undisturbed = MortalFolder(str(tmp_path / "undisturbed"), kill_at=-1)
     run(undisturbed, model)
     expected = ids(undisturbed)

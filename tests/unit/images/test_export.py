@@ -1,5 +1,6 @@
 import io
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -22,7 +23,7 @@ SKILLS = ["one", "two"]
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     """Return a run with three training images, a rejected and a failed one."""
     folder = RunFolder(str(tmp_path / "run"))
     rows = [row("b", colour="blue"), row("a"), row("c", "two", colour="lime"), row("r", split="rejected")]
@@ -32,16 +33,16 @@ def folder(tmp_path) -> RunFolder:
 
 
 @pytest.fixture
-def card(folder, tiny_pipeline_dir) -> str:
+def card(folder: RunFolder, tiny_pipeline_dir: Path) -> str:
     return card_text(folder, SKILLS, ImagesConfig(license="mit"), ModelConfig(name=str(tiny_pipeline_dir)), "some-llm")
 
 
 @pytest.fixture
-def target(tmp_path) -> RunFolder:
+def target(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "out"))
 
 
-def test_an_imagefolder_is_opened_by_datasets(folder, target, card, tmp_path):
+def test_an_imagefolder_is_opened_by_datasets(folder: RunFolder, target: RunFolder, card: str, tmp_path: Path) -> None:
     assert export_images(folder, SKILLS, "imagefolder", target, card) == 3
     opened = datasets.load_dataset("imagefolder", data_dir=target.uri, split="train", cache_dir=str(tmp_path / "cache"))
     by_id = {entry["id"]: entry for entry in opened}
@@ -50,7 +51,9 @@ def test_an_imagefolder_is_opened_by_datasets(folder, target, card, tmp_path):
     assert (by_id["c"]["prompt"], by_id["c"]["skill"], by_id["c"]["seed"]) == ("prompt of c", "two", 7)
 
 
-def test_a_webdataset_is_opened_by_webdataset_and_by_datasets(folder, target, card, tmp_path):
+def test_a_webdataset_is_opened_by_webdataset_and_by_datasets(
+    folder: RunFolder, target: RunFolder, card: str, tmp_path: Path
+) -> None:
     assert export_images(folder, SKILLS, "webdataset", target, card) == 3
     shard = target.path("train-000000.tar")
     samples = list(webdataset.WebDataset(shard, shardshuffle=False).decode("pil"))
@@ -63,7 +66,9 @@ def test_a_webdataset_is_opened_by_webdataset_and_by_datasets(folder, target, ca
 
 
 @pytest.mark.parametrize(("limit", "value"), [("_SAMPLES_PER_SHARD", 2), ("_BYTES_PER_SHARD", 100)])
-def test_large_webdatasets_are_several_shards(folder, target, card, monkeypatch, limit, value):
+def test_large_webdatasets_are_several_shards(
+    folder: RunFolder, target: RunFolder, card: str, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
     monkeypatch.setattr(export, limit, value)
     assert export_images(folder, SKILLS, "webdataset", target, card) == 3
     shards = [target.path(path) for path in target.files(suffix=".tar")]
@@ -71,7 +76,7 @@ def test_large_webdatasets_are_several_shards(folder, target, card, monkeypatch,
     assert [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)] == ["a", "b", "c"]
 
 
-def test_the_same_images_make_the_same_bytes(folder, tmp_path, card):
+def test_the_same_images_make_the_same_bytes(folder: RunFolder, tmp_path: Path, card: str) -> None:
     targets = [RunFolder(str(tmp_path / name)) for name in ("first", "second")]
     for target in targets:
         export_images(folder, SKILLS, "webdataset", target, card)
@@ -79,7 +84,9 @@ def test_the_same_images_make_the_same_bytes(folder, tmp_path, card):
     assert first == second
 
 
-def test_what_cannot_be_exported_is_one_line_and_writes_nothing(folder, target, card, tmp_path):
+def test_what_cannot_be_exported_is_one_line_and_writes_nothing(
+    folder: RunFolder, target: RunFolder, card: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="--to must be one of imagefolder, webdataset, got 'zip'"):
         export_images(folder, SKILLS, "zip", target, card)
     with pytest.raises(ConfigError, match="holds no image of split 'train' to export"):
@@ -91,14 +98,16 @@ def test_what_cannot_be_exported_is_one_line_and_writes_nothing(folder, target, 
     assert target.files() == ["notes.txt"]
 
 
-def test_the_shards_and_their_card_are_opened_as_one_folder(folder, tiny_pipeline_dir, tmp_path):
+def test_the_shards_and_their_card_are_opened_as_one_folder(
+    folder: RunFolder, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
     write_card(folder, SKILLS, ImagesConfig(license="mit"), ModelConfig(name=str(tiny_pipeline_dir)), "some-llm")
     opened = datasets.load_dataset(folder.path("images"), split="train", cache_dir=str(tmp_path / "cache"))
     assert sorted(opened["id"]) == ["a", "b", "c", "r"]
     assert isinstance(opened.features["image"], datasets.Image)
 
 
-def test_the_card_says_what_the_images_are(card):
+def test_the_card_says_what_the_images_are(card: str) -> None:
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "mit"
     assert header["size_categories"] == ["n<1K"]
@@ -108,7 +117,7 @@ def test_the_card_says_what_the_images_are(card):
     assert "some-llm" in card
 
 
-def test_a_contact_sheet_shows_random_images_of_every_skill(folder):
+def test_a_contact_sheet_shows_random_images_of_every_skill(folder: RunFolder) -> None:
     page = contact_sheet(folder, SKILLS, per_skill=2, seed=0, suffix=".html").decode()
     assert page.count("<img") == 3
     assert "prompt of c" in page
@@ -119,7 +128,7 @@ def test_a_contact_sheet_shows_random_images_of_every_skill(folder):
     assert chosen == [json.dumps([each["id"] for each in random_rows(folder, "one", 2, seed)]) for seed in range(8)]
 
 
-def test_a_contact_sheet_of_nothing_or_of_another_kind_is_refused(folder, tmp_path):
+def test_a_contact_sheet_of_nothing_or_of_another_kind_is_refused(folder: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be named .html or .png, got '.gif'"):
         contact_sheet(folder, SKILLS, 2, 0, ".gif")
     with pytest.raises(ConfigError, match="holds no image yet"):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
@@ -8,7 +10,7 @@ from selma_ray.records import PROMPT_SCHEMA
 
 
 @pytest.fixture
-def model(tiny_pipeline_dir) -> ModelConfig:
+def model(tiny_pipeline_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(tiny_pipeline_dir))
 
 
@@ -19,7 +21,7 @@ def prompts(*texts: str, split: str = "train") -> pa.Table:
     return pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA)
 
 
-def test_each_image_of_a_prompt_has_its_own_id_and_seed(model):
+def test_each_image_of_a_prompt_has_its_own_id_and_seed(model: ModelConfig) -> None:
     planned = PlanImages(ImagesConfig(per_prompt=3), model, 0)(prompts("a cat", "a dog"))
     assert planned.schema == PLAN_SCHEMA
     assert planned["prompt"].to_pylist() == ["a cat"] * 3 + ["a dog"] * 3
@@ -27,13 +29,13 @@ def test_each_image_of_a_prompt_has_its_own_id_and_seed(model):
     assert len(set(planned["id"].to_pylist())) == len(set(planned["seed"].to_pylist())) == 6
 
 
-def test_ids_and_seeds_do_not_depend_on_the_block(model):
+def test_ids_and_seeds_do_not_depend_on_the_block(model: ModelConfig) -> None:
     plan = PlanImages(ImagesConfig(), model, 0)
     together = plan(prompts("a cat", "a dog")).to_pylist()
     assert plan(prompts("a dog")).to_pylist() == [row for row in together if row["prompt"] == "a dog"]
 
 
-def test_ids_depend_on_all_that_the_image_depends_on(model):
+def test_ids_depend_on_all_that_the_image_depends_on(model: ModelConfig) -> None:
     def ids(config: ImagesConfig, model: ModelConfig, seed: int = 0) -> str:
         return PlanImages(config, model, seed)(prompts("a cat"))["id"][0].as_py()
 
@@ -50,11 +52,11 @@ def test_ids_depend_on_all_that_the_image_depends_on(model):
     assert ids(ImagesConfig(batch_size=3, max_renderers=4), model) == variants[0]
 
 
-def test_only_training_prompts_are_rendered(model):
+def test_only_training_prompts_are_rendered(model: ModelConfig) -> None:
     assert PlanImages(ImagesConfig(), model, 0)(prompts("a cat", split="dev")).num_rows == 0
 
 
-def test_finished_images_are_left_out(model):
+def test_finished_images_are_left_out(model: ModelConfig) -> None:
     config = ImagesConfig(per_prompt=2)
     first, second = PlanImages(config, model, 0)(prompts("a cat"))["id"].to_pylist()
     assert PlanImages(config, model, 0, {first})(prompts("a cat"))["id"].to_pylist() == [second]

@@ -1,6 +1,9 @@
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,18 +24,18 @@ class Stream:
         self._again = again
         self.taken = 0
 
-    def iter_rows(self):
+    def iter_rows(self) -> Iterator[Any]:
         for error in self._errors:
             self.taken += 1
             yield {"id": "x", "split": "train", "error": error, "again": self._again}
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
-def test_progress_is_handed_on_and_written(folder):
+def test_progress_is_handed_on_and_written(folder: RunFolder) -> None:
     write_shards(folder, table(row("a")))
     steps = [progress for _, progress in follow(Stream(None, None, None), folder, ImagesConfig(), total=8)]
     assert [step.done for step in steps] == [2, 3, 4]
@@ -43,7 +46,7 @@ def test_progress_is_handed_on_and_written(folder):
     assert abs(written.updated_at - time.time()) < 60
 
 
-def test_figures_are_words(folder):
+def test_figures_are_words(folder: RunFolder) -> None:
     steps = [
         progress
         for _, progress in follow(
@@ -56,7 +59,7 @@ def test_figures_are_words(folder):
     assert chosen.words == "images: starting, 3 not chosen, 0 failed"
 
 
-def test_a_new_start_counts_what_the_last_one_lost(folder):
+def test_a_new_start_counts_what_the_last_one_lost(folder: RunFolder) -> None:
     list(follow(Stream(None, again=True), folder, ImagesConfig(), total=8))
     begin_batch(folder, ["b", "c"])
     list(follow(Stream(None), folder, ImagesConfig(), total=8))
@@ -64,9 +67,9 @@ def test_a_new_start_counts_what_the_last_one_lost(folder):
     assert (written.starts, written.again) == (2, 1 + 2)
 
 
-def test_a_renderer_that_cannot_start_is_one_line(folder):
+def test_a_renderer_that_cannot_start_is_one_line(folder: RunFolder) -> None:
     class Failing:
-        def iter_rows(self):
+        def iter_rows(self) -> Iterator[Any]:
             raise RuntimeError(
                 "The actor died because of an error raised in its creation task, ray::MapWorker(MapBatches(RenderPrompts))"
                 "\n  File rendering.py\nselma_ray.errors.ConfigError: sampling.scheduler must be one that fits"
@@ -79,7 +82,7 @@ def test_a_renderer_that_cannot_start_is_one_line(folder):
         list(follow(Failing(), folder, ImagesConfig(), total=8))
 
 
-def test_too_many_failures_stop_the_stream_at_once(folder):
+def test_too_many_failures_stop_the_stream_at_once(folder: RunFolder) -> None:
     stream = Stream(None, "ValueError: no", None, "ValueError: no", None, None)
     with pytest.raises(
         RenderError, match=r"max_failed_fraction allows 0.2, 2 of 8 images failed \(2 x ValueError: no\)"

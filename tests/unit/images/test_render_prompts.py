@@ -1,6 +1,8 @@
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +22,13 @@ CONFIG = ImagesConfig(sampling=SamplingConfig(steps=2, guidance_scale=2.0, width
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_pipeline_dir, tmp_path_factory) -> RenderPrompts:
+def loaded(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RenderPrompts:
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
     return RenderPrompts(CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), folder)
 
 
 @pytest.fixture
-def render(loaded) -> RenderPrompts:
+def render(loaded: RenderPrompts) -> RenderPrompts:
     """Return a renderer that knows of nothing in flight."""
     loaded._folder.delete("in_flight")
     return loaded
@@ -52,7 +54,7 @@ def fail_on(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch, word: str, t
     """Let the pipeline fail when a prompt has `word`, so many times; returns the sizes of all calls, filled as they come."""
     original, calls, failures = render._engine.render, [], []
 
-    def flaky(prompts, seeds):
+    def flaky(prompts: Any, seeds: Any) -> Any:
         calls.append(len(prompts))
         if any(word in prompt for prompt in prompts) and len(failures) < times:
             failures.append(1)
@@ -63,7 +65,7 @@ def fail_on(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch, word: str, t
     return calls
 
 
-def test_rows_carry_their_image_and_where_it_comes_from(render):
+def test_rows_carry_their_image_and_where_it_comes_from(render: RenderPrompts) -> None:
     rendered = render(planned("a cat", "a dog"))
     assert rendered.schema == RENDERED_SCHEMA
     assert [image.shape for image in pixels(rendered)] == [(64, 64, 3)] * 2
@@ -73,7 +75,7 @@ def test_rows_carry_their_image_and_where_it_comes_from(render):
     assert row["seconds"] > 0
 
 
-def test_an_image_depends_on_its_row_to_the_byte_whatever_batch_it_is_in(render):
+def test_an_image_depends_on_its_row_to_the_byte_whatever_batch_it_is_in(render: RenderPrompts) -> None:
     prompts = planned("a cat", "a dog", "a cow", "a hen", "a fox", "a bee")
     together = content(render(prompts))
     alone = [content(render(prompts.slice(index, 1)))[0] for index in range(6)]
@@ -84,7 +86,7 @@ def test_an_image_depends_on_its_row_to_the_byte_whatever_batch_it_is_in(render)
     assert len(set(together)) == 6
 
 
-def test_calls_from_several_threads_give_each_its_own_rows(render):
+def test_calls_from_several_threads_give_each_its_own_rows(render: RenderPrompts) -> None:
     tables = [planned(f"a cat {number}") for number in range(4)]
     expected = [pixels(render(table))[0] for table in tables]
     with ThreadPoolExecutor(4) as threads:
@@ -92,7 +94,7 @@ def test_calls_from_several_threads_give_each_its_own_rows(render):
     assert all(np.array_equal(result, image) for result, image in zip(results, expected, strict=True))
 
 
-def test_one_bad_row_does_not_take_its_batch_with_it(render, monkeypatch):
+def test_one_bad_row_does_not_take_its_batch_with_it(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fail_on(render, monkeypatch, "ghost", times=100)
     rendered = render(planned("a cat", "a ghost", "a dog"))
     assert rendered["error"].to_pylist() == [None, "ValueError: cannot draw ghost", None]
@@ -100,12 +102,14 @@ def test_one_bad_row_does_not_take_its_batch_with_it(render, monkeypatch):
     assert calls == [3, 1, 1, 1, 1, 1]  # the batch, then the ghost three times and the others once
 
 
-def test_a_row_that_fails_twice_is_rendered_the_third_time(render, monkeypatch):
+def test_a_row_that_fails_twice_is_rendered_the_third_time(
+    render: RenderPrompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fail_on(render, monkeypatch, "ghost", times=3)  # with the batch and twice alone
     assert render(planned("a cat", "a ghost"))["error"].to_pylist() == [None, None]
 
 
-def test_an_empty_block_stays_empty(render):
+def test_an_empty_block_stays_empty(render: RenderPrompts) -> None:
     assert render(planned()).num_rows == 0
 
 
@@ -118,17 +122,19 @@ class BlockingEngine:
         self.calls = 0
         self.second_began = threading.Event()
 
-    def render(self, prompts, seeds):
+    def render(self, prompts: Any, seeds: Any) -> Any:
         self.calls += 1
         if self.calls == 2:
             self.second_began.set()
         return [Image.new("RGB", (8, 8))] * len(prompts)
 
 
-def test_a_batch_is_encoded_while_the_next_is_denoised(tmp_path, monkeypatch, tiny_pipeline_dir):
+def test_a_batch_is_encoded_while_the_next_is_denoised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_pipeline_dir: Path
+) -> None:
     engine, first = BlockingEngine(), threading.Event()
 
-    def encode_slowly(image, format_):
+    def encode_slowly(image: Any, format_: Any) -> Any:
         if not first.is_set():
             first.set()
             assert engine.second_began.wait(30), "the denoiser stood still while a batch was encoded"
@@ -144,7 +150,7 @@ def test_a_batch_is_encoded_while_the_next_is_denoised(tmp_path, monkeypatch, ti
 
 
 @pytest.mark.parametrize("format_", ["png", "webp"])
-def test_images_are_encoded_without_loss(format_):
+def test_images_are_encoded_without_loss(format_: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     decoded = Image.open(io.BytesIO(encoded(image, format_)))
     assert decoded.format == format_.upper()
@@ -156,17 +162,17 @@ class EndingEngine:
 
     scheduler = "none"
 
-    def render(self, prompts, seeds):
+    def render(self, prompts: Any, seeds: Any) -> Any:
         if any("ghost" in prompt for prompt in prompts):
             raise SystemExit
         return [Image.new("RGB", (8, 8), (seed, 0, 0)) for seed in seeds]
 
 
-def test_a_row_that_ends_the_process_three_times_is_given_up(tmp_path, tiny_pipeline_dir):
+def test_a_row_that_ends_the_process_three_times_is_given_up(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
     """Every call is a new process with the same folder, as Ray starts an actor anew and repeats its task."""
     folder = RunFolder(str(tmp_path))
 
-    def attempt():
+    def attempt() -> Any:
         engine = EndingEngine()
         render = RenderPrompts(CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), folder, open_engine=lambda *_: engine)
         return render(planned("a cat", "a ghost", "a dog"))
@@ -184,7 +190,7 @@ def test_a_row_that_ends_the_process_three_times_is_given_up(tmp_path, tiny_pipe
     assert folder.files("in_flight") == []
 
 
-def test_what_was_in_flight_when_a_run_ended_is_counted_once(tmp_path, tiny_pipeline_dir):
+def test_what_was_in_flight_when_a_run_ended_is_counted_once(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
     folder = RunFolder(str(tmp_path))
     render = RenderPrompts(
         CONFIG, ModelConfig(name=str(tiny_pipeline_dir)), folder, open_engine=lambda *_: EndingEngine()
@@ -195,7 +201,7 @@ def test_what_was_in_flight_when_a_run_ended_is_counted_once(tmp_path, tiny_pipe
     assert take_lost(folder, existing_ids(folder)) == 0
 
 
-def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path, tiny_pipeline_dir):
+def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
     config = CONFIG.model_copy(update={"per_prompt": 3, "selection": ImageChoiceConfig(keep_best=1, min_score=0.5)})
     scores = {0: 0.6, 1: 0.9, 2: 0.9, 3: 0.1, 4: None, 5: 0.2}
     rows = [

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -22,7 +23,7 @@ from selma_ray.storage import RunFolder
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
@@ -41,7 +42,7 @@ def table(*rows: dict) -> pa.Table:
     return pa.Table.from_pylist(list(rows))
 
 
-def test_shards_are_by_skill_and_open_as_images(folder):
+def test_shards_are_by_skill_and_open_as_images(folder: RunFolder) -> None:
     write_shards(folder, table(row("b", colour="blue"), row("a"), row("c", "two")))
     files = folder.files("images", suffix=".parquet")
     assert [path.split("/")[1] for path in files] == ["skill=one", "skill=two"]
@@ -56,7 +57,7 @@ def test_shards_are_by_skill_and_open_as_images(folder):
     assert by_id["a"]["guidance_scale"] == 7.5
 
 
-def test_reading_back_is_sorted_and_complete(folder):
+def test_reading_back_is_sorted_and_complete(folder: RunFolder) -> None:
     write_shards(folder, table(row("c"), row("a")))
     write_shards(folder, table(row("b"), row("x", "two")))
     images = read_images(folder, "one")
@@ -66,13 +67,13 @@ def test_reading_back_is_sorted_and_complete(folder):
     assert read_images(folder, "three").num_rows == 0
 
 
-def test_the_same_rows_make_the_same_shard_once(folder):
+def test_the_same_rows_make_the_same_shard_once(folder: RunFolder) -> None:
     write_shards(folder, table(row("a"), row("b")))
     write_shards(folder, table(row("b"), row("a")))
     assert len(folder.files("images")) == 1
 
 
-def test_failures_are_recorded_counted_and_tried_again(folder):
+def test_failures_are_recorded_counted_and_tried_again(folder: RunFolder) -> None:
     write_shards(folder, table(row("a"), row("b", error="ValueError: no"), row("c", error="ValueError: no")))
     assert image_summary(folder, ["one", "two"]) == {
         "rendered": 1,
@@ -91,7 +92,7 @@ def test_failures_are_recorded_counted_and_tried_again(folder):
     assert existing_ids(folder) == {"a"}
 
 
-def test_too_many_failures_name_the_first_reasons(folder):
+def test_too_many_failures_name_the_first_reasons(folder: RunFolder) -> None:
     write_shards(folder, table(row("a"), row("b", error="ValueError: no")))
     summary = image_summary(folder, ["one"])
     check_failures(summary, ImagesConfig(max_failed_fraction=0.5))
@@ -101,11 +102,11 @@ def test_too_many_failures_name_the_first_reasons(folder):
         check_failures(summary, ImagesConfig(max_failed_fraction=0.49))
 
 
-def test_nothing_rendered_is_no_failure(folder):
+def test_nothing_rendered_is_no_failure(folder: RunFolder) -> None:
     check_failures(image_summary(folder, ["one"]), ImagesConfig())
 
 
-def test_rejected_images_are_counted_apart_and_not_tried_again(folder):
+def test_rejected_images_are_counted_apart_and_not_tried_again(folder: RunFolder) -> None:
     write_shards(
         folder, table(row("a"), row("b", split="rejected"), row("c", split="rejected", error="ValueError: no"))
     )
@@ -114,14 +115,14 @@ def test_rejected_images_are_counted_apart_and_not_tried_again(folder):
     assert existing_ids(folder) == {"a", "b", "c"}
 
 
-def test_shards_of_an_earlier_version_are_read_with_those_of_this(folder):
+def test_shards_of_an_earlier_version_are_read_with_those_of_this(folder: RunFolder) -> None:
     write_shards(folder, table(row("a")))
     old = folder.read_table(folder.files("images")).drop_columns(["score"])
     folder.write_table(old, "images", "skill=one", "old.parquet")
     assert read_images(folder, "one")["score"].to_pylist() == [None, None]
 
 
-def test_rows_that_two_starts_wrote_are_kept_once(folder):
+def test_rows_that_two_starts_wrote_are_kept_once(folder: RunFolder) -> None:
     write_shards(folder, table(row("a"), row("b")))
     write_shards(folder, table(row("b"), row("c")))
     write_shards(folder, table(row("c")))

@@ -1,6 +1,8 @@
 """The miniature itself: its adapters rendered and judged on its dev prompts."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,17 +23,17 @@ SAMPLING = SamplingConfig(steps=4, guidance_scale=2.0, width_px=64, height_px=64
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_with_captions(tmp_path_factory.mktemp("run"), SKILLS, per_skill=20, dev_fraction=0.1)
 
 
 @pytest.fixture(scope="module")
-def folder(run):
+def folder(run: Any) -> Any:
     return run.folder
 
 
 @pytest.fixture(scope="module")
-def adapters(folder):
+def adapters(folder: Any) -> Any:
     """Return the folders of an adapter that changes nothing and of one that breaks the model."""
     paths = []
     for name, spread in (("nothing", 0.0), ("broken", 3.0)):
@@ -44,13 +46,13 @@ def adapters(folder):
     return paths
 
 
-def test_each_skill_has_its_dev_prompts_with_questions(run):
+def test_each_skill_has_its_dev_prompts_with_questions(run: Any) -> None:
     prompts = dev_prompts(run, None, "experts.selection")
     assert {skill: len(each) for skill, each in prompts.items()} == {"common": 2, "counting": 2}
     assert all(prompt.skill == skill and prompt.questions for skill, each in prompts.items() for prompt in each)
 
 
-def test_a_broken_adapter_scores_less_and_scores_repeat(run, adapters):
+def test_a_broken_adapter_scores_less_and_scores_repeat(run: Any, adapters: Any) -> None:
     prompts = dev_prompts(run, None, "experts.selection")
     score = DevScorer(ModelConfig(), SAMPLING, JudgeConfig(), "official", prompts, None, seed=0, batch_size=2)
     nothing, broken = (score(adapter, SKILLS) for adapter in adapters)
@@ -59,13 +61,13 @@ def test_a_broken_adapter_scores_less_and_scores_repeat(run, adapters):
     assert score(adapters[0], SKILLS) == nothing
 
 
-def test_prompts_are_taken_from_the_skills_in_turn(run):
+def test_prompts_are_taken_from_the_skills_in_turn(run: Any) -> None:
     prompts = dev_prompts(run, None, "experts.selection")
     score = DevScorer(ModelConfig(), SAMPLING, JudgeConfig(), "official", prompts, max_prompts=3, seed=0)
     assert [prompt.skill for prompt in score._prompts_of(SKILLS)] == ["common", "counting", "common"]
 
 
-def test_dev_prompts_may_come_from_a_file(tmp_path):
+def test_dev_prompts_may_come_from_a_file(tmp_path: Path) -> None:
     run = run_with_captions(tmp_path / "run", ["common"], per_skill=4, dev_fraction=0.25)
     suite = tmp_path / "dev.jsonl"
     question = {"id": 1, "category": "whole", "question": "is there a cat?", "parents": []}
@@ -77,13 +79,13 @@ def test_dev_prompts_may_come_from_a_file(tmp_path):
         dev_prompts(run, str(suite), "experts.selection")
 
 
-def test_a_skill_without_dev_prompts_is_named(tmp_path):
+def test_a_skill_without_dev_prompts_is_named(tmp_path: Path) -> None:
     run = run_with_captions(tmp_path, ["common"], per_skill=4, dev_fraction=0)
     with pytest.raises(ConfigError, match=r"dev prompts of every skill, common has none; raise prompts\.dev_fraction"):
         dev_prompts(run, None, "experts.selection")
 
 
-def test_a_dev_prompt_outside_the_grammar_is_asked_about_as_a_whole(tmp_path):
+def test_a_dev_prompt_outside_the_grammar_is_asked_about_as_a_whole(tmp_path: Path) -> None:
     run = run_with_captions(tmp_path, ["common"], per_skill=4, dev_fraction=0)
     candidate = {"text": "a zeppelin over Lisbon", "index": 4, "split": "dev"}
     run.folder.write_json(

@@ -1,5 +1,8 @@
 """All judges behind one interface: batches, order, bad images, nonsense, choices, memory."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -23,30 +26,30 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module", params=[save_tiny_vilt, save_tiny_blip, save_tiny_miniature_judge])
-def judge_dir(request, tmp_path_factory):
+def judge_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return request.param(tmp_path_factory.mktemp("judges") / "judge")
 
 
 @pytest.fixture(scope="module")
-def judge(judge_dir):
+def judge(judge_dir: Any) -> Any:
     return open_judge(JudgeConfig(name=str(judge_dir), batch_size=4))
 
 
 @pytest.fixture(scope="module")
-def images():
+def images() -> Any:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(image.numpy()) for image in pixels]
 
 
-def assert_same(left, right):
+def assert_same(left: Any, right: Any) -> None:
     assert [each.text for each in left] == [each.text for each in right]
     assert [each.p_yes for each in left] == pytest.approx([each.p_yes for each in right], abs=1e-5)
     for one, other in zip(left, right, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
-def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge, judge_dir, images):
+def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge: Any, judge_dir: Any, images: Any) -> None:
     together = judge.answer(images, QUESTIONS)
     small = open_judge(JudgeConfig(name=str(judge_dir), batch_size=1)).answer(images, QUESTIONS)
     backwards = judge.answer(images[::-1], QUESTIONS[::-1])[::-1]
@@ -55,7 +58,7 @@ def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge, judge_dir, 
         assert_same(together[index], backwards[index])
 
 
-def test_yes_and_no_have_probabilities_that_agree_with_p_yes(judge, images):
+def test_yes_and_no_have_probabilities_that_agree_with_p_yes(judge: Any, images: Any) -> None:
     for answers in judge.answer(images, QUESTIONS):
         for answer in answers:
             assert set(answer.probabilities) == {"yes", "no"}
@@ -64,7 +67,7 @@ def test_yes_and_no_have_probabilities_that_agree_with_p_yes(judge, images):
             assert (answer.p_yes > 0.5) == (answer.probabilities["yes"] > answer.probabilities["no"])
 
 
-def test_blips_probabilities_are_its_own_decoders(tmp_path, images):
+def test_blips_probabilities_are_its_own_decoders(tmp_path: Path, images: Any) -> None:
     """Against transformers' forward pass of one unpadded question."""
     judge = open_judge(JudgeConfig(name=str(save_tiny_blip(tmp_path / "blip"))))
     model, processor = judge._model, judge._processor
@@ -78,7 +81,7 @@ def test_blips_probabilities_are_its_own_decoders(tmp_path, images):
             assert answer.text == processor.decode(generated.sequences[0], skip_special_tokens=True).strip()
 
 
-def test_blip_encodes_an_image_once_for_all_its_questions(tmp_path, images):
+def test_blip_encodes_an_image_once_for_all_its_questions(tmp_path: Path, images: Any) -> None:
     judge = open_judge(JudgeConfig(name=str(save_tiny_blip(tmp_path / "blip"))))
     encoded = []
     judge._model.vision_model.register_forward_hook(lambda *_: encoded.append(1))
@@ -86,7 +89,7 @@ def test_blip_encodes_an_image_once_for_all_its_questions(tmp_path, images):
     assert len(encoded) == 1
 
 
-def test_choices_that_a_judge_knows_have_probabilities(tmp_path, images):
+def test_choices_that_a_judge_knows_have_probabilities(tmp_path: Path, images: Any) -> None:
     vilt = open_judge(JudgeConfig(name=str(save_tiny_vilt(tmp_path / "vilt"))))
     (answer,) = vilt.answer(images[:1], [["how many cups?"]], [[("two", "three")]])[0]
     assert set(answer.probabilities) == {"two"}  # its label "2", in other words
@@ -100,11 +103,11 @@ class Scripted:
 
     name = "scripted"
 
-    def __init__(self, text="yes", p_yes=None, bad=None, most=100):
+    def __init__(self, text: str = "yes", p_yes: Any = None, bad: Any = None, most: int = 100) -> None:
         self.reply, self.bad, self.most = Answer(text, p_yes), bad, most
         self.batches = []
 
-    def answer(self, images, questions, choices=None):
+    def answer(self, images: Any, questions: Any, choices: Any = None) -> Any:
         self.batches.append(len(images))
         if len(images) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -113,7 +116,7 @@ class Scripted:
         return [[self.reply for _ in asked] for asked in questions]
 
 
-def test_an_image_that_breaks_the_judge_spares_the_others():
+def test_an_image_that_breaks_the_judge_spares_the_others() -> None:
     judge = Scripted(bad=(255, 0, 0))
     images = [Image.new("RGB", (8, 8), colour) for colour in ("blue", "blue", "red", "blue", "blue")]
     answered = ask_images(judge, images, [["a?", "b?"]] * 5)
@@ -122,7 +125,7 @@ def test_an_image_that_breaks_the_judge_spares_the_others():
     assert len(judge.batches) <= 7
 
 
-def test_corrupt_images_of_every_kind_are_named_and_cost_no_other_batch(tmp_path):
+def test_corrupt_images_of_every_kind_are_named_and_cost_no_other_batch(tmp_path: Path) -> None:
     image = Image.new("RGB", (64, 64), "blue")
     faulty = []
     for kind in ("png", "jpeg", "webp", "gif"):
@@ -141,17 +144,17 @@ def test_corrupt_images_of_every_kind_are_named_and_cost_no_other_batch(tmp_path
     assert all(answers[0].reason.startswith("the image cannot be read") for answers in answered[1:-1])
 
 
-def test_a_batch_that_does_not_fit_is_halved():
+def test_a_batch_that_does_not_fit_is_halved() -> None:
     judge = Scripted(most=3)
     images = [Image.new("RGB", (8, 8))] * 8
     assert all(answers[0].text == "yes" for answers in ask_images(judge, images, [["a?"]] * 8))
     assert judge.batches == [8, 4, 2, 2, 4, 2, 2]
 
 
-def test_halved_batches_stay_halved():
+def test_halved_batches_stay_halved() -> None:
     seen = []
 
-    def double(batch):
+    def double(batch: Any) -> Any:
         seen.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -179,13 +182,13 @@ def test_halved_batches_stay_halved():
         (Answer(None, reason="broken"), None),
     ],
 )
-def test_answers_to_yes_no_questions_are_yes_no_or_null(given, text):
+def test_answers_to_yes_no_questions_are_yes_no_or_null(given: Any, text: Any) -> None:
     read = as_yes_or_no(given)
     assert read.text == text
     assert (read.reason is None) == (text is not None)
 
 
-def test_nonsense_is_null_with_its_words_and_never_scored_zero():
+def test_nonsense_is_null_with_its_words_and_never_scored_zero() -> None:
     image = Image.new("RGB", (8, 8))
     asked = (Question(1, "whole", "is there a cup?"), Question(2, "color", "is it red?", (1,)))
     (score,) = score_images(Scripted("banana"), [image], [asked])
@@ -198,11 +201,11 @@ def test_nonsense_is_null_with_its_words_and_never_scored_zero():
 class FirstChoice:
     name = "first"
 
-    def nearest(self, text, candidates):
+    def nearest(self, text: Any, candidates: Any) -> Any:
         return candidates[0]
 
 
-def test_free_answers_become_choices_and_yes_no_questions_stay():
+def test_free_answers_become_choices_and_yes_no_questions_stay() -> None:
     judge = ChoosingJudge(Scripted("crimson", 0.9), FirstChoice())
     image = Image.new("RGB", (8, 8))
     answers = judge.answer([image], [["what colour?", "is it red?"]], [[("red", "blue"), ()]])[0]
@@ -210,7 +213,7 @@ def test_free_answers_become_choices_and_yes_no_questions_stay():
     assert judge.name == "scripted+first"
 
 
-def test_questions_with_choices_count_where_the_choice_is_the_gold_answer():
+def test_questions_with_choices_count_where_the_choice_is_the_gold_answer() -> None:
     image = Image.new("RGB", (8, 8))
     asked = (
         Question(1, "color", "what colour?", (), ("red", "blue"), "red"),
@@ -224,14 +227,14 @@ def test_questions_with_choices_count_where_the_choice_is_the_gold_answer():
     assert "none of the choices" in score.questions[0].reason
 
 
-def test_the_vllm_prompt_asks_once_for_yes_or_no():
+def test_the_vllm_prompt_asks_once_for_yes_or_no() -> None:
     assert compose_question("Is it red?") == "Is it red? Please answer yes or no."
     asked = 'Does this figure show "a cat"? Please answer yes or no.'
     assert compose_question(asked) == asked
     assert "red, blue" in compose_question("What colour?", ("red", "blue"))
 
 
-def test_identity_tells_what_answers_depend_on(tmp_path):
+def test_identity_tells_what_answers_depend_on(tmp_path: Path) -> None:
     folder = str(save_tiny_vilt(tmp_path / "vilt"))
     plain = judge_identity(JudgeConfig(name=folder))
     assert plain == judge_identity(JudgeConfig(name=folder, batch_size=2))

@@ -1,5 +1,8 @@
 """Metrics by name, from one judge's answers or from models of their own."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,15 +29,15 @@ ANSWERS = [
 class Fixed:
     name = "fixed@1"
 
-    def __init__(self, answers):
+    def __init__(self, answers: Any) -> None:
         self.answers, self.asked = answers, []
 
-    def answer(self, images, questions, choices=None):
+    def answer(self, images: Any, questions: Any, choices: Any = None) -> Any:
         self.asked.append(questions)
         return [self.answers[: len(asked)] for asked in questions]
 
 
-def test_every_metric_of_answers():
+def test_every_metric_of_answers() -> None:
     scores = metrics_of_answers(QUESTIONS, ANSWERS)
     assert scores.keys() == ANSWER_METRICS.keys()
     assert scores["dsg"] == scores["dsg_dpg"] == scores["dsg_selma"] == 0.0  # the parent of both others is a no
@@ -44,14 +47,14 @@ def test_every_metric_of_answers():
     assert scores["soft_tifa_gm"] == pytest.approx((0.1 * 0.72 * 0.5) ** (1 / 3))
 
 
-def test_what_cannot_be_read_is_null_and_never_zero():
+def test_what_cannot_be_read_is_null_and_never_zero() -> None:
     scores = metrics_of_answers(QUESTIONS, [Answer(None, reason="broken")] * 3)
     assert set(scores.values()) == {None}
     (score,) = open_metric("dsg", Fixed([Answer("banana")])).score([Image.new("RGB", (8, 8))], ["a"], [QUESTIONS[:1]])
     assert (score.value, score.reason) == (None, "the judge answered 'banana', neither yes nor no")
 
 
-def test_opened_metrics_agree_with_those_of_the_answers():
+def test_opened_metrics_agree_with_those_of_the_answers() -> None:
     images = [Image.new("RGB", (8, 8)), None]
     for name, expected in metrics_of_answers(QUESTIONS, ANSWERS).items():
         metric = open_metric(name, Fixed(ANSWERS))
@@ -61,14 +64,14 @@ def test_opened_metrics_agree_with_those_of_the_answers():
         assert (second.value, second.reason) == (None, "there is no image")
 
 
-def test_vqascore_asks_its_own_question_and_takes_the_raw_probability():
+def test_vqascore_asks_its_own_question_and_takes_the_raw_probability() -> None:
     judge = Fixed(ANSWERS)
     (score,) = open_metric("vqascore", judge).score([Image.new("RGB", (8, 8))], ["a cat"])
     assert judge.asked == [(['Does this figure show "a cat"? Please answer yes or no.'],)]
     assert score.value == 0.1
 
 
-def test_wrong_names_and_missing_parts_are_named():
+def test_wrong_names_and_missing_parts_are_named() -> None:
     with pytest.raises(JudgeError, match=r"metric must be one of dsg, .* got 'dgs'"):
         open_metric("dgs")
     with pytest.raises(JudgeError, match="metric dsg needs a judge"):
@@ -78,7 +81,7 @@ def test_wrong_names_and_missing_parts_are_named():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("models")
     letters, words = tiny.character_tokenizer(folder / "letters"), tiny.word_tokenizer(folder / "words")
     clip_from_open_clip(tiny.open_clip_weights(len(letters)), tiny.clip_config(letters)).save_pretrained(
@@ -92,7 +95,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODEL_METRICS)
-def test_metrics_with_models_spare_other_images_a_bad_one(models, name, tmp_path):
+def test_metrics_with_models_spare_other_images_a_bad_one(models: Any, name: Any, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     good = [Image.fromarray(image) for image in pixels]
     good[0].save(tmp_path / "whole.png")
@@ -106,7 +109,7 @@ def test_metrics_with_models_spare_other_images_a_bad_one(models, name, tmp_path
     assert scores[2].reason == "there is no image"
 
 
-def test_the_names_are_fixed():
+def test_the_names_are_fixed() -> None:
     """Recipes, requests and reports carry them."""
     assert METRICS == (
         "dsg", "dsg_dpg", "dsg_selma", "soft_dsg", "tifa", "soft_tifa_am", "soft_tifa_gm", "vqascore", "clipscore", "pickscore",

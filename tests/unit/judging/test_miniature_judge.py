@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ IMAGES = [render_scene(parse_caption(prompt.prompt), random.Random(0)) for promp
 QUESTIONS = [[each.question for each in prompt.questions] for prompt in SUITE]
 
 
-def test_answers_are_those_of_the_model_without_kept_questions():
+def test_answers_are_those_of_the_model_without_kept_questions() -> None:
     judge, plain = open_judge(JudgeConfig(batch_size=5)), MiniatureJudge.from_pretrained(judge_dir())
     expected = plain.probability_yes(plain.encode_images(IMAGES), QUESTIONS)
     for _ in range(2):  # the second time every question is known
@@ -27,12 +28,12 @@ def test_answers_are_those_of_the_model_without_kept_questions():
 
 
 @pytest.mark.parametrize("questions", [[[], ["Is there a car?"]], [[], []]])
-def test_an_image_may_be_asked_nothing(questions):
+def test_an_image_may_be_asked_nothing(questions: Any) -> None:
     answers = open_judge(JudgeConfig()).answer(IMAGES[:2], questions)
     assert [len(each) for each in answers] == [len(each) for each in questions]
 
 
-def test_kept_questions_are_bounded(monkeypatch):
+def test_kept_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniature, "_MOST_ENCODED", 3)
     judge = open_judge(JudgeConfig(batch_size=1))
     first = judge.answer(IMAGES, QUESTIONS)

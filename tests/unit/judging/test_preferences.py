@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +26,14 @@ TOLERANCE = 2e-5  # float32 against float64
 
 
 @pytest.fixture(scope="module")
-def images():
+def images() -> Any:
     generator = np.random.default_rng(0)
     sizes = [(32, 32), (51, 40), (40, 77), (33, 200)]
     return [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
 
 
 @pytest.fixture(scope="module", params=["gelu", "quick_gelu"])
-def clip_checkpoint(request, tmp_path_factory):
+def clip_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A folder in transformers' format, and the same weights under open_clip's names."""
     folder = tmp_path_factory.mktemp("clip")
     tokenizer = tiny.character_tokenizer(folder / "source")
@@ -42,7 +44,7 @@ def clip_checkpoint(request, tmp_path_factory):
     return folder / "model", plain, tokenizer, getattr(float64, request.param)
 
 
-def cosines(clip_checkpoint, images, prompts, prepare):
+def cosines(clip_checkpoint: Any, images: Any, prompts: Any, prepare: Any) -> Any:
     _, weights, tokenizer, activation = clip_checkpoint
     found = []
     for image, prompt in zip(images, prompts, strict=True):
@@ -54,7 +56,7 @@ def cosines(clip_checkpoint, images, prompts, prepare):
     return found
 
 
-def shorter_side(image, half):
+def shorter_side(image: Any, half: Any) -> Any:
     """Written once more: resize the shorter side to 32 and crop the centre."""
     scale = 32 / min(image.size)
     size = tuple(32 if side == min(image.size) else int(side * 32 / min(image.size)) for side in image.size)
@@ -64,7 +66,7 @@ def shorter_side(image, half):
     return resized.crop((left, top, left + 32, top + 32))
 
 
-def padded(image):
+def padded(image: Any) -> Any:
     width, height = (round(side * 32 / max(image.size)) for side in image.size)
     array = np.zeros((32, 32, 3), dtype=np.uint8)
     top, left = (32 - height) // 2, (32 - width) // 2
@@ -72,7 +74,7 @@ def padded(image):
     return Image.fromarray(array)
 
 
-def test_clipscore(clip_checkpoint, images):
+def test_clipscore(clip_checkpoint: Any, images: Any) -> None:
     expected = cosines(
         clip_checkpoint, images, ["A photo depicts " + prompt for prompt in PROMPTS],
         lambda image: shorter_side(image, lambda room: round(room / 2)),
@@ -81,7 +83,7 @@ def test_clipscore(clip_checkpoint, images):
     assert scores == pytest.approx([2.5 * max(each, 0) for each in expected], abs=TOLERANCE)
 
 
-def test_pickscore(clip_checkpoint, images):
+def test_pickscore(clip_checkpoint: Any, images: Any) -> None:
     expected = cosines(clip_checkpoint, images, PROMPTS, lambda image: shorter_side(image, lambda room: room // 2))
     scale = math.exp(float(clip_checkpoint[1]["logit_scale"]))
     scores = ClipScorer("pickscore", str(clip_checkpoint[0])).score(images, PROMPTS)
@@ -89,13 +91,13 @@ def test_pickscore(clip_checkpoint, images):
 
 
 @pytest.mark.parametrize("version", ["hpsv2", "hpsv2.1"])
-def test_hpsv2(clip_checkpoint, images, version):
+def test_hpsv2(clip_checkpoint: Any, images: Any, version: str) -> None:
     scores = ClipScorer(version, str(clip_checkpoint[0])).score(images, PROMPTS)
     assert scores == pytest.approx(cosines(clip_checkpoint, images, PROMPTS, padded), abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
-def reward_checkpoint(tmp_path_factory):
+def reward_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = tiny.word_tokenizer(folder / "source")
     weights = tiny.release_weights(len(tokenizer))
@@ -104,7 +106,7 @@ def reward_checkpoint(tmp_path_factory):
     return folder / "model", {name: tensor.double().numpy() for name, tensor in weights.items()}, tokenizer
 
 
-def test_imagereward(reward_checkpoint, images):
+def test_imagereward(reward_checkpoint: Any, images: Any) -> None:
     folder, weights, tokenizer = reward_checkpoint
     expected = []
     for image, prompt in zip(images, PROMPTS, strict=True):
@@ -119,7 +121,9 @@ def test_imagereward(reward_checkpoint, images):
     assert np.std(scores) > 1e-3
 
 
-def test_scores_depend_neither_on_the_batch_nor_on_its_order(clip_checkpoint, reward_checkpoint, images):
+def test_scores_depend_neither_on_the_batch_nor_on_its_order(
+    clip_checkpoint: Any, reward_checkpoint: Any, images: Any
+) -> None:
     for opened in (
         lambda size: ClipScorer("pickscore", str(clip_checkpoint[0]), size),
         lambda size: ImageRewardScorer(str(reward_checkpoint[0]), size),
@@ -130,7 +134,7 @@ def test_scores_depend_neither_on_the_batch_nor_on_its_order(clip_checkpoint, re
         assert opened(2).score([], []) == []
 
 
-def test_crops_are_those_of_transformers_and_differ_by_a_rounded_half(images):
+def test_crops_are_those_of_transformers_and_differ_by_a_rounded_half(images: Any) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     theirs = processor(images, return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(to_pixels(images, 32, crop_to_floor), theirs, atol=1e-5)
@@ -140,14 +144,14 @@ def test_crops_are_those_of_transformers_and_differ_by_a_rounded_half(images):
 
 
 @pytest.mark.parametrize("size", [(10, 40), (40, 10), (32, 20), (1, 500), (7, 7)])
-def test_padding_is_black_and_every_image_becomes_square(size):
+def test_padding_is_black_and_every_image_becomes_square(size: Any) -> None:
     square = pad_to_square(Image.new("RGB", size, "white"), 32)
     assert square.size == (32, 32)
     share = np.asarray(square).mean() / 255
     assert share == pytest.approx(min(size) / max(size), abs=0.05)
 
 
-def test_files_of_another_kind_are_named(tmp_path):
+def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     torch.save({"state_dict": {"visual.class_embedding": torch.zeros(3)}}, tmp_path / "other.pt")
     with pytest.raises(JudgeError, match="checkpoint is of another model"):
         clip_from_open_clip(
@@ -164,11 +168,11 @@ def test_files_of_another_kind_are_named(tmp_path):
 
 
 class Malicious:
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return exec, ("raise SystemExit('code of the file ran')",)
 
 
-def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": Malicious()}}, tmp_path / "bad.pt")
     with pytest.raises(JudgeError, match="holds more than tensors") as caught:
         read_checkpoint(tmp_path / "bad.pt")
@@ -178,12 +182,14 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
         read_checkpoint(tmp_path / "bad.pkl")
 
 
-def test_the_converter_says_what_is_wrong_in_one_line(tmp_path, capsys):
+def test_the_converter_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert.main(["hpsv2", str(tmp_path / "absent.pt"), str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_published_files_become_folders_that_score_the_same(clip_checkpoint, reward_checkpoint, images, tmp_path):
+def test_published_files_become_folders_that_score_the_same(
+    clip_checkpoint: Any, reward_checkpoint: Any, images: Any, tmp_path: Path
+) -> None:
     tokenizer = clip_checkpoint[2]
     torch.save({"state_dict": tiny.open_clip_weights(len(tokenizer)), "epoch": 3}, tmp_path / "hps.pt")
     config = json.loads((clip_checkpoint[0] / "config.json").read_text())
@@ -200,7 +206,7 @@ def test_published_files_become_folders_that_score_the_same(clip_checkpoint, rew
     assert ImageRewardScorer(str(tmp_path / "reward")).score(images, PROMPTS) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(tmp_path):
+def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     for metric in FORMULAS:
@@ -211,8 +217,8 @@ def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(tmp_path):
         ImageRewardScorer(str(tmp_path))
 
 
-def test_agreement_is_the_references(shared_eval):
-    def cases(name):
+def test_agreement_is_the_references(shared_eval: Path) -> None:
+    def cases(name: Any) -> Any:
         return json.loads((shared_eval / "oracles" / name).read_text())["cases"]
 
     for case in cases("pickscore_acc.json"):
@@ -223,7 +229,7 @@ def test_agreement_is_the_references(shared_eval):
         assert score == pytest.approx(case["inversion_score"], abs=1e-12)
 
 
-def test_imagereward_accuracy_counts_pairs_of_different_ranks():
+def test_imagereward_accuracy_counts_pairs_of_different_ranks() -> None:
     assert agreement.imagereward_accuracy([[1, 2, 2]], [[0.9, 0.5, 0.1]]) == 1.0
     assert agreement.imagereward_accuracy([[1, 2]], [[0.5, 0.5]]) == 0.0  # equal rewards are wrong
     assert agreement.imagereward_accuracy([[1, 2, 3], [2, 1]], [[3, 1, 2], [0, 1]]) == 3 / 4
@@ -233,7 +239,7 @@ def test_imagereward_accuracy_counts_pairs_of_different_ranks():
         agreement.inversion_score([1, 2], [1])
 
 
-def test_public_checkpoints_on_a_closed_network_are_one_line(monkeypatch):
+def test_public_checkpoints_on_a_closed_network_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for metric, formula in FORMULAS.items():
         with pytest.raises(JudgeError, match=f"{metric}: {formula.checkpoint} cannot be opened") as caught:

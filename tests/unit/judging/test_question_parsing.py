@@ -3,6 +3,8 @@
 import csv
 import json
 from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,25 +22,25 @@ from selma_ray.judging.writing.parsing import (
 TEXTS = ["entity - whole (motorcycle)", "attribute - color (door, red | blue)", 'other - text rendering (sign, "a|b")']
 
 
-def test_the_plain_format():
+def test_the_plain_format() -> None:
     answer = "\n".join(f"{number} | {text}" for number, text in enumerate(TEXTS, start=1))
     assert parse_lines(answer).texts == dict(enumerate(TEXTS, start=1))
     assert not parse_lines(answer).ignored
 
 
 @pytest.mark.parametrize("line", ["1 | x", "1. x", "1) x", "1: x", "1. | x", " 1|x ", "- 1 | x", "001 | x"])
-def test_every_numbering(line):
+def test_every_numbering(line: str) -> None:
     assert parse_lines(line).texts == {1: "x"}
 
 
-def test_what_is_around_the_answer_is_left_out_and_counted():
+def test_what_is_around_the_answer_is_left_out_and_counted() -> None:
     parsed = parse_lines("Sure! Here they are:\noutput: 1 | a\n\n2 |\n1 | b\n3 | c\n\ninput: another\noutput: 4 | d")
     assert parsed.texts == {1: "a", 3: "c"}
     assert parsed.ignored == {"empty text": 1, "duplicated id": 1}
     assert parse_lines("I cannot do that.").ignored == {"line without a number": 1}
 
 
-def test_json():
+def test_json() -> None:
     assert parse_json('["a", " b  c "]').texts == {1: "a", 2: "b c"}
     assert parse_json('Sure: {"1": "a", "2": [1, 3], "3": []} done').texts == {1: "a", 2: "1,3", 3: "0"}
     parsed = parse_json('{"1": "", "x": "a", "2": null}')
@@ -48,7 +50,7 @@ def test_json():
         assert parse_json(broken).ignored == {"no JSON": 1}
 
 
-def test_parents():
+def test_parents() -> None:
     texts = {1: "-", 2: "1", 3: "2, 1, 2", 4: "none", 5: "5, 9, right, 0, 1"}
     parents, dropped = parse_parents(texts, [1, 2, 3, 4, 5])
     assert parents == {1: (0,), 2: (1,), 3: (2, 1), 4: (0,), 5: (1,)}
@@ -58,7 +60,7 @@ def test_parents():
     assert parents == {1: (3,), 2: (1,), 3: (0,)}
 
 
-def test_one_expression_reads_every_tuple_of_dsg1k(shared_eval):
+def test_one_expression_reads_every_tuple_of_dsg1k(shared_eval: Path) -> None:
     with (shared_eval / "dsg" / "dsg-1k-anns.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 8182
@@ -99,7 +101,7 @@ Choices: yes, no
 A: yes"""
 
 
-def test_tifas_text():
+def test_tifas_text() -> None:
     questions, ignored = parse_tifa_text(TIFA_TEXT)
     assert [(each.id, each.category, each.question, each.choices, each.answer) for each in questions] == [
         (1, "animal/human", "is there a dog?", ("yes", "no"), "yes"),
@@ -111,7 +113,7 @@ def test_tifas_text():
     }  # fmt: skip
 
 
-def test_tifas_json():
+def test_tifas_json() -> None:
     good = {"element": "dog", "type": "animal", "question": "is there?", "choices": ["yes", "no"], "answer": "yes"}
     questions, ignored = parse_tifa_json(
         json.dumps([good, {**good, "question": ""}, 3, {**good, "question": "is it?", "choices": "yes"}])
@@ -129,7 +131,7 @@ JUNK = st.text(alphabet="0123456789|.,:)(-[]{}\"' \n\tabcQA•é", max_size=12)
 
 
 @st.composite
-def mutated(draw, text):
+def mutated(draw: Any, text: Any) -> Any:
     """A good answer with pieces deleted, doubled, moved and replaced by junk."""
     for _ in range(draw(st.integers(0, 6))):
         start, end = sorted(draw(st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))))
@@ -147,7 +149,7 @@ def mutated(draw, text):
 
 @given(mutated(GOOD_LINES))
 @settings(max_examples=200, deadline=None)
-def test_mutated_lines_are_read_or_counted(answer):
+def test_mutated_lines_are_read_or_counted(answer: Any) -> None:
     parsed = parse_lines(answer)
     assert all(
         number >= 0 and text and text == text.strip() and "\n" not in text for number, text in parsed.texts.items()
@@ -160,7 +162,7 @@ def test_mutated_lines_are_read_or_counted(answer):
 
 @given(mutated(GOOD_JSON))
 @settings(max_examples=200, deadline=None)
-def test_mutated_json_is_read_or_counted(answer):
+def test_mutated_json_is_read_or_counted(answer: Any) -> None:
     parsed = parse_json(answer)
     assert parsed.texts or parsed.ignored
     assert all(text.strip() for text in parsed.texts.values())
@@ -168,7 +170,7 @@ def test_mutated_json_is_read_or_counted(answer):
 
 @given(mutated(TIFA_TEXT))
 @settings(max_examples=200, deadline=None)
-def test_mutated_tifa_questions_are_sound(answer):
+def test_mutated_tifa_questions_are_sound(answer: Any) -> None:
     questions, _ = parse_tifa_text(answer)
     assert [each.id for each in questions] == list(range(1, len(questions) + 1))
     assert len({each.question for each in questions}) == len(questions)
@@ -177,7 +179,7 @@ def test_mutated_tifa_questions_are_sound(answer):
 
 @given(st.dictionaries(st.integers(1, 8), st.text(alphabet="012345678,- nroe", max_size=10), max_size=8))
 @settings(max_examples=200, deadline=None)
-def test_parents_are_always_a_graph_without_cycles_among_the_ids(texts):
+def test_parents_are_always_a_graph_without_cycles_among_the_ids(texts: Any) -> None:
     ids = list(texts)
     parents, _ = parse_parents(texts, ids)
     assert list(parents) == ids

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -22,12 +24,12 @@ from selma_ray.judging.writing.requests import (
 
 
 @pytest.fixture(scope="module")
-def oracle(shared_eval):
+def oracle(shared_eval: Path) -> Any:
     return json.loads((shared_eval / "oracles" / "dsg_prompts.json").read_text())["cases"]
 
 
 @pytest.fixture(scope="module")
-def examples_file(oracle, tmp_path_factory):
+def examples_file(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The reference's 23 in-context examples, taken out of its own prompts."""
     case = oracle["A blue rabbit and a red plane."]
     columns = {}
@@ -47,7 +49,7 @@ def examples_file(oracle, tmp_path_factory):
     return path
 
 
-def test_text_requests_are_the_references(oracle, examples_file):
+def test_text_requests_are_the_references(oracle: Any, examples_file: Any) -> None:
     """Every prompt of the oracle, by its hash."""
     examples = load_dsg_examples(WriterConfig(examples=str(examples_file)))
     assert len(examples) == 23
@@ -62,7 +64,7 @@ def test_text_requests_are_the_references(oracle, examples_file):
             assert hashlib.sha256(text.encode()).hexdigest() == expected["sha256"], (prompt, call)
 
 
-def test_examples_are_read_from_dsgs_own_annotations(shared_eval):
+def test_examples_are_read_from_dsgs_own_annotations(shared_eval: Path) -> None:
     path = shared_eval / "dsg" / "dsg-1k-anns.csv"
     examples = load_dsg_examples(WriterConfig(examples=str(path), max_examples=3))
     assert examples[0].prompt == "A rubix cube with ten squares of purple"
@@ -70,7 +72,7 @@ def test_examples_are_read_from_dsgs_own_annotations(shared_eval):
     assert examples[0].dependencies == ("0", "1", "1")
 
 
-def test_requests_of_one_call_share_all_but_their_end():
+def test_requests_of_one_call_share_all_but_their_end() -> None:
     """What prefix caching lives on."""
     for compose, examples in ((dsg_text, load_dsg_examples), (dsg_json, load_dsg_examples)):
         shown = examples(WriterConfig())
@@ -80,7 +82,7 @@ def test_requests_of_one_call_share_all_but_their_end():
         assert len(shared) > 0.9 * len(first)
 
 
-def test_our_examples_answer_in_the_formats_they_teach():
+def test_our_examples_answer_in_the_formats_they_teach() -> None:
     for example in load_dsg_examples(WriterConfig()):
         text = dsg_text("tuple", "x", {}, [example])
         lines = parse_lines(text.split("\noutput: ")[1].partition("\n\ninput")[0])
@@ -103,7 +105,7 @@ def test_our_examples_answer_in_the_formats_they_teach():
         assert json.dumps(example.questions) in tifa_json("x", [example])
 
 
-def test_schemas_allow_exactly_the_ids_of_the_tuples():
+def test_schemas_allow_exactly_the_ids_of_the_tuples() -> None:
     schema = dsg_schema("question", [1, 3])
     jsonschema.validate({"1": "Is it?", "3": "Is it?"}, schema)
     for wrong in ({"1": "Is it?"}, {"1": "a", "2": "b", "3": "c"}, {"1": "", "3": "b"}):
@@ -125,7 +127,7 @@ def test_schemas_allow_exactly_the_ids_of_the_tuples():
         ),
     ],
 )
-def test_bad_example_files_are_named(tmp_path, content, message):
+def test_bad_example_files_are_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_text(content)
     with pytest.raises(JudgeError, match=message) as caught:

@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,7 +9,7 @@ from selma_ray.judging.sources import grammar_questions
 from selma_ray.judging.suites import open_suite
 
 
-def line(prompt_id="a", prompt="a red cup", skill="common", questions=None):
+def line(prompt_id: str = "a", prompt: str = "a red cup", skill: str = "common", questions: Any = None) -> Any:
     if questions is None:
         questions = [
             {"id": 1, "category": "whole", "question": "Is there a cup?", "parents": [0]},
@@ -16,16 +18,16 @@ def line(prompt_id="a", prompt="a red cup", skill="common", questions=None):
     return {"id": prompt_id, "skill": skill, "prompt": prompt, "questions": questions}
 
 
-def write(path, lines):
+def write(path: Any, lines: Any) -> Any:
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
     return str(path)
 
 
-def question(number, *parents):
+def question(number: Any, *parents: Any) -> Any:
     return {"id": number, "category": "whole", "question": "Is it?", "parents": list(parents)}
 
 
-def test_reads_json_lines(tmp_path):
+def test_reads_json_lines(tmp_path: Path) -> None:
     (prompt,) = open_suite(write(tmp_path / "suite.jsonl", [line()]))
     assert (prompt.id, prompt.skill, prompt.prompt) == ("a", "common", "a red cup")
     assert [(each.id, each.category, each.parents) for each in prompt.questions] == [
@@ -34,7 +36,7 @@ def test_reads_json_lines(tmp_path):
     ]
 
 
-def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path):
+def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path: Path) -> None:
     lines = [line(f"{skill}{number}", skill=skill) for skill in ("x", "y") for number in range(4)]
     suite = open_suite(write(tmp_path / "suite.jsonl", [*lines, line("z0", skill="z")]), max_prompts=5)
     assert [prompt.id for prompt in suite] == ["x0", "x1", "y0", "y1", "z0"]
@@ -57,18 +59,18 @@ def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path):
         ([], "must hold at least one prompt"),
     ],
 )
-def test_faults_are_counted_and_the_first_is_named(tmp_path, lines, message):
+def test_faults_are_counted_and_the_first_is_named(tmp_path: Path, lines: Any, message: str) -> None:
     with pytest.raises(JudgeError, match=message) as caught:
         open_suite(write(tmp_path / "suite.jsonl", lines))
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file_is_one_line(tmp_path):
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match=r"absent.jsonl cannot be read"):
         open_suite(str(tmp_path / "absent.jsonl"))
 
 
-def test_miniature_suite_is_fixed_and_its_graphs_are_sound():
+def test_miniature_suite_is_fixed_and_its_graphs_are_sound() -> None:
     suite = open_suite("miniature")
     assert len(suite) == 500
     assert len({prompt.id for prompt in suite}) == 500
@@ -78,7 +80,7 @@ def test_miniature_suite_is_fixed_and_its_graphs_are_sound():
         assert all(set(each.parents) <= ids - {each.id} for each in prompt.questions)
 
 
-def test_questions_for_a_prompt_of_the_miniature_and_for_another():
+def test_questions_for_a_prompt_of_the_miniature_and_for_another() -> None:
     questions = grammar_questions("two red apples")
     assert {each.category for each in questions} == {"whole", "color", "count"}
     with pytest.raises(CaptionError):

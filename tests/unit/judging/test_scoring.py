@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,23 +25,23 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module", params=[save_tiny_vilt, save_tiny_miniature_judge])
-def judge_dir(request, tmp_path_factory) -> Path:
+def judge_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request.param(tmp_path_factory.mktemp("judges") / "judge")
 
 
 @pytest.fixture(scope="module")
-def judge(judge_dir):
+def judge(judge_dir: Path) -> Any:
     return open_judge(JudgeConfig(name=str(judge_dir), batch_size=4))
 
 
 @pytest.fixture(scope="module")
-def images():
+def images() -> Any:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(image.numpy()) for image in pixels]
 
 
-def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge, judge_dir, images):
+def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge: Any, judge_dir: Path, images: Any) -> None:
     together = score_images(judge, images, QUESTIONS)
     alone = [score_images(judge, [image], [asked])[0] for image, asked in zip(images, QUESTIONS, strict=True)]
     backwards = score_images(judge, images[::-1], QUESTIONS[::-1])[::-1]
@@ -54,7 +55,9 @@ def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge, judge_dir, 
             assert left.score == right.score
 
 
-def test_an_unreadable_image_is_null_with_a_reason_and_spares_the_others(judge, images, tmp_path):
+def test_an_unreadable_image_is_null_with_a_reason_and_spares_the_others(
+    judge: Any, images: Any, tmp_path: Path
+) -> None:
     (tmp_path / "cut.png").write_bytes(_png_bytes(images[1], tmp_path)[:100])
     corrupt = Image.open(tmp_path / "cut.png")
     scores = score_images(judge, [images[0], corrupt, None], QUESTIONS)
@@ -66,19 +69,19 @@ def test_an_unreadable_image_is_null_with_a_reason_and_spares_the_others(judge, 
     assert scores[2].questions[0].reason == "there is no image"
 
 
-def test_judge_is_named_with_its_revision(judge, judge_dir):
+def test_judge_is_named_with_its_revision(judge: Any, judge_dir: Path) -> None:
     name, _, revision = judge.name.partition("@")
     assert name in ("miniature", str(judge_dir))
     assert revision == locate_judge(str(judge_dir)).revision
 
 
-def test_a_folder_that_is_no_judge_is_one_line(tmp_path):
+def test_a_folder_that_is_no_judge_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(JudgeError, match="visual question answering") as caught:
         open_judge(JudgeConfig(name=str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
-def _png_bytes(image, folder) -> bytes:
+def _png_bytes(image: Any, folder: Any) -> bytes:
     image.save(folder / "whole.png")
     return (folder / "whole.png").read_bytes()

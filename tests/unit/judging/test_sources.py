@@ -1,4 +1,6 @@
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ QUESTION = Question(1, "whole", "is there a zeppelin?", (0,))
 SUITE = questions_of_suite([PromptWithQuestions("a", "style", FOREIGN, (QUESTION,))], "mine.jsonl")
 
 
-def test_each_source_answers_for_its_own_prompts():
+def test_each_source_answers_for_its_own_prompts() -> None:
     assert GrammarQuestions().questions("a red apple")[0].question == "Is there an apple?"
     assert SUITE.questions(FOREIGN) == (QUESTION,)
     (whole,) = WholeQuestion().questions(FOREIGN)
@@ -33,7 +35,7 @@ def test_each_source_answers_for_its_own_prompts():
 
 
 @pytest.mark.parametrize("source", [GrammarQuestions(), SUITE])
-def test_a_prompt_without_questions_falls_back_to_the_whole_and_is_counted(source):
+def test_a_prompt_without_questions_falls_back_to_the_whole_and_is_counted(source: Any) -> None:
     unknown = "the spirit of history"
     with pytest.raises(NoQuestionsError):
         source.questions(unknown)
@@ -43,17 +45,17 @@ def test_a_prompt_without_questions_falls_back_to_the_whole_and_is_counted(sourc
     assert pickle.loads(pickle.dumps(OrWhole(source))).questions(unknown) == WholeQuestion().questions(unknown)
 
 
-def test_an_image_that_is_asked_about_the_whole_prompt_alone_scores_the_chance_of_yes():
+def test_an_image_that_is_asked_about_the_whole_prompt_alone_scores_the_chance_of_yes() -> None:
     asked = WholeQuestion().questions(FOREIGN)
     assert score_answers("judge", asked, [Answer("no", 0.4)]).score == 0.4
     assert score_answers("judge", [QUESTION], [Answer("no", 0.4)]).score == 0.0
 
 
-def test_images_are_scored_by_the_questions_of_their_source():
+def test_images_are_scored_by_the_questions_of_their_source() -> None:
     class Judge:
         name = "scripted"
 
-        def answer(self, images, questions, choices=None):
+        def answer(self, images: Any, questions: Any, choices: Any = None) -> Any:
             return [[Answer("yes" if "zeppelin?" in each else "no", 0.9) for each in asked] for asked in questions]
 
     from PIL import Image
@@ -62,7 +64,7 @@ def test_images_are_scored_by_the_questions_of_their_source():
     assert ImageScorer(Judge(), OrWhole(SUITE))([image, image], [FOREIGN, "else"]) == [1.0, 0.9]
 
 
-def test_written_questions_are_kept_in_batches_and_counted(tmp_path):
+def test_written_questions_are_kept_in_batches_and_counted(tmp_path: Path) -> None:
     folder, config = RunFolder(str(tmp_path)), WriterConfig()
     written = WrittenQuestions(folder, config)
     assert written.lines() == {}
@@ -79,13 +81,13 @@ def test_written_questions_are_kept_in_batches_and_counted(tmp_path):
     assert WrittenQuestions(folder, config.model_copy(update={"seed": 1})).lines() == {}, "of another generator"
 
 
-def test_a_judge_may_be_named_alone():
+def test_a_judge_may_be_named_alone() -> None:
     from selma_ray.images.config import ImageChoiceConfig
 
     assert validate(ImageChoiceConfig, {"judge": "blip"}, "test").judge == JudgeConfig(name="blip")
     assert validate(ImageChoiceConfig, {"judge": {"name": "blip", "num_gpus": 1}}, "test").judge.num_gpus == 1
 
 
-def test_a_suite_as_source_must_be_named():
+def test_a_suite_as_source_must_be_named() -> None:
     with pytest.raises(ConfigError, match=r"source suite needs questions\.suite"):
         validate(QuestionsConfig, {"source": "suite"}, "test")

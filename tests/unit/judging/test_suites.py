@@ -1,8 +1,11 @@
 import hashlib
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,16 +16,16 @@ from selma_ray.judging.suites import SUITES, open_suite, suite_folder
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return suite_folder()
 
 
 @pytest.fixture
-def put(cache):
+def put(cache: Any) -> Any:
     """Return a function that lays a file of a suite into the cache."""
 
-    def lay(suite, name, content):
+    def lay(suite: Any, name: Any, content: Any) -> None:
         (cache / suite).mkdir(parents=True, exist_ok=True)
         (cache / suite / name).write_bytes(content)
 
@@ -30,12 +33,12 @@ def put(cache):
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *words):
+    def log_message(self, *words: Any) -> None:
         pass
 
 
 @pytest.fixture
-def site(tmp_path):
+def site(tmp_path: Path) -> Iterator[Any]:
     """Serve a folder on loopback; yields the folder and its address."""
     folder = tmp_path / "site"
     folder.mkdir()
@@ -46,7 +49,7 @@ def site(tmp_path):
     server.server_close()
 
 
-def test_dsg1k_has_every_prompt_and_scorable_questions(shared_eval, put):
+def test_dsg1k_has_every_prompt_and_scorable_questions(shared_eval: Path, put: Any) -> None:
     put("dsg1k", "dsg-1k-anns.csv", (shared_eval / "dsg" / "dsg-1k-anns.csv").read_bytes())
     suite = open_suite("dsg1k")
     assert len(suite) == 1060
@@ -60,7 +63,7 @@ def test_dsg1k_has_every_prompt_and_scorable_questions(shared_eval, put):
     assert set(Counter(prompt.skill for prompt in few).values()) == {2}
 
 
-def test_geneval_and_parti_ask_one_question_for_the_whole(shared_eval, put):
+def test_geneval_and_parti_ask_one_question_for_the_whole(shared_eval: Path, put: Any) -> None:
     prompts = shared_eval / "prompts"
     put("geneval", "evaluation_metadata.jsonl", (prompts / "geneval" / "evaluation_metadata.jsonl").read_bytes())
     put("parti", "PartiPrompts.tsv", (prompts / "parti" / "PartiPrompts.tsv").read_bytes())
@@ -75,7 +78,7 @@ def test_geneval_and_parti_ask_one_question_for_the_whole(shared_eval, put):
     assert len({prompt.id for prompt in parti}) == len(parti)
 
 
-def test_tifa_reads_the_released_format(shared_eval, put):
+def test_tifa_reads_the_released_format(shared_eval: Path, put: Any) -> None:
     sample = shared_eval / "tifa"
     put("tifa", "tifa_v1.0_text_inputs.json", (sample / "sample_text_inputs.json").read_bytes())
     put("tifa", "tifa_v1.0_question_answers.json", (sample / "sample_question_answers.json").read_bytes())
@@ -87,7 +90,7 @@ def test_tifa_reads_the_released_format(shared_eval, put):
     assert [each.id for each in suite[0].questions] == list(range(1, len(suite[0].questions) + 1))
 
 
-def test_a_file_is_downloaded_once(site, tmp_path):
+def test_a_file_is_downloaded_once(site: Any, tmp_path: Path) -> None:
     folder, address = site
     (folder / "a.csv").write_text("content")
     file = SuiteFile("a.csv", f"{address}/a.csv", hashlib.sha256(b"content").hexdigest(), max_bytes=7)
@@ -106,7 +109,7 @@ def test_a_file_is_downloaded_once(site, tmp_path):
         ({"name": "gone.csv"}, r"cannot be downloaded \(404 .*\); on a closed network put the published file into"),
     ],
 )
-def test_a_bad_download_is_one_line_and_leaves_nothing(site, tmp_path, changes, expected):
+def test_a_bad_download_is_one_line_and_leaves_nothing(site: Any, tmp_path: Path, changes: Any, expected: str) -> None:
     folder, address = site
     (folder / "a.csv").write_text("content")
     name = changes.get("name", "a.csv")
@@ -116,13 +119,13 @@ def test_a_bad_download_is_one_line_and_leaves_nothing(site, tmp_path, changes, 
     assert not list((tmp_path / "x").iterdir())
 
 
-def test_offline_says_where_the_file_belongs(tmp_path, cache):
+def test_offline_says_where_the_file_belongs(tmp_path: Path, cache: Any) -> None:
     closed = SuiteFile("a.csv", "http://127.0.0.1:9/a.csv")
     with pytest.raises(JudgeError, match=rf"evaluation.suite some needs a.csv.*put the published file into {cache}"):
         fetch(closed, cache, "some")
 
 
-def test_a_torn_file_in_the_cache_is_named(put):
+def test_a_torn_file_in_the_cache_is_named(put: Any) -> None:
     put("dsg1k", "dsg-1k-anns.csv", b"item_id,text\n")
     with pytest.raises(JudgeError, match=r"dsg-1k-anns\.csv has sha256"):
         open_suite("dsg1k")
@@ -132,14 +135,14 @@ def test_a_torn_file_in_the_cache_is_named(put):
         open_suite("tifa")
 
 
-def test_every_download_is_bounded_and_over_https():
+def test_every_download_is_bounded_and_over_https() -> None:
     for suite in SUITES.values():
         for file in suite.files:
             assert file.url.startswith("https://")
             assert file.max_bytes <= 64 << 20
 
 
-def test_the_miniature_and_files_are_suites_too(tmp_path):
+def test_the_miniature_and_files_are_suites_too(tmp_path: Path) -> None:
     assert len(open_suite("miniature", 10)) == 10
     with pytest.raises(JudgeError, match=r"nowhere\.jsonl cannot be read"):
         open_suite(str(tmp_path / "nowhere.jsonl"))

@@ -1,6 +1,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def embedder() -> SentenceEmbedder:
     return SentenceEmbedder(str(MINILM_DIR))
 
 
-def test_the_released_sample_is_replayed_exactly(shared_eval, embedder):
+def test_the_released_sample_is_replayed_exactly(shared_eval: Path, embedder: SentenceEmbedder) -> None:
     """From the judge's free-form answers to every choice, score and figure of the release."""
     release = json.loads((shared_eval / "tifa" / "sample_evaluation_result.json").read_text())
     scored = {}
@@ -50,12 +51,12 @@ def test_the_released_sample_is_replayed_exactly(shared_eval, embedder):
     assert summary.by_caption == release["caption_scores"]
 
 
-def test_nearest_choice_is_by_meaning(embedder):
+def test_nearest_choice_is_by_meaning(embedder: SentenceEmbedder) -> None:
     assert embedder.nearest("pale green", ["black", "green", "yellow", "brown"]) == "green"
     assert embedder.nearest("puppy", ["car", "dog", "house"]) == "dog"
 
 
-def test_an_embedding_depends_on_its_sentence_alone(embedder):
+def test_an_embedding_depends_on_its_sentence_alone(embedder: SentenceEmbedder) -> None:
     """Padding beside longer sentences changes nothing; each has unit length."""
     alone = np.concatenate([embedder.embed([text]) for text in ("a dog", "a very long sentence about two red cars")])
     together = embedder.embed(["a dog", "a very long sentence about two red cars"]).numpy()
@@ -63,7 +64,7 @@ def test_an_embedding_depends_on_its_sentence_alone(embedder):
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 
-def test_models_that_cannot_be_opened_are_named(tmp_path):
+def test_models_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="does not exist"):
         SentenceEmbedder(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{}")
@@ -73,11 +74,11 @@ def test_models_that_cannot_be_opened_are_named(tmp_path):
 
 
 class First:
-    def nearest(self, text, candidates):
+    def nearest(self, text: Any, candidates: Any) -> Any:
         return candidates[0]
 
 
-def test_no_answer_is_null_and_counted_never_zero():
+def test_no_answer_is_null_and_counted_never_zero() -> None:
     questions = [
         Question(1, "color", "what?", (), ("red", "blue"), "red"),
         Question(2, "color", "is it?", (), ("yes", "no")),
@@ -91,18 +92,18 @@ def test_no_answer_is_null_and_counted_never_zero():
 class Reader:
     """A model of captions that knows some questions."""
 
-    def __init__(self, chosen, free):
+    def __init__(self, chosen: Any, free: Any) -> None:
         self.chosen, self.free = chosen, free
 
-    def choose(self, question, caption, choices):
+    def choose(self, question: Any, caption: Any, choices: Any) -> Any:
         return self.chosen.get(question, choices[-1])
 
-    def answer(self, question, caption):
+    def answer(self, question: Any, caption: Any) -> Any:
         return self.free.get(question, "")
 
 
-def test_filter_drops_duplicates_wrong_choices_and_weak_free_answers():
-    def ask(number, text, choices=("yes", "no"), answer="yes"):
+def test_filter_drops_duplicates_wrong_choices_and_weak_free_answers() -> None:
+    def ask(number: Any, text: Any, choices: Any = ("yes", "no"), answer: str = "yes") -> Question:
         return Question(number, "object", text, (), choices, answer)
 
     questions = [
@@ -120,7 +121,7 @@ def test_filter_drops_duplicates_wrong_choices_and_weak_free_answers():
     assert [each.id for each in filter_questions(questions, "three cats", reader)] == [1, 4, 6]
 
 
-def test_token_f1_is_the_references():
+def test_token_f1_is_the_references() -> None:
     assert token_f1("ice cream truck", "ice cream truck") == 1
     assert token_f1("ice cream truck", "truck") == pytest.approx(0.5)
     assert token_f1("bow tie", "tie tie bow red") == pytest.approx(2 * (2 / 3) / (1 + 2 / 3))
@@ -133,11 +134,11 @@ def test_token_f1_is_the_references():
     [("three", 3), ("3", 3), ("twenty-one cats", 21), ("two hundred and five", 205), ("many", None), ("", None),
      ("one thousand two", 1002), ("a hundred", 100)],
 )  # fmt: skip
-def test_numbers_in_words(text, number):
+def test_numbers_in_words(text: str, number: Any) -> None:
     assert numeral_of(text) == number
 
 
-def test_surface_forms():
+def test_surface_forms() -> None:
     assert set(surface_forms("yes")) == {"yes", "Yes"}
     assert set(surface_forms("four")) == {"four", "Four", "4"}
     assert set(surface_forms("4")) == {"4", "four", "Four"}
@@ -145,13 +146,13 @@ def test_surface_forms():
 
 @given(st.lists(st.sampled_from("abcd")), st.lists(st.sampled_from("abcd")))
 @settings(deadline=None)
-def test_f1_is_1_only_for_the_same_words(gold, predicted):
+def test_f1_is_1_only_for_the_same_words(gold: Any, predicted: Any) -> None:
     score = token_f1(" ".join(gold), " ".join(predicted))
     assert 0 <= score <= 1
     assert (score == 1) == (set(gold) == set(predicted))
 
 
-def test_unifiedqas_way_of_asking(tmp_path):
+def test_unifiedqas_way_of_asking(tmp_path: Path) -> None:
     """On a small random T5: what it is asked, and that its answers come back cleaned."""
     torch.manual_seed(0)
     words = {

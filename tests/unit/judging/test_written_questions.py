@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -37,11 +39,11 @@ TIFA = {
 class Script:
     """A language model that answers by call and attempt, and remembers what it was asked."""
 
-    def __init__(self, config, **answers):
+    def __init__(self, config: Any, **answers: Any) -> None:
         self._answers = {**GOOD[config.format], "tifa": TIFA[config.format], **answers}
         self.rounds = []
 
-    def __call__(self, requests):
+    def __call__(self, requests: Any) -> Any:
         self.rounds.append(list(requests))
         replies = {}
         for request in requests:
@@ -53,11 +55,11 @@ class Script:
 
 
 @pytest.fixture(params=["json", "text"])
-def config(request):
+def config(request: pytest.FixtureRequest) -> WriterConfig:
     return WriterConfig(format=request.param)
 
 
-def test_three_calls_in_two_rounds(config):
+def test_three_calls_in_two_rounds(config: WriterConfig) -> None:
     script = Script(config)
     first, second = draft_questions(["a red cup, sketch", "another"], config, script)
     assert [(each.id, each.category, each.question, each.parents) for each in first.questions] == [
@@ -72,7 +74,7 @@ def test_three_calls_in_two_rounds(config):
     assert all((request.schema is not None) == (config.format == "json") for request in script.rounds[1])
 
 
-def test_ids_that_do_not_match_are_asked_again_with_another_seed(config):
+def test_ids_that_do_not_match_are_asked_again_with_another_seed(config: WriterConfig) -> None:
     script = Script(config, question=[GOOD[config.format]["dependency"][:4], GOOD[config.format]["question"]])
     (draft,) = draft_questions(["a"], config, script)
     assert len(draft.questions) == 3
@@ -82,7 +84,7 @@ def test_ids_that_do_not_match_are_asked_again_with_another_seed(config):
     assert draft.repaired["question call with other ids"] == 1
 
 
-def test_dependencies_that_never_fit_are_done_without(config):
+def test_dependencies_that_never_fit_are_done_without(config: WriterConfig) -> None:
     script = Script(config, dependency='{"1": [], "9": [1]}' if config.format == "json" else "1 | 0\n9 | 1")
     (draft,) = draft_questions(["a"], config, script)
     assert [each.parents for each in draft.questions] == [(0,)] * 3
@@ -90,7 +92,7 @@ def test_dependencies_that_never_fit_are_done_without(config):
     assert draft.failure is None
 
 
-def test_tuples_without_a_question_are_left_out_and_counted(config):
+def test_tuples_without_a_question_are_left_out_and_counted(config: WriterConfig) -> None:
     script = Script(
         config, question='{"1": "Is there?", "2": "Red?"}' if config.format == "json" else "1 | Is there?\n2 | Red?"
     )
@@ -100,9 +102,9 @@ def test_tuples_without_a_question_are_left_out_and_counted(config):
     assert draft.repaired["tuple without a question"] == 1
 
 
-def test_failures_are_named_and_spare_the_others(config):
+def test_failures_are_named_and_spare_the_others(config: WriterConfig) -> None:
     class Partly(Script):
-        def __call__(self, requests):
+        def __call__(self, requests: Any) -> Any:
             replies = super().__call__(requests)
             return {
                 key: Reply("", "prompt too long") if key.startswith("1:") else reply for key, reply in replies.items()
@@ -118,7 +120,7 @@ def test_failures_are_named_and_spare_the_others(config):
     assert sum(vague.repaired.values()) == 2
 
 
-def test_tifa_in_one_call(config):
+def test_tifa_in_one_call(config: WriterConfig) -> None:
     config = config.model_copy(update={"style": "tifa"})
     (draft,) = draft_questions(["a cup"], config, Script(config, tifa=["nothing", TIFA[config.format]]))
     assert [(each.question, each.choices, each.answer) for each in draft.questions] == [
@@ -129,7 +131,7 @@ def test_tifa_in_one_call(config):
 
 @given(st.lists(st.text(alphabet='0123|.,:{}[]"\nabc -', max_size=40), min_size=3, max_size=3), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_no_prompt_is_ever_lost(answers, is_json):
+def test_no_prompt_is_ever_lost(answers: Any, is_json: bool) -> None:
     config = WriterConfig(format="json" if is_json else "text")
     script = Script(config, tuple=answers[0], question=answers[1], dependency=answers[2])
     (draft,) = draft_questions(["a"], config, script)
@@ -141,12 +143,12 @@ def test_no_prompt_is_ever_lost(answers, is_json):
 PROMPTS = [PromptToAsk("a", "common", "a red cup"), PromptToAsk("b", "common", "two cups")]
 
 
-def write(prompts, config, path, ask, answerer=None):
+def write(prompts: Any, config: Any, path: Any, ask: Any, answerer: Any = None) -> Any:
     """Write a file of questions with a scripted language model."""
     return write_questions(prompts, config, path, lambda texts: draft_lines(texts, config, ask, answerer))
 
 
-def test_a_written_file_is_a_suite_and_is_not_written_twice(config, tmp_path):
+def test_a_written_file_is_a_suite_and_is_not_written_twice(config: WriterConfig, tmp_path: Path) -> None:
     path, script = tmp_path / "questions.jsonl", Script(config)
     written = write(PROMPTS, config, path, script)
     assert (written.prompts, written.reused, written.failed) == (2, 0, 0)
@@ -169,7 +171,7 @@ def test_a_written_file_is_a_suite_and_is_not_written_twice(config, tmp_path):
     assert suite["b"].prompt == "three cups"
 
 
-def test_tifa_files_keep_choices_and_answers(tmp_path):
+def test_tifa_files_keep_choices_and_answers(tmp_path: Path) -> None:
     config = WriterConfig(style="tifa")
     write(PROMPTS[:1], config, tmp_path / "questions.jsonl", Script(config))
     (prompt,) = open_suite(str(tmp_path / "questions.jsonl"))
@@ -179,14 +181,14 @@ def test_tifa_files_keep_choices_and_answers(tmp_path):
 class Reader:
     """Answers from a caption: yes if the question's last word is in it."""
 
-    def choose(self, question, caption, choices):
+    def choose(self, question: Any, caption: Any, choices: Any) -> Any:
         return "yes" if question.strip("?").split()[-1] in caption else "no"
 
-    def answer(self, question, caption):
+    def answer(self, question: Any, caption: Any) -> Any:
         return caption
 
 
-def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(tmp_path):
+def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(tmp_path: Path) -> None:
     config = WriterConfig(style="tifa", caption_model="some/model")
     assert generator_name(config) != generator_name(WriterConfig(style="tifa"))
     asked = [
@@ -208,7 +210,7 @@ def test_tifa_questions_that_the_prompt_does_not_answer_are_dropped_and_counted(
     assert "answers none of its questions" in path.with_suffix(".failed.jsonl").read_text()
 
 
-def test_failures_stand_beside_the_file_and_are_tried_again(config, tmp_path):
+def test_failures_stand_beside_the_file_and_are_tried_again(config: WriterConfig, tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     written = write([*PROMPTS, PromptToAsk("c", "common", "")], config, path, Script(config))
     assert (written.prompts, written.failed) == (2, 1)
@@ -219,7 +221,7 @@ def test_failures_stand_beside_the_file_and_are_tried_again(config, tmp_path):
     assert (tmp_path / "questions.failed.jsonl").read_text() == ""
 
 
-def test_files_of_another_generator_and_of_another_kind_are_refused(config, tmp_path):
+def test_files_of_another_generator_and_of_another_kind_are_refused(config: WriterConfig, tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     write(PROMPTS, config, path, Script(config))
     other = config.model_copy(update={"seed": 7})
@@ -233,7 +235,7 @@ def test_files_of_another_generator_and_of_another_kind_are_refused(config, tmp_
         write([PROMPTS[0], PROMPTS[0]], config, tmp_path / "new.jsonl", Script(config))
 
 
-def test_prompts_are_read_from_text_and_from_lines(tmp_path):
+def test_prompts_are_read_from_text_and_from_lines(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a red cup\n\n two cups \n")
     read = read_prompts(tmp_path / "mine.txt")
     assert [(each.prompt, each.skill) for each in read] == [("a red cup", "mine"), ("two cups", "mine")]

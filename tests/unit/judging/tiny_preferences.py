@@ -1,6 +1,7 @@
 """Small random checkpoints in the formats that open_clip and ImageReward's release publish."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertTokenizer, CLIPConfig, CLIPTokenizer
@@ -97,11 +98,11 @@ def word_tokenizer(folder: Path) -> BertTokenizer:
     return BertTokenizer(str(folder / "words.txt"))
 
 
-def _linear(name, fan_in, fan_out):
+def _linear(name: Any, fan_in: Any, fan_out: Any) -> Any:
     return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
 
 
-def _random(shapes, norms, seed):
+def _random(shapes: Any, norms: Any, seed: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: torch.randn(shape, generator=generator) * (0.5 if len(shape) < 2 else (2 / shape[-1]) ** 0.5)

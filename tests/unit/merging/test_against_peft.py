@@ -1,6 +1,7 @@
 """Our merges against PEFT's own `add_weighted_adapter`, on adapters of mixed ranks, scales and rsLoRA."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class Attention(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> list[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, settings) in enumerate(zip(NAMES, SETTINGS, strict=True)):
         model = get_peft_model(Attention(), LoraConfig(target_modules=["to_q"], **settings))
@@ -41,7 +42,7 @@ def folders(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture
-def model(folders) -> PeftModel:
+def model(folders: list[Path]) -> PeftModel:
     model = PeftModel.from_pretrained(Attention(), folders[0], adapter_name=NAMES[0])
     for name, folder in zip(NAMES[1:], folders[1:], strict=True):
         model.load_adapter(folder, adapter_name=name)
@@ -49,23 +50,23 @@ def model(folders) -> PeftModel:
 
 
 @pytest.fixture
-def experts(folders):
+def experts(folders: list[Path]) -> Any:
     return [open_adapter(folder).factors("to_q") for folder in folders]
 
 
-def merged_by_peft(model: PeftModel, kind: str, names=NAMES, weights=WEIGHTS, **options):
+def merged_by_peft(model: PeftModel, kind: str, names: Any = NAMES, weights: Any = WEIGHTS, **options: Any) -> Any:
     """Return PEFT's merged factors and its dense delta."""
     model.add_weighted_adapter(names, weights, "merged", combination_type=kind, **options)
     layer = model.base_model.model.to_q
     return layer.lora_A["merged"].weight.data, layer.lora_B["merged"].weight.data, layer.get_delta_weight("merged").data
 
 
-def test_scales_of_single_adapters_are_pefts(model, experts):
+def test_scales_of_single_adapters_are_pefts(model: PeftModel, experts: Any) -> None:
     for name, expert in zip(NAMES, experts, strict=True):
         assert_close(expert.delta(), model.base_model.model.to_q.get_delta_weight(name).data, 1e-6)
 
 
-def test_sum_deltas_is_pefts_forward_with_all_adapters_and_its_cat(model, experts):
+def test_sum_deltas_is_pefts_forward_with_all_adapters_and_its_cat(model: PeftModel, experts: Any) -> None:
     merged = sum_deltas(experts, WEIGHTS)
     hidden_NI = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(1))
     A_RI, B_OR, delta_OI = merged_by_peft(model, "cat")
@@ -82,7 +83,7 @@ def test_sum_deltas_is_pefts_forward_with_all_adapters_and_its_cat(model, expert
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4])
-def test_svd_is_pefts_up_to_the_signs_of_singular_vectors(model, experts, rank):
+def test_svd_is_pefts_up_to_the_signs_of_singular_vectors(model: PeftModel, experts: Any, rank: int) -> None:
     merged = svd(experts, WEIGHTS, rank, scale=sum(WEIGHTS))  # PEFT does not divide by the weights' sum
     A_RI, B_OR, delta_OI = merged_by_peft(model, "svd", svd_rank=rank)
     assert_close(merged.delta(), delta_OI)
@@ -92,7 +93,7 @@ def test_svd_is_pefts_up_to_the_signs_of_singular_vectors(model, experts, rank):
         assert_close(ours, B_OR[:, vector : vector + 1] @ A_RI[vector : vector + 1], 1e-4)
 
 
-def test_pefts_linear_has_cross_terms_that_no_sum_of_deltas_has(folders):
+def test_pefts_linear_has_cross_terms_that_no_sum_of_deltas_has(folders: list[Path]) -> None:
     """PEFT's `linear` is (sum sqrt(w_i s_i) B_i)(sum sqrt(w_i s_i) A_i): K^2 products where the sum of deltas has K."""
     adapters = [open_adapter(folders[0]).factors("to_q")] * 2
     model = PeftModel.from_pretrained(Attention(), folders[0], adapter_name="one")
@@ -104,11 +105,11 @@ def test_pefts_linear_has_cross_terms_that_no_sum_of_deltas_has(folders):
     assert_close(average_factors(adapters, [0.5, 0.5]).delta(), adapters[0].delta(), 1e-6)
 
 
-def test_ties_is_pefts_ties_svd_of_full_rank(model, experts):
+def test_ties_is_pefts_ties_svd_of_full_rank(model: PeftModel, experts: Any) -> None:
     with torch.no_grad():
         *_, delta_OI = merged_by_peft(model, "ties_svd", weights=[1.0] * 3, density=0.4, svd_rank=COLUMNS)
     assert_close(ties(experts, [1.0] * 3, 0.4).delta(), delta_OI, 1e-5)
 
 
-def test_sum_deltas_is_within_1e_5_of_float64(experts):
+def test_sum_deltas_is_within_1e_5_of_float64(experts: Any) -> None:
     assert_close(sum_deltas(experts, WEIGHTS).delta(), exact_sum(experts, WEIGHTS), 1e-6)

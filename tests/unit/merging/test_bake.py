@@ -1,5 +1,7 @@
 import json
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def weight_of(unet: torch.nn.Module, module: str) -> torch.Tensor:
     return unet.get_submodule(module).weight.detach()
 
 
-def test_a_variant_in_shards_becomes_a_plain_pipeline(tiny_pipeline_dir, tmp_path):
+def test_a_variant_in_shards_becomes_a_plain_pipeline(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     pipeline.to(torch.float16).save_pretrained(tmp_path / "source", variant="fp16", max_shard_size="40KB")
     (tmp_path / "source" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
@@ -40,7 +42,7 @@ def test_a_variant_in_shards_becomes_a_plain_pipeline(tiny_pipeline_dir, tmp_pat
     torch.testing.assert_close(weight_of(baked, other), weight_of(pipeline.unet, other), rtol=0, atol=0)
 
 
-def test_no_more_than_one_merged_module_is_in_memory_at_a_time(tiny_pipeline_dir, tmp_path):
+def test_no_more_than_one_merged_module_is_in_memory_at_a_time(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     unet = DiffusionPipeline.from_pretrained(tiny_pipeline_dir).unet
     shapes = {
         name: tuple(module.weight.shape)
@@ -49,7 +51,7 @@ def test_no_more_than_one_merged_module_is_in_memory_at_a_time(tiny_pipeline_dir
     }
     asked: list[weakref.ref] = []
 
-    def merged(module):
+    def merged(module: Any) -> Any:
         alive = [reference for reference in asked if reference() is not None]
         assert len(alive) <= 1
         rows, columns = shapes[module]
@@ -61,7 +63,7 @@ def test_no_more_than_one_merged_module_is_in_memory_at_a_time(tiny_pipeline_dir
     assert len(asked) == len(shapes) > 20
 
 
-def test_of_plain_and_variant_weights_one_is_copied(tiny_pipeline_dir, tmp_path):
+def test_of_plain_and_variant_weights_one_is_copied(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     pipeline.save_pretrained(tmp_path)
     pipeline.save_pretrained(tmp_path, variant="fp16")
@@ -72,7 +74,9 @@ def test_of_plain_and_variant_weights_one_is_copied(tiny_pipeline_dir, tmp_path)
         assert not [file for file in files if "fp16" in file.target.name]
 
 
-def test_a_module_of_another_base_is_refused_before_anything_is_written(tiny_pipeline_dir, tmp_path):
+def test_a_module_of_another_base_is_refused_before_anything_is_written(
+    tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
     with pytest.raises(AdapterError, match=r"down\.nowhere\.weight must have shape \(32, 32\).* it is missing"):
         bake_pipeline(tiny_pipeline_dir, tmp_path / "baked", {"down.nowhere": (32, 32)}, factors, torch.float32)
     assert not (tmp_path / "baked").exists()

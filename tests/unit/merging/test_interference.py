@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from selma_ray.merging.interference import dare, disjoint_mean, knots, ties, tri
 from tests.unit.adapters.random_factors import alike, assert_close, dense, exact_sum, random_factors, several
 
 
-def ties_by_definition(deltas, density):
+def ties_by_definition(deltas: Any, density: Any) -> Any:
     """TIES as its paper writes it (Yadav et al. 2023, algorithm 1), on one task vector each."""
     vectors = []
     for delta in deltas:
@@ -28,25 +30,25 @@ def ties_by_definition(deltas, density):
 
 @settings(deadline=None, max_examples=30)
 @given(several, st.floats(0.05, 1.0))
-def test_ties_is_what_the_paper_defines(experts, density):
+def test_ties_is_what_the_paper_defines(experts: Any, density: float) -> None:
     merged = ties(experts, [1 / len(experts)] * len(experts), density, scale=2.0)
     assert_close(merged.delta(), 2.0 * ties_by_definition([dense(expert) for expert in experts], density))
 
 
-def test_ties_weighs_the_mean_of_those_that_agree():
+def test_ties_weighs_the_mean_of_those_that_agree() -> None:
     deltas = [torch.tensor([1.0, -1.0, 2.0]), torch.tensor([3.0, 4.0, 0.0])]
     merged = disjoint_mean(deltas, [3.0, 1.0])
     torch.testing.assert_close(merged, torch.tensor([(3 * 1 + 3) / 4, 4.0, 2.0]))
 
 
-def test_trimmed_keeps_the_largest():
+def test_trimmed_keeps_the_largest() -> None:
     tensor = torch.tensor([0.1, -3.0, 2.0, -0.5, 0.0])
     torch.testing.assert_close(trimmed(tensor, 0.4), torch.tensor([0.0, -3.0, 2.0, 0.0, 0.0]))
     torch.testing.assert_close(trimmed(tensor, 0.01), torch.tensor([0.0, -3.0, 0.0, 0.0, 0.0]))
     assert trimmed(tensor, 1.0) is tensor
 
 
-def test_dare_drops_what_its_seed_says_and_keeps_the_mean():
+def test_dare_drops_what_its_seed_says_and_keeps_the_mean() -> None:
     experts = [random_factors(seed, 3, 1.0, rows=60, columns=50) for seed in range(3)]
     weights = [0.5, 0.3, 0.2]
     once = dare(experts, weights, 0.4, seed=0).delta()
@@ -61,13 +63,13 @@ def test_dare_drops_what_its_seed_says_and_keeps_the_mean():
     assert_close(drawn, exact_sum(experts, weights), 0.08)
 
 
-def test_experts_of_one_shape_drop_different_entries():
+def test_experts_of_one_shape_drop_different_entries() -> None:
     one, other = (random_factors(seed, 3, 1.0) for seed in range(2))
     dropped = [dare([expert], [1.0], 0.5, seed=0).delta() == 0 for expert in (one, other)]
     assert not torch.equal(*dropped)
 
 
-def knots_by_definition(experts, weights, density):
+def knots_by_definition(experts: Any, weights: Any, density: Any) -> Any:
     """KnOTS-TIES on dense deltas (Stoica et al. 2024): one SVD of all deltas side by side."""
     deltas = [dense(expert) for expert in experts]
     U, values, V = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
@@ -78,14 +80,14 @@ def knots_by_definition(experts, weights, density):
 
 @settings(deadline=None, max_examples=30)
 @given(several, st.sampled_from([0.3, 0.7, 1.0]))
-def test_knots_through_factors_is_knots_on_dense_deltas(experts, density):
+def test_knots_through_factors_is_knots_on_dense_deltas(experts: Any, density: Any) -> None:
     weights = [1 / len(experts)] * len(experts)
     assert_close(knots(experts, weights, density).delta(), knots_by_definition(experts, weights, density))
 
 
 @settings(deadline=None, max_examples=30)
 @given(alike)
-def test_knots_stays_in_the_columns_that_the_experts_span(experts):
+def test_knots_stays_in_the_columns_that_the_experts_span(experts: Any) -> None:
     merged = knots(experts, [1 / len(experts)] * len(experts), 0.5).delta().double()
     basis, values, _ = torch.linalg.svd(torch.cat([dense(expert) for expert in experts], dim=1), full_matrices=False)
     basis = basis[:, values > 1e-9 * values[0]]
@@ -93,7 +95,7 @@ def test_knots_stays_in_the_columns_that_the_experts_span(experts):
 
 
 @pytest.mark.parametrize("method", [ties, knots])
-def test_zero_deltas_merge_to_zero(method):
+def test_zero_deltas_merge_to_zero(method: Any) -> None:
     zero = random_factors(0, 2, 0.0)
     assert not method([zero, zero], [0.5, 0.5], 0.5).delta().any()
     assert not dare([zero], [1.0], 0.5, seed=0).delta().any()

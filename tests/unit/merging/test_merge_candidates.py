@@ -1,5 +1,8 @@
 """What one task of the merge search does, without Ray."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from selma_ray.config import validate
@@ -21,14 +24,14 @@ SAMPLING = SamplingConfig(steps=1, guidance_scale=1.0, width_px=64, height_px=64
 
 
 @pytest.fixture(scope="module")
-def run(tiny_pipeline_dir, tmp_path_factory) -> Run:
+def run(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = run_with_captions(tmp_path_factory.mktemp("run"), SKILLS, per_skill=8, dev_fraction=0.25)
     for seed, skill in enumerate(SKILLS):
         save_random_adapter(tiny_pipeline_dir, run.folder.local_path("experts", skill), seed)
     return run
 
 
-def test_a_candidates_score_is_that_of_its_adapter(run, tiny_pipeline_dir):
+def test_a_candidates_score_is_that_of_its_adapter(run: Run, tiny_pipeline_dir: Path) -> None:
     prompts = dev_prompts(run, None, "merging.search")
     assert [len(of_skill) for of_skill in prompts.values()] == [2, 2]
     model = ModelConfig(name=str(tiny_pipeline_dir))
@@ -47,6 +50,6 @@ def test_a_candidates_score_is_that_of_its_adapter(run, tiny_pipeline_dir):
         ({"step": 0}, "search.step should be greater than 0"),
     ],
 )
-def test_settings_of_the_search_are_checked(settings, message):
+def test_settings_of_the_search_are_checked(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(MergingConfig, {"method": "search", "search": settings}, "recipe")

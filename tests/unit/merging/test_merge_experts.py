@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def base_unet(pipeline_dir: Path) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
 
 
-def test_baked_pipeline_predicts_what_peft_predicts_with_all_experts_set(run_dir, merged_dir, tiny_pipeline_dir):
+def test_baked_pipeline_predicts_what_peft_predicts_with_all_experts_set(
+    run_dir: Path, merged_dir: Path, tiny_pipeline_dir: Path
+) -> None:
     # PEFT has no weights at forward time: the mean is the forward with all adapters active, each scaled by 1/K.
     model = PeftModel.from_pretrained(
         base_unet(tiny_pipeline_dir), run_dir / "experts" / SKILLS[0], adapter_name=SKILLS[0]
@@ -68,21 +71,23 @@ def test_baked_pipeline_predicts_what_peft_predicts_with_all_experts_set(run_dir
     assert (noise_of(base_unet(tiny_pipeline_dir)) - expected).abs().max() > 1e-2
 
 
-def test_adapter_of_summed_rank_predicts_what_the_baked_pipeline_predicts(merged_dir, tiny_pipeline_dir):
+def test_adapter_of_summed_rank_predicts_what_the_baked_pipeline_predicts(
+    merged_dir: Path, tiny_pipeline_dir: Path
+) -> None:
     adapted = PeftModel.from_pretrained(base_unet(tiny_pipeline_dir), merged_dir / "adapter")
     baked = DiffusionPipeline.from_pretrained(merged_dir / "pipeline").unet
     torch.testing.assert_close(noise_of(adapted), noise_of(baked), atol=2e-6, rtol=1e-5)
     assert json.loads((merged_dir / "adapter" / "adapter_config.json").read_text())["r"] == 10
 
 
-def test_parts_other_than_the_denoiser_are_copied(merged_dir, tiny_pipeline_dir):
+def test_parts_other_than_the_denoiser_are_copied(merged_dir: Path, tiny_pipeline_dir: Path) -> None:
     for path in tiny_pipeline_dir.rglob("*"):
         if path.is_file() and path.parent.name not in ("unet", "tokenizer-source"):
             copy = merged_dir / "pipeline" / path.relative_to(tiny_pipeline_dir)
             assert copy.read_bytes() == path.read_bytes(), path
 
 
-def test_report_of_the_merge(merged_dir):
+def test_report_of_the_merge(merged_dir: Path) -> None:
     report = json.loads((merged_dir / "report.json").read_text())
     assert np.allclose(np.diag(report["cosine"]), 1)
     assert 0 < report["energy_kept"] < 1  # ranks 4 + 2 + 4, cut to 4
@@ -90,7 +95,9 @@ def test_report_of_the_merge(merged_dir):
     assert len(report["modules"]) == 32
 
 
-def test_same_merge_again_is_kept_and_another_replaces_it(run_dir, merged_dir, tiny_pipeline_dir):
+def test_same_merge_again_is_kept_and_another_replaces_it(
+    run_dir: Path, merged_dir: Path, tiny_pipeline_dir: Path
+) -> None:
     folder, model = RunFolder(str(run_dir)), ModelConfig(name=str(tiny_pipeline_dir))
     weights_file = merged_dir / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights_file.stat()
@@ -102,7 +109,7 @@ def test_same_merge_again_is_kept_and_another_replaces_it(run_dir, merged_dir, t
     assert not list(merged_dir.parent.glob("*.part"))
 
 
-def test_weights_pick_one_expert(run_dir, tiny_pipeline_dir):
+def test_weights_pick_one_expert(run_dir: Path, tiny_pipeline_dir: Path) -> None:
     weights = {"counting": 0.0, "style": 2.0, "unusual": 0.0}
     config = MergingConfig(weights=weights, name="one")
     summary = merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config)
@@ -112,7 +119,7 @@ def test_weights_pick_one_expert(run_dir, tiny_pipeline_dir):
     torch.testing.assert_close(noise_of(baked), noise_of(one), atol=2e-6, rtol=1e-5)
 
 
-def test_baking_a_half_precision_base_loses_nothing(run_dir, tiny_pipeline_dir, tmp_path):
+def test_baking_a_half_precision_base_loses_nothing(run_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     DiffusionPipeline.from_pretrained(tiny_pipeline_dir).to(torch.float16).save_pretrained(tmp_path / "half")
     model = ModelConfig(name=str(tmp_path / "half"), dtype="fp32")
     merge_experts(RunFolder(str(run_dir)), SKILLS[:1], model, MergingConfig(name="half"))
@@ -124,7 +131,7 @@ def test_baking_a_half_precision_base_loses_nothing(run_dir, tiny_pipeline_dir, 
     torch.testing.assert_close(noise_of(baked), noise_of(adapted), atol=2e-6, rtol=1e-5)
 
 
-def test_expert_of_another_base_is_refused(run_dir, tiny_pipeline_dir, tmp_path):
+def test_expert_of_another_base_is_refused(run_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     other = save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "odd", seed=9, rank=4)
     renamed = {}
     for key, tensor in load_file(other / "adapter_model.safetensors").items():
@@ -135,7 +142,7 @@ def test_expert_of_another_base_is_refused(run_dir, tiny_pipeline_dir, tmp_path)
     assert not (tmp_path / "merged").exists() or not list((tmp_path / "merged").iterdir())
 
 
-def test_missing_expert_is_one_line(run_dir, tiny_pipeline_dir):
+def test_missing_expert_is_one_line(run_dir: Path, tiny_pipeline_dir: Path) -> None:
     with pytest.raises(AdapterError, match=r"experts/absent/adapter_config.json does not exist") as caught:
         merge_experts(
             RunFolder(str(run_dir)), ["counting", "absent"], ModelConfig(name=str(tiny_pipeline_dir)), MergingConfig()
@@ -150,7 +157,9 @@ def test_missing_expert_is_one_line(run_dir, tiny_pipeline_dir):
         ({"revision": "0123"}, r"adapter_config.json: revision must be .* got '0123': it was fitted to other weights"),
     ],
 )
-def test_experts_of_another_base_by_name_or_revision_are_refused(tiny_pipeline_dir, tmp_path, settings, message):
+def test_experts_of_another_base_by_name_or_revision_are_refused(
+    tiny_pipeline_dir: Path, tmp_path: Path, settings: Any, message: str
+) -> None:
     folder = save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "odd", seed=0)
     path = folder / "adapter_config.json"
     named = {"base_model_name_or_path": str(tiny_pipeline_dir), **settings}
@@ -160,7 +169,9 @@ def test_experts_of_another_base_by_name_or_revision_are_refused(tiny_pipeline_d
     assert str(folder) in str(caught.value)
 
 
-def test_baked_pipeline_renders_what_diffusers_renders_with_all_adapters_set(tiny_pipeline_dir, tmp_path):
+def test_baked_pipeline_renders_what_diffusers_renders_with_all_adapters_set(
+    tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
     for seed, skill in enumerate(SKILLS):
         save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / skill, seed, rank=3)
     merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), MergingConfig())
@@ -175,7 +186,7 @@ def test_baked_pipeline_renders_what_diffusers_renders_with_all_adapters_set(tin
 
 
 @pytest.mark.parametrize("method", ["sum_deltas", "released_scale", "svd", "ties", "dare", "knots"])
-def test_each_method_is_baked_as_its_function_says(run_dir, tiny_pipeline_dir, method):
+def test_each_method_is_baked_as_its_function_says(run_dir: Path, tiny_pipeline_dir: Path, method: str) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     config = MergingConfig(method=method, name=method, scale=0.9, rank=3, density=0.5)
     summary = merge_experts(RunFolder(str(run_dir)), SKILLS, model, config, seed=4)
@@ -202,7 +213,7 @@ def weight_of(unet: torch.nn.Module, module: str) -> torch.Tensor:
     return unet.get_submodule(module).weight
 
 
-def test_methods_that_draw_follow_the_seed(run_dir, tiny_pipeline_dir):
+def test_methods_that_draw_follow_the_seed(run_dir: Path, tiny_pipeline_dir: Path) -> None:
     folder, model = RunFolder(str(run_dir)), ModelConfig(name=str(tiny_pipeline_dir))
     weights = []
     for seed in (0, 0, 1):
@@ -211,7 +222,7 @@ def test_methods_that_draw_follow_the_seed(run_dir, tiny_pipeline_dir):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_found_weights_reach_their_blocks(run_dir, tiny_pipeline_dir):
+def test_found_weights_reach_their_blocks(run_dir: Path, tiny_pipeline_dir: Path) -> None:
     weights = {
         group: dict(zip(SKILLS, of_group, strict=True))
         for group, of_group in {"down_blocks": [1, 0, 0], "mid_block": [0, 1, 0], "up_blocks": [0, 0, 2]}.items()
@@ -234,7 +245,7 @@ def test_found_weights_reach_their_blocks(run_dir, tiny_pipeline_dir):
     assert [candidate["score"] for candidate in report["search"]["candidates"]] == [0.5, 0.7]
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tiny_pipeline_dir, tmp_path):
+def test_a_checkpoint_of_another_recipe_is_refused(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "style", seed=0)
     folder.mark_done("train", {"style": {"key": "this"}})
@@ -250,7 +261,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny_pipeline_dir, tmp_path):
         merge_experts(folder, ["style"], model, MergingConfig())
 
 
-def broken_run(pipeline_dir: Path, folder: Path, change) -> RunFolder:
+def broken_run(pipeline_dir: Path, folder: Path, change: Any) -> RunFolder:
     """Return a run of two experts, the tensors of the second changed."""
     for seed, skill in enumerate(("good", "bad")):
         save_random_adapter(pipeline_dir, folder / "experts" / skill, seed)
@@ -259,16 +270,16 @@ def broken_run(pipeline_dir: Path, folder: Path, change) -> RunFolder:
     return RunFolder(str(folder))
 
 
-def widened(tensors):
+def widened(tensors: Any) -> Any:
     return {key: torch.cat([value, value], dim=1) if "lora_A" in key else value for key, value in tensors.items()}
 
 
-def with_infinity(tensors):
+def with_infinity(tensors: Any) -> Any:
     next(iter(tensors.values()))[0, 0] = torch.inf
     return tensors
 
 
-def with_one_module_less(tensors):
+def with_one_module_less(tensors: Any) -> Any:
     return {key: value for key, value in tensors.items() if "mid_block" not in key}
 
 
@@ -280,7 +291,9 @@ def with_one_module_less(tensors):
         (with_one_module_less, r"must adapt the same modules, mid_block.* is in one; train both alike"),
     ],
 )
-def test_an_expert_that_does_not_fit_is_one_line_and_nothing_is_written(tiny_pipeline_dir, tmp_path, change, message):
+def test_an_expert_that_does_not_fit_is_one_line_and_nothing_is_written(
+    tiny_pipeline_dir: Path, tmp_path: Path, change: Any, message: str
+) -> None:
     folder = broken_run(tiny_pipeline_dir, tmp_path, change)
     with pytest.raises(AdapterError, match=message) as caught:
         merge_experts(folder, ["good", "bad"], ModelConfig(name=str(tiny_pipeline_dir)), MergingConfig())
@@ -288,7 +301,7 @@ def test_an_expert_that_does_not_fit_is_one_line_and_nothing_is_written(tiny_pip
     assert not (tmp_path / "merged").exists() or not list((tmp_path / "merged").iterdir())
 
 
-def test_a_pickle_beside_no_safetensors_is_refused(tiny_pipeline_dir, tmp_path):
+def test_a_pickle_beside_no_safetensors_is_refused(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     path = save_random_adapter(tiny_pipeline_dir, tmp_path / "experts" / "odd", seed=0) / "adapter_model.safetensors"
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(
@@ -309,12 +322,12 @@ def test_a_pickle_beside_no_safetensors_is_refused(tiny_pipeline_dir, tmp_path):
         ({"exports": ["gguf"]}, "exports.0 should be 'diffusers' or 'kohya', got 'gguf'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
+def test_settings_that_make_no_sense_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(MergingConfig, settings, "recipe")
 
 
-def test_a_weight_for_every_skill_is_asked_for(run_dir, tiny_pipeline_dir):
+def test_a_weight_for_every_skill_is_asked_for(run_dir: Path, tiny_pipeline_dir: Path) -> None:
     config = MergingConfig(weights={"style": 1.0})
     with pytest.raises(AdapterError, match=r"merging.weights must weigh every skill, 'counting' is missing"):
         merge_experts(RunFolder(str(run_dir)), SKILLS, ModelConfig(name=str(tiny_pipeline_dir)), config)

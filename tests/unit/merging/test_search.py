@@ -1,6 +1,9 @@
 """The search against functions whose best weights are known, stopped and gone on with."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,11 @@ BEST = {"common": 0.1, "counting": 0.6, "style": 0.3}
 class Bowl:
     """Scores by the distance from BEST in every group, and remembers what it was asked."""
 
-    def __init__(self, fail_after=None):
+    def __init__(self, fail_after: Any = None) -> None:
         self.asked = []
         self.fail_after = fail_after
 
-    def __call__(self, candidates):
+    def __call__(self, candidates: Any) -> Iterator[Any]:
         for candidate in reversed(candidates):
             if self.fail_after is not None and len(self.asked) == self.fail_after:
                 raise KeyboardInterrupt
@@ -34,12 +37,12 @@ class Bowl:
             yield candidate.number, 1.0 - sum(distances)
 
 
-def search(folder, score, groups=(ALL,), key="key", seed=0, **settings):
+def search(folder: Any, score: Any, groups: Any = (ALL,), key: str = "key", seed: int = 0, **settings: Any) -> Any:
     config = SearchConfig(**{"generations": 30, "candidates": 8, **settings})
     return search_weights(SKILLS, groups, config, seed, score, RunFolder(str(folder)), "search/merged", key)
 
 
-def test_finds_the_best_weights_and_scale(tmp_path):
+def test_finds_the_best_weights_and_scale(tmp_path: Path) -> None:
     result = search(tmp_path, Bowl())
     assert result.weights[ALL] == pytest.approx(BEST, abs=0.02)
     assert len(result.candidates) == num_candidates(3, SearchConfig(generations=30)) == 1 + 3 + 30 * 8
@@ -47,14 +50,14 @@ def test_finds_the_best_weights_and_scale(tmp_path):
     assert best.score == max(candidate.score for candidate in result.candidates) > 0.999
 
 
-def test_finds_weights_for_each_group_of_blocks(tmp_path):
+def test_finds_weights_for_each_group_of_blocks(tmp_path: Path) -> None:
     groups = ["down_blocks", "mid_block", "up_blocks"]
     result = search(tmp_path, Bowl(), groups, generations=35, candidates=10)
     for group in groups:
         assert result.weights[group] == pytest.approx(BEST, abs=0.1)
 
 
-def test_the_plain_mean_and_each_expert_are_tried_first_and_of_equals_the_first_wins(tmp_path):
+def test_the_plain_mean_and_each_expert_are_tried_first_and_of_equals_the_first_wins(tmp_path: Path) -> None:
     result = search(tmp_path, lambda candidates: ((each.number, 0.5) for each in candidates))
     assert result.best == 0
     assert result.weights == {ALL: dict.fromkeys(SKILLS, pytest.approx(1 / 3))}
@@ -62,7 +65,7 @@ def test_the_plain_mean_and_each_expert_are_tried_first_and_of_equals_the_first_
     assert alone == [{other: float(other == skill) for other in SKILLS} for skill in SKILLS]
 
 
-def test_weights_stay_within_their_bounds(tmp_path):
+def test_weights_stay_within_their_bounds(tmp_path: Path) -> None:
     result = search(tmp_path, Bowl(), step=2.0, largest=1.5)
     weights = [weight for each in result.candidates if each.round for weight in each.weights[ALL].values()]
     assert min(weights) >= 0
@@ -70,7 +73,7 @@ def test_weights_stay_within_their_bounds(tmp_path):
 
 
 @pytest.mark.parametrize("fail_after", [0, 2, 5, 14])
-def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path, fail_after):
+def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, fail_after: int) -> None:
     whole = search(tmp_path / "whole", Bowl(), generations=3, candidates=4)
     stopped = Bowl(fail_after)
     with pytest.raises(KeyboardInterrupt):
@@ -83,7 +86,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path, fail_after
     assert again.asked == []
 
 
-def test_another_seed_draws_others_and_another_key_keeps_nothing(tmp_path):
+def test_another_seed_draws_others_and_another_key_keeps_nothing(tmp_path: Path) -> None:
     first = search(tmp_path, Bowl(), generations=2)
     assert search(tmp_path / "other", Bowl(), generations=2, seed=1).candidates[4:] != first.candidates[4:]
     again = Bowl()
@@ -91,7 +94,7 @@ def test_another_seed_draws_others_and_another_key_keeps_nothing(tmp_path):
     assert len(again.asked) == 20
 
 
-def test_a_record_that_does_not_continue_is_refused(tmp_path):
+def test_a_record_that_does_not_continue_is_refused(tmp_path: Path) -> None:
     search(tmp_path, Bowl(), generations=1)
     path = tmp_path / "search" / "merged" / "search.json"
     record = json.loads(path.read_text())
@@ -101,22 +104,22 @@ def test_a_record_that_does_not_continue_is_refused(tmp_path):
         search(tmp_path, Bowl(), generations=1)
 
 
-def test_a_score_that_is_no_number_is_refused(tmp_path):
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"candidate 0 .* must be finite, got nan"):
         search(tmp_path, lambda candidates: ((each.number, float("nan")) for each in candidates))
 
 
-def test_one_skill_is_a_search_of_its_scale(tmp_path):
+def test_one_skill_is_a_search_of_its_scale(tmp_path: Path) -> None:
     config = SearchConfig(generations=15, candidates=4)
 
-    def score(candidates):
+    def score(candidates: Any) -> Any:
         return ((each.number, -((each.weights[ALL]["style"] - 1.7) ** 2)) for each in candidates)
 
     result = search_weights(["style"], [ALL], config, 0, score, RunFolder(str(tmp_path)), "search", "key")
     assert result.weights[ALL]["style"] == pytest.approx(1.7, abs=0.05)
 
 
-def test_weights_that_cover_no_module_are_named():
+def test_weights_that_cover_no_module_are_named() -> None:
     weights = {"mid_block": BEST}
     assert weights_of("mid_block.attentions.0", weights, SKILLS) == [0.1, 0.6, 0.3]
     with pytest.raises(AdapterError, match=r"must cover up_blocks.0.to_q, they are for mid_block"):

@@ -2,6 +2,7 @@
 
 import random
 import re
+from typing import Any
 
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([A-Za-z_][A-Za-z_0-9]*)|([()|?])')
 
@@ -20,7 +21,7 @@ class Sentences:
     def write(self, rng: random.Random) -> str:
         return self._expand(("rule", "caption"), rng)
 
-    def _choice(self, tokens):
+    def _choice(self, tokens: Any) -> Any:
         options, (sequence, tokens) = [], self._sequence(tokens)
         options.append(sequence)
         while tokens and tokens[0][2] == "|":
@@ -28,7 +29,7 @@ class Sentences:
             options.append(sequence)
         return ("choice", options), tokens
 
-    def _sequence(self, tokens):
+    def _sequence(self, tokens: Any) -> Any:
         items = []
         while tokens and tokens[0][2] not in ("|", ")"):
             (literal, rule, mark), tokens = tokens[0], tokens[1:]
@@ -43,7 +44,7 @@ class Sentences:
             items.append(item)
         return ("sequence", items), tokens
 
-    def _expand(self, node, rng: random.Random) -> str:
+    def _expand(self, node: Any, rng: random.Random) -> str:
         kind, value = node
         if kind == "text":
             return value

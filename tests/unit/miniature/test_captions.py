@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 @st.composite
-def scenes(draw) -> Scene:
+def scenes(draw: Any) -> Scene:
     names = draw(st.lists(st.sampled_from(OBJECTS), min_size=1, max_size=2, unique=True))
     counts = [draw(st.integers(1, 4))] if len(names) == 1 else draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]))
     groups = [Group(name, draw(st.sampled_from(list(COLOURS))), n) for name, n in zip(names, counts, strict=True)]
@@ -25,14 +26,14 @@ def scenes(draw) -> Scene:
 
 
 @given(scenes(), SEEDS, st.booleans())
-def test_a_caption_leads_back_to_its_scene(scene, seed, long):
+def test_a_caption_leads_back_to_its_scene(scene: Any, seed: Any, long: bool) -> None:
     caption = write_caption(scene, random.Random(seed), long=long)
     assert parse_caption(caption) == scene
     assert len(caption.split()) <= MAX_WORDS
 
 
 @given(scenes(), SEEDS)
-def test_case_stops_and_spaces_do_not_matter(scene, seed):
+def test_case_stops_and_spaces_do_not_matter(scene: Any, seed: Any) -> None:
     caption = write_caption(scene, random.Random(seed))
     assert parse_caption(f"  {caption.upper()}. ") == parse_caption(caption.replace(" ", "   "))
 
@@ -53,19 +54,19 @@ def test_case_stops_and_spaces_do_not_matter(scene, seed):
         ("an apple to the left of the apple", "itself"),
     ],
 )
-def test_a_caption_outside_the_grammar_says_why(caption, reason):
+def test_a_caption_outside_the_grammar_says_why(caption: str, reason: str) -> None:
     with pytest.raises(CaptionError, match=reason) as caught:
         parse_caption(caption)
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_number_of_the_noun_is_forgiven():
+def test_a_wrong_number_of_the_noun_is_forgiven() -> None:
     assert parse_caption("two apple") == parse_caption("two apples")
     assert parse_caption("a apples") == parse_caption("an apple")
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_every_sentence_of_a_grammar_is_a_caption(skill):
+def test_every_sentence_of_a_grammar_is_a_caption(skill: Any) -> None:
     sentences, rng = Sentences(caption_grammar(skill)), random.Random(0)
     written = {sentences.write(rng) for _ in range(500)}
     assert len(written) > 250
@@ -75,18 +76,18 @@ def test_every_sentence_of_a_grammar_is_a_caption(skill):
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_xgrammar_reads_the_grammars(skill):
+def test_xgrammar_reads_the_grammars(skill: Any) -> None:
     xgrammar = pytest.importorskip("xgrammar")
     xgrammar.Grammar.from_ebnf(f"root ::= caption\n{caption_grammar(skill)}")
 
 
-def test_an_unknown_skill_has_no_grammar():
+def test_an_unknown_skill_has_no_grammar() -> None:
     with pytest.raises(CaptionError, match="poetry"):
         caption_grammar("poetry")
 
 
 @given(SEEDS)
-def test_training_captions_are_no_test_captions(seed):
+def test_training_captions_are_no_test_captions(seed: Any) -> None:
     rng = random.Random(seed)
     scene, long = sample_web_scene(rng)
     caption = write_web_caption(scene, rng, long=long, looseness=Looseness(0.5, max_edits=3))
@@ -95,7 +96,7 @@ def test_training_captions_are_no_test_captions(seed):
 
 
 @given(SEEDS)
-def test_a_loose_caption_states_something_else(seed):
+def test_a_loose_caption_states_something_else(seed: Any) -> None:
     rng = random.Random(seed)
     facts = parse_facts(sample_caption(rng.choice(SKILLS), rng))
     loose = loosen(facts, rng) if len(facts.groups) > 1 else facts
@@ -103,7 +104,7 @@ def test_a_loose_caption_states_something_else(seed):
 
 
 @given(SEEDS, st.sampled_from(SKILLS))
-def test_scenes_of_every_skill_can_be_described(seed, skill):
+def test_scenes_of_every_skill_can_be_described(seed: Any, skill: Any) -> None:
     rng = random.Random(seed)
     scene = sample_scene(skill, rng)
     assert parse_caption(write_caption(scene, rng, long=skill == "paragraphs")) == scene

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ def make_images() -> list[Image.Image]:
     return [Image.effect_noise((64, 64), 40 + 20 * place).convert("RGB") for place in range(3)]
 
 
-def test_a_saved_judge_answers_alike(judge, tmp_path):
+def test_a_saved_judge_answers_alike(judge: MiniatureJudge, tmp_path: Path) -> None:
     images = make_images()
     judge.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
@@ -32,7 +34,7 @@ def test_a_saved_judge_answers_alike(judge, tmp_path):
     torch.testing.assert_close(first, second)
 
 
-def test_answers_do_not_depend_on_the_batch(judge):
+def test_answers_do_not_depend_on_the_batch(judge: MiniatureJudge) -> None:
     images = make_images()
     together = judge.answer(judge.encode_images(images), [QUESTIONS, QUESTIONS[:1], []])
     assert [tuple(scores.shape) for scores in together] == [(3, len(ANSWERS)), (1, len(ANSWERS)), (0, len(ANSWERS))]
@@ -42,6 +44,6 @@ def test_answers_do_not_depend_on_the_batch(judge):
     assert all(0 <= chance <= 1 for row in chances for chance in row)
 
 
-def test_a_folder_without_a_judge_is_refused(tmp_path):
+def test_a_folder_without_a_judge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match=r"config\.json"):
         MiniatureJudge.from_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 import random
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +14,7 @@ from selma_ray.miniature.skills import SKILLS, is_test_caption, sample_caption, 
 
 
 @given(st.integers(0, 2**32), st.sampled_from(SKILLS))
-def test_parents_are_asked_before_their_children(seed, skill):
+def test_parents_are_asked_before_their_children(seed: int, skill: Any) -> None:
     questions = questions_for(sample_caption(skill, random.Random(seed)))
     assert [question.id for question in questions] == list(range(1, len(questions) + 1))
     for question in questions:
@@ -23,7 +24,7 @@ def test_parents_are_asked_before_their_children(seed, skill):
             assert all(questions[parent - 1].category == "whole" for parent in question.parents)
 
 
-def test_only_what_is_stated_is_asked():
+def test_only_what_is_stated_is_asked() -> None:
     assert [q.question for q in questions_for("a banana")] == ["Is there a banana?"]
     assert [q.question for q in questions_for("A pencil sketch of two blue bananas left of an apple on a beach.")] == [
         "Are there bananas?",
@@ -36,7 +37,7 @@ def test_only_what_is_stated_is_asked():
     ]
 
 
-def test_held_out_captions_are_fixed_different_and_for_tests_only():
+def test_held_out_captions_are_fixed_different_and_for_tests_only() -> None:
     captions = [caption for of_skill in heldout_by_skill().values() for caption in of_skill]
     assert len(captions) == len(set(captions)) == 500
     assert list(heldout_by_skill()) == list(SKILLS)
@@ -44,7 +45,7 @@ def test_held_out_captions_are_fixed_different_and_for_tests_only():
     assert captions[0] == "a fish"
 
 
-def test_the_bank_knows_every_question_and_balances_its_answers():
+def test_the_bank_knows_every_question_and_balances_its_answers() -> None:
     rng, bank = random.Random(0), QuestionBank()
     scenes = blank_arrays(40)
     for row in range(40):

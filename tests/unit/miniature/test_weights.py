@@ -1,5 +1,7 @@
 import random
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from selma_ray.miniature.questions import questions_for
 from selma_ray.miniature.scenes import Group, Scene, render_scene
 
 
-def test_the_pipeline_loads_and_draws():
+def test_the_pipeline_loads_and_draws() -> None:
     pipeline = DiffusionPipeline.from_pretrained(locate.text_to_image_dir())
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
@@ -28,13 +30,13 @@ def test_the_pipeline_loads_and_draws():
     assert pipeline.text_encoder.dtype == torch.float32
 
 
-def test_the_weights_fit_their_limit():
+def test_the_weights_fit_their_limit() -> None:
     folder = locate.judge_dir().parent
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < SIZE_LIMIT_MB * 1e6
     assert (folder / "MODEL_CARD.md").read_text().startswith("# ")
 
 
-def test_the_judge_tells_a_drawn_scene_from_another():
+def test_the_judge_tells_a_drawn_scene_from_another() -> None:
     judge = MiniatureJudge.from_pretrained(locate.judge_dir())
     caption = "two blue bananas to the left of a red car on a beach"
     questions = [question.question for question in questions_for(caption)]
@@ -46,7 +48,7 @@ def test_the_judge_tells_a_drawn_scene_from_another():
     assert sum(no) / len(no) < 0.3
 
 
-def test_missing_models_name_their_remedy(monkeypatch, tmp_path):
+def test_missing_models_name_their_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(locate, "_WEIGHTS", tmp_path)
     with pytest.raises(ModelNotFoundError, match="pretrain package"):
         locate.text_to_image_dir()
@@ -56,10 +58,10 @@ def test_missing_models_name_their_remedy(monkeypatch, tmp_path):
         locate.llm_dir()
 
 
-def test_the_language_model_is_made_once_and_whole(monkeypatch, tmp_path):
+def test_the_language_model_is_made_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = []
 
-    def convert(source, target):
+    def convert(source: Any, target: Any) -> None:
         made.append(source)
         target.mkdir()
         (target / "config.json").write_text("{}")

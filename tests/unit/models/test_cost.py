@@ -1,5 +1,8 @@
 """Traced figures against what the tiny models of every family really hold and allocate."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,7 +23,9 @@ BATCH = 4
 
 
 @pytest.fixture(scope="module", params=["sd", *SAVERS])
-def model(request, tiny_pipeline_dir, tmp_path_factory):
+def model(
+    request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ModelConfig:
     if request.param == "sd":
         return ModelConfig(name=str(tiny_pipeline_dir))
     folder = tmp_path_factory.mktemp(request.param) / "model"
@@ -29,23 +34,23 @@ def model(request, tiny_pipeline_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cost(model):
+def cost(model: ModelConfig) -> Any:
     return training_cost(model, 64, 64, LORA.rank, LORA.targets)
 
 
-def adapted_denoiser(model, *, gradient_checkpointing=False):
+def adapted_denoiser(model: Any, *, gradient_checkpointing: bool = False) -> Any:
     denoiser = open_family(model).load_denoiser()
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return add_adapter(denoiser, LORA, model.name, seed=0).train()
 
 
-def peak_bytes(model, denoiser) -> int:
+def peak_bytes(model: Any, denoiser: Any) -> int:
     """Return the most that is allocated at once, beyond what was there, during one forward and backward pass."""
     family = open_family(model)
     batch = {name: torch.rand((BATCH, *shape)) for name, shape in family.example_shapes(64, 64).items()}
 
-    def step():
+    def step() -> None:
         family.errors(denoiser, batch, [torch.Generator().manual_seed(seed) for seed in range(BATCH)]).mean().backward()
 
     step()
@@ -60,7 +65,7 @@ def peak_bytes(model, denoiser) -> int:
     return peak
 
 
-def test_weights_are_counted_without_loading_them(model, cost):
+def test_weights_are_counted_without_loading_them(model: ModelConfig, cost: Any) -> None:
     pipeline = load_pipeline(model, "cpu")
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())
@@ -73,7 +78,7 @@ def test_weights_are_counted_without_loading_them(model, cost):
     assert cost.lora_parameters == sum(parameter.numel() for parameter in adapter)
 
 
-def test_shapes_are_those_of_encoded_examples(model):
+def test_shapes_are_those_of_encoded_examples(model: ModelConfig) -> None:
     import numpy as np
 
     encoders = open_family(model).load_encoders("cpu")
@@ -82,19 +87,19 @@ def test_shapes_are_those_of_encoded_examples(model):
     assert {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()} == shapes
 
 
-def test_shapes_are_those_of_the_miniature_whose_prompts_are_shorter():
+def test_shapes_are_those_of_the_miniature_whose_prompts_are_shorter() -> None:
     shapes = open_family(ModelConfig()).example_shapes(64, 64)
     assert shapes["text_NTD"] == (64, 128)
 
 
-def test_activations_are_as_large_as_they_are_when_measured(model, cost):
+def test_activations_are_as_large_as_they_are_when_measured(model: ModelConfig, cost: Any) -> None:
     """The estimates were seen from 5 per cent below the peak (FLUX, whose one block is all of this model) to 20 above (SD3)."""
     measured = peak_bytes(model, adapted_denoiser(model))
     estimate = BATCH * cost.activation_bytes + 4 * cost.lora_parameters
     assert 0.93 * measured < estimate < 1.25 * measured
 
 
-def test_with_gradient_checkpointing_the_estimate_is_a_rough_bound(model, cost):
+def test_with_gradient_checkpointing_the_estimate_is_a_rough_bound(model: ModelConfig, cost: Any) -> None:
     """It counts the whole of the largest block, which UNets compute again layer by layer: 2.2 times the peak for SDXL, 0.91 for FLUX."""
     measured = peak_bytes(model, adapted_denoiser(model, gradient_checkpointing=True))
     estimate = BATCH * cost.checkpointed_bytes + 4 * cost.lora_parameters
@@ -102,11 +107,11 @@ def test_with_gradient_checkpointing_the_estimate_is_a_rough_bound(model, cost):
     assert cost.checkpointed_bytes < cost.activation_bytes
 
 
-def test_a_step_computes_more_than_a_prediction(cost):
+def test_a_step_computes_more_than_a_prediction(cost: Any) -> None:
     assert 1.9 < cost.step_flops / cost.forward_flops < 3.3
 
 
-def test_a_model_without_a_configuration_is_named(tiny_pipeline_dir, tmp_path):
+def test_a_model_without_a_configuration_is_named(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(tiny_pipeline_dir, tmp_path / "model")

@@ -28,7 +28,9 @@ DRAWING = Drawing("two apples", 3, 2, 2.0, 64, 48)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def model(request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+def model(
+    request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ModelConfig:
     folder = tmp_path_factory.mktemp("family") / request.param
     FAMILIES[request.param](folder, tiny_pipeline_dir)
     return ModelConfig(name=str(folder))

@@ -1,5 +1,8 @@
 """SD3 and FLUX, by the same tests."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,30 +24,30 @@ SAMPLING = SamplingConfig(steps=3, guidance_scale=3.0, width_px=64, height_px=64
 
 
 @pytest.fixture(scope="module", params=list(SAVERS))
-def name(request):
+def name(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(name, tiny_pipeline_dir, tmp_path_factory):
+def model(name: Any, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     folder = tmp_path_factory.mktemp(name) / "model"
     SAVERS[name](folder, tiny_pipeline_dir)
     return ModelConfig(name=str(folder))
 
 
 @pytest.fixture(scope="module")
-def family(model):
+def family(model: ModelConfig) -> Any:
     return open_family(model)
 
 
 @pytest.fixture(scope="module")
-def batch(family):
+def batch(family: Any) -> Any:
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
     encoders = family.load_encoders("cpu")
     return encoders.encode_images(images) | encoders.encode_prompts(["two apples", "a cat"], 64, 48)
 
 
-def test_conditioning_is_what_the_pipeline_makes(name, model, batch):
+def test_conditioning_is_what_the_pipeline_makes(name: Any, model: ModelConfig, batch: Any) -> None:
     pipeline = load_pipeline(model, "cpu")
     if name == "sd3":
         text, _, pooled, _ = pipeline.encode_prompt(
@@ -59,17 +62,17 @@ def test_conditioning_is_what_the_pipeline_makes(name, model, batch):
 class Recorder(torch.nn.Module):
     """Stands for a transformer: keeps what it was called with and answers with what it was given."""
 
-    def __init__(self, transformer) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
         self.called: dict = {}
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         self.called = arguments
         return (arguments["hidden_states"],)
 
 
-def test_the_velocity_leads_from_latents_to_noise(name, family, batch):
+def test_the_velocity_leads_from_latents_to_noise(name: Any, family: Any, batch: Any) -> None:
     row = {key: tensor[:1] for key, tensor in batch.items()}
     draw = torch.Generator().manual_seed(5)
     latents = (row["latent_mean"] + row["latent_std"] * torch.randn(1, 4, 16, 12, generator=draw) - SHIFT) * SCALE
@@ -85,7 +88,7 @@ def test_the_velocity_leads_from_latents_to_noise(name, family, batch):
 
 
 @pytest.mark.parametrize("name", ["flux"], indirect=True)
-def test_patches_go_in_and_out_as_the_pipeline_packs_them(family, batch):
+def test_patches_go_in_and_out_as_the_pipeline_packs_them(family: Any, batch: Any) -> None:
     from diffusers import FluxPipeline
 
     recorder = Recorder(family.load_denoiser())
@@ -96,7 +99,9 @@ def test_patches_go_in_and_out_as_the_pipeline_packs_them(family, batch):
     assert torch.equal(unpacked, noisy)
 
 
-def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family, model, batch, tmp_path):
+def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(
+    family: Any, model: ModelConfig, batch: Any, tmp_path: Path
+) -> None:
     adapted = add_adapter(family.load_denoiser(), LoraSettings(rank=8, alpha=8), model.name, seed=0)
     assert trainable_parameters(adapted)
     optimizer = torch.optim.AdamW(trainable_parameters(adapted).values(), lr=2e-2)
@@ -125,13 +130,13 @@ def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(family,
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_dropped_caption_is_the_empty_prompt(family):
+def test_a_dropped_caption_is_the_empty_prompt(family: Any) -> None:
     encoders = family.load_encoders("cpu")
     empty, written = encoders.encode_no_caption(), encoders.encode_prompts([""])
     assert empty.keys() == {"text_NTD", "pooled_NP"}
     assert all(torch.equal(empty[key], written[key]) for key in empty)
 
 
-def test_min_snr_weighting_is_refused(family, batch):
+def test_min_snr_weighting_is_refused(family: Any, batch: Any) -> None:
     with pytest.raises(ConfigError, match=r"experts.min_snr_gamma must be left out for .* flow matching, got 5"):
         family.errors(family.load_denoiser(), batch, [torch.Generator()] * 2, min_snr_gamma=5.0)

@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,16 +13,16 @@ SAMPLING = SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_pipeline_dir):
+def pipeline(tiny_pipeline_dir: Path) -> Any:
     return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
 @pytest.fixture
-def renderer(pipeline):
+def renderer(pipeline: Any) -> Renderer:
     return Renderer(pipeline, SAMPLING)
 
 
-def test_another_family_renders_with_a_scheduler_by_name_and_a_negative_prompt(tmp_path):
+def test_another_family_renders_with_a_scheduler_by_name_and_a_negative_prompt(tmp_path: Path) -> None:
     save_tiny_sdxl(tmp_path / "sdxl")
     sampling = SAMPLING.model_copy(update={"scheduler": "DPMSolverMultistepScheduler", "negative_prompt": "blur"})
     renderer = Renderer(load_pipeline(ModelConfig(name=str(tmp_path / "sdxl")), "cpu"), sampling)
@@ -28,7 +31,7 @@ def test_another_family_renders_with_a_scheduler_by_name_and_a_negative_prompt(t
 
 
 @pytest.mark.parametrize("name", ["EulerScheduler", "DDIMSchedulers", "FlowMatchEulerDiscreteScheduler", "UNet2DModel"])
-def test_a_scheduler_that_does_not_fit_names_those_that_do(pipeline, name):
+def test_a_scheduler_that_does_not_fit_names_those_that_do(pipeline: Any, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"must be a diffusers scheduler .*DDIMScheduler.*got '{name}'"):
         Renderer(pipeline, SAMPLING.model_copy(update={"scheduler": name}))
 
@@ -36,10 +39,12 @@ def test_a_scheduler_that_does_not_fit_names_those_that_do(pipeline, name):
 @pytest.mark.parametrize(
     "failure", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(renderer, monkeypatch, failure):
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, failure: Any
+) -> None:
     sizes = []
 
-    def draw(prompts, seeds):
+    def draw(prompts: Any, seeds: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > 1:
             raise failure
@@ -52,9 +57,9 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(renderer, monkeypatch
     assert sizes[6:] == [1] * CPU_LANES, "what did not fit is not tried again"
 
 
-def test_other_errors_and_single_rows_are_not_halved(renderer, monkeypatch):
-    def fail_with(error):
-        def draw(prompts, seeds):
+def test_other_errors_and_single_rows_are_not_halved(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_with(error: Any) -> None:
+        def draw(prompts: Any, seeds: Any) -> None:
             raise error
 
         monkeypatch.setattr(renderer, "_render", draw)

@@ -1,5 +1,8 @@
 """The configurations against the numbers of weights that their authors' files hold."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from selma_ray.models.config import ModelConfig
@@ -21,12 +24,12 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_every_part_has_as_many_weights_as_it_was_published_with(name, tmp_path):
+def test_every_part_has_as_many_weights_as_it_was_published_with(name: Any, tmp_path: Path) -> None:
     write_configuration(name, tmp_path)
     assert pipeline_parameters(ModelConfig(name=str(tmp_path))) == WEIGHTS[name]
 
 
-def test_every_large_recipe_can_be_planned_without_a_network():
+def test_every_large_recipe_can_be_planned_without_a_network() -> None:
     from pathlib import Path
 
     from selma_ray.run.recipe import load_recipe

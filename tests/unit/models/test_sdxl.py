@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,20 +11,20 @@ from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
-def sdxl_dir(tiny_pipeline_dir, tmp_path_factory):
+def sdxl_dir(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sdxl") / "model"
     save_tiny_sdxl(folder, tiny_pipeline_dir)
     return folder
 
 
 @pytest.fixture(scope="module")
-def batch(sdxl_dir):
+def batch(sdxl_dir: Any) -> Any:
     encoders = open_family(ModelConfig(name=str(sdxl_dir))).load_encoders("cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
     return encoders.encode_images(images) | encoders.encode_prompts(["two apples", "a cat"], 64, 48)
 
 
-def test_conditioning_is_what_the_pipeline_makes(sdxl_dir, batch):
+def test_conditioning_is_what_the_pipeline_makes(sdxl_dir: Any, batch: Any) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_dir)
@@ -36,7 +39,7 @@ def test_conditioning_is_what_the_pipeline_makes(sdxl_dir, batch):
     assert torch.equal(batch["time_ids_N6"], time_ids.repeat(2, 1))
 
 
-def test_loss_equals_the_formula(sdxl_dir, batch):
+def test_loss_equals_the_formula(sdxl_dir: Any, batch: Any) -> None:
     family = open_family(ModelConfig(name=str(sdxl_dir)))
     unet = family.load_denoiser().eval()
     row = {name: tensor[:1] for name, tensor in batch.items()}
@@ -53,13 +56,13 @@ def test_loss_equals_the_formula(sdxl_dir, batch):
     torch.testing.assert_close(loss, ((prediction - noise) ** 2).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_an_overflowing_autoencoder_is_kept_in_fp32(sdxl_dir):
+def test_an_overflowing_autoencoder_is_kept_in_fp32(sdxl_dir: Any) -> None:
     encoders = open_family(ModelConfig(name=str(sdxl_dir), dtype="fp16")).load_encoders("cpu")
     assert encoders._pipeline.vae.dtype == torch.float32
     assert encoders._pipeline.text_encoder.dtype == torch.float16
 
 
-def test_a_dropped_caption_is_what_guidance_starts_from(sdxl_dir):
+def test_a_dropped_caption_is_what_guidance_starts_from(sdxl_dir: Any) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_dir)

@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,14 +15,14 @@ NUM_TIMESTEPS = 1000
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
-def tiny_dir(request, tmp_path_factory):
+def tiny_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param) / "sd"
     save_tiny_stable_diffusion(folder, prediction_type=request.param)
     return folder, request.param
 
 
 @pytest.fixture(scope="module")
-def epsilon_family(tiny_pipeline_dir):
+def epsilon_family(tiny_pipeline_dir: Path) -> Any:
     return open_family(ModelConfig(name=str(tiny_pipeline_dir)))
 
 
@@ -36,7 +39,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def loss_by_formula(unet, batch, seeds, prediction_type, scaling_factor):
+def loss_by_formula(unet: Any, batch: Any, seeds: Any, prediction_type: Any, scaling_factor: Any) -> Any:
     """The training loss of DDPM (2006.11239) and of v-prediction (2202.00512), one example at a time."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
     kept = torch.cumprod(1 - betas, 0)
@@ -56,7 +59,7 @@ def loss_by_formula(unet, batch, seeds, prediction_type, scaling_factor):
     return torch.stack(losses).mean()
 
 
-def test_loss_equals_the_formula(tiny_dir):
+def test_loss_equals_the_formula(tiny_dir: Any) -> None:
     folder, prediction_type = tiny_dir
     family = open_family(ModelConfig(name=str(folder)))
     unet, batch, seeds = family.load_denoiser().eval(), random_batch(3), (11, 12, 13)
@@ -66,7 +69,7 @@ def test_loss_equals_the_formula(tiny_dir):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir):
+def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir: Any) -> None:
     """Hang et al., 2303.09556: both predictions weighted give the clean latents' error times min(SNR, gamma)."""
     folder, prediction_type = tiny_dir
     family = open_family(ModelConfig(name=str(folder)))
@@ -85,7 +88,7 @@ def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir):
         assert weighted.item() == pytest.approx(plain.item() * min(snr, gamma) * of_clean, rel=1e-3)
 
 
-def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(epsilon_family):
+def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(epsilon_family: Any) -> None:
     unet, batch = epsilon_family.load_denoiser().eval(), random_batch(4)
     with torch.no_grad():
         whole = epsilon_family.errors(unet, batch, generators(1, 2, 3, 4)).mean()
@@ -98,7 +101,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_examples_losses(epsilon_family):
     torch.testing.assert_close(whole, torch.stack(halves).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_fitting_lora_on_a_few_examples_lowers_the_loss(tiny_dir):
+def test_fitting_lora_on_a_few_examples_lowers_the_loss(tiny_dir: Any) -> None:
     folder, _ = tiny_dir
     family = open_family(ModelConfig(name=str(folder)))
     torch.manual_seed(0)
@@ -117,7 +120,7 @@ def test_fitting_lora_on_a_few_examples_lowers_the_loss(tiny_dir):
     assert losses[-1] < 0.97 * losses[0]
 
 
-def test_encoders_give_what_the_pipeline_gives(epsilon_family, tiny_pipeline_dir):
+def test_encoders_give_what_the_pipeline_gives(epsilon_family: Any, tiny_pipeline_dir: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
@@ -134,7 +137,7 @@ def test_encoders_give_what_the_pipeline_gives(epsilon_family, tiny_pipeline_dir
     torch.testing.assert_close(latents["latent_std"], posterior.std, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_encoded_for_a_row_does_not_depend_on_its_batch(epsilon_family):
+def test_what_is_encoded_for_a_row_does_not_depend_on_its_batch(epsilon_family: Any) -> None:
     encoders = epsilon_family.load_encoders("cpu")
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     together, alone = encoders.encode_images(images), encoders.encode_images(images[1:2])
@@ -143,32 +146,32 @@ def test_what_is_encoded_for_a_row_does_not_depend_on_its_batch(epsilon_family):
     assert torch.equal(prompts[1], encoders.encode_prompts(["two red apples"], 64, 64)["text_NTD"][0])
 
 
-def test_the_trainer_side_loads_no_encoder(epsilon_family):
+def test_the_trainer_side_loads_no_encoder(epsilon_family: Any) -> None:
     names = {type(module).__name__ for module in epsilon_family.load_denoiser().modules()}
     assert "UNet2DConditionModel" in names
     assert not {"AutoencoderKL", "CLIPTextModel", "CLIPTextTransformer"} & names
 
 
-def test_another_family_is_refused_with_the_supported_ones(tmp_path):
+def test_another_family_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(ConfigError, match=r"StableDiffusionPipeline.*KandinskyPipeline"):
         open_family(ModelConfig(name=str(tmp_path)))
 
 
-def test_a_broken_index_is_refused(tmp_path):
+def test_a_broken_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ModelNotFoundError, match=r"model_index\.json must be a pipeline's index"):
         open_family(ModelConfig(name=str(tmp_path)))
 
 
-def test_an_unknown_prediction_type_is_refused(tmp_path):
+def test_an_unknown_prediction_type_is_refused(tmp_path: Path) -> None:
     save_tiny_stable_diffusion(tmp_path / "sd", prediction_type="sample")
     family = open_family(ModelConfig(name=str(tmp_path / "sd")))
     with pytest.raises(ConfigError, match="must be epsilon or v_prediction, got 'sample'"):
         family.errors(family.load_denoiser(), random_batch(1), generators(0))
 
 
-def test_a_missing_part_is_named(tmp_path):
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
     save_tiny_stable_diffusion(tmp_path / "sd")
     (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match=r"the UNet of model.name .* cannot be loaded"):

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ COST = TrainingCost(
         ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3}, 1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
     ],
 )
-def test_a_worker_s_memory_is_what_it_holds(settings, expected):
+def test_a_worker_s_memory_is_what_it_holds(settings: Any, expected: Any) -> None:
     assert training_memory_bytes(COST, ExpertsConfig(batch_size=8, **settings)) == expected
 
 
@@ -35,11 +36,11 @@ ONE_IMAGE = ["images.per_prompt=1", "images.selection=null"]
 
 
 @pytest.fixture
-def recipe(tiny_pipeline_dir):
+def recipe(tiny_pipeline_dir: Path) -> Any:
     return load_recipe(DEMO, [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl", *ONE_IMAGE])
 
 
-def test_work_and_storage_grow_with_the_recipe(recipe, tiny_pipeline_dir):
+def test_work_and_storage_grow_with_the_recipe(recipe: Any, tiny_pipeline_dir: Path) -> None:
     stages = {stage.name: stage for stage in plan_recipe(recipe).stages}
     larger = load_recipe(
         DEMO,
@@ -60,7 +61,7 @@ def test_work_and_storage_grow_with_the_recipe(recipe, tiny_pipeline_dir):
     assert after["evaluation"].pflop > 0
 
 
-def test_preferences_take_both_images_of_a_pair_and_the_base_model(recipe, tiny_pipeline_dir):
+def test_preferences_take_both_images_of_a_pair_and_the_base_model(recipe: Any, tiny_pipeline_dir: Path) -> None:
     plain = {stage.name: stage for stage in plan_recipe(recipe).stages}
     fitted_to_pairs = load_recipe(
         DEMO,
@@ -77,13 +78,13 @@ def test_preferences_take_both_images_of_a_pair_and_the_base_model(recipe, tiny_
     assert after["experts"].memory_bytes > plain["experts"].memory_bytes
 
 
-def test_the_plan_is_shown(recipe, capsys):
+def test_the_plan_is_shown(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     show_plan(recipe, tflops=28)
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("images", "experts", "merging", "serving", "suite nowhere.jsonl"))
 
 
-def test_planning_runs_and_writes_nothing(recipe, tmp_path, capsys):
+def test_planning_runs_and_writes_nothing(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from selma_ray.cli import main
 
     words = ["plan", str(DEMO), f"model.name={recipe.model.name}", f"run_dir={tmp_path / 'run'}", "--tflops", "100"]
@@ -93,7 +94,7 @@ def test_planning_runs_and_writes_nothing(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "fast"])
-def test_a_rate_that_is_no_rate_is_refused(rate, capsys):
+def test_a_rate_that_is_no_rate_is_refused(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
     from selma_ray.cli import main
 
     with pytest.raises(SystemExit, match="2"):
@@ -101,7 +102,7 @@ def test_a_rate_that_is_no_rate_is_refused(rate, capsys):
     assert "--tflops" in capsys.readouterr().err
 
 
-def test_the_plan_of_a_study_counts_what_it_makes(tiny_pipeline_dir, capsys):
+def test_the_plan_of_a_study_counts_what_it_makes(tiny_pipeline_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from selma_ray.cli import main
 
     assert (

@@ -1,5 +1,7 @@
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ def filter_flags(candidates: list[str], threshold: float) -> list[bool]:
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
-def test_score_is_that_of_rouge_score_to_the_last_bit(first, second):
+def test_score_is_that_of_rouge_score_to_the_last_bit(first: str, second: str) -> None:
     diversity = DiversityFilter(0.01)  # below every score of texts so short that share a token
     diversity.add(first)
     match = diversity.match(second)
@@ -47,11 +49,11 @@ def test_score_is_that_of_rouge_score_to_the_last_bit(first, second):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PROMPTS, max_size=25), st.sampled_from([0.2, 0.5, 2 / 3, 0.8, 0.95, 1.0]))
-def test_filter_keeps_what_the_published_rule_keeps(candidates, threshold):
+def test_filter_keeps_what_the_published_rule_keeps(candidates: Any, threshold: Any) -> None:
     assert filter_flags(candidates, threshold) == published_rule(candidates, threshold)
 
 
-def test_filter_reproduces_the_reference_codes_decisions(shared_eval):
+def test_filter_reproduces_the_reference_codes_decisions(shared_eval: Path) -> None:
     oracle = json.loads((shared_eval / "oracles" / "rouge_l_filter.json").read_text())["filter"]
     lines = (shared_eval / "prompts" / "t2i-compbench" / "color.txt").read_text().splitlines()
     diversity = DiversityFilter(0.8)
@@ -66,7 +68,7 @@ def test_filter_reproduces_the_reference_codes_decisions(shared_eval):
     assert sum(flags) == oracle["kept"]
 
 
-def test_filter_agrees_with_rouge_score_on_parti_prompts(shared_eval):
+def test_filter_agrees_with_rouge_score_on_parti_prompts(shared_eval: Path) -> None:
     lines = (shared_eval / "prompts" / "parti" / "PartiPrompts.tsv").read_text().splitlines()[1:]
     prompts = [line.split("\t")[0] for line in lines]
     kept = DiversityFilter(0.8)
@@ -77,7 +79,7 @@ def test_filter_agrees_with_rouge_score_on_parti_prompts(shared_eval):
         assert (kept.match(candidate) is not None) == (best > 0.8)
 
 
-def test_match_names_the_prompt_and_the_score():
+def test_match_names_the_prompt_and_the_score() -> None:
     diversity = DiversityFilter(0.8)
     diversity.add("a house")
     diversity.add("a red cat sits on a mat")
@@ -87,21 +89,21 @@ def test_match_names_the_prompt_and_the_score():
     assert match.score == pytest.approx(6 / 7)
 
 
-def test_score_equal_to_the_threshold_passes():
+def test_score_equal_to_the_threshold_passes() -> None:
     diversity = DiversityFilter(0.5)
     diversity.add("a b")
     assert SCORER.score("a b", "b c")["rougeL"].fmeasure == 0.5
     assert diversity.match("b c") is None
 
 
-def test_prompts_without_tokens_match_nothing():
+def test_prompts_without_tokens_match_nothing() -> None:
     diversity = DiversityFilter(0.8)
     diversity.add("—")
     assert tokens_of("—") == []
     assert diversity.match("—") is None
 
 
-def test_filter_agrees_with_rouge_score_on_long_captions_with_common_words():
+def test_filter_agrees_with_rouge_score_on_long_captions_with_common_words() -> None:
     rng = random.Random(0)
     kept = [invent_caption(rng) for _ in range(200)]
     diversity = DiversityFilter(0.8)

@@ -28,7 +28,7 @@ def config(latency_s: float = 0.0) -> PromptsConfig:
     return PromptsConfig(per_request=5, llm=LLMConfig(engine="free", free=FreeConfig(latency_s=latency_s)))
 
 
-def test_answers_depend_on_the_seed_alone_and_fit_the_skill():
+def test_answers_depend_on_the_seed_alone_and_fit_the_skill() -> None:
     answers = AnswerAtNoCost([SKILL], config())(requests(7, 8)).to_pylist()
     again = AnswerAtNoCost([SKILL], config())(requests(8)).to_pylist()
     assert answers[1]["answer"] == again[0]["answer"] != answers[0]["answer"]
@@ -37,13 +37,13 @@ def test_answers_depend_on_the_seed_alone_and_fit_the_skill():
     assert all(item.parsed and len(item.text.split()) <= 9 for item in items)
 
 
-def test_it_waits_for_each_request():
+def test_it_waits_for_each_request() -> None:
     started_s = time.monotonic()
     AnswerAtNoCost([SKILL], config(latency_s=0.02))(requests(1, 2, 3))
     assert time.monotonic() - started_s >= 0.06
 
 
-def test_nearly_all_captions_pass_the_diversity_rule():
+def test_nearly_all_captions_pass_the_diversity_rule() -> None:
     rng = random.Random(0)
     diversity = DiversityFilter(0.8)
     for _ in range(1000):
@@ -51,7 +51,7 @@ def test_nearly_all_captions_pass_the_diversity_rule():
     assert sum(diversity.match(invent_caption(rng)) is None for _ in range(100)) >= 98
 
 
-def test_only_vllm_needs_the_model():
+def test_only_vllm_needs_the_model() -> None:
     check_llm(LLMConfig(engine="free", name="/nowhere"))
     with pytest.raises(ModelNotFoundError):
         check_llm(LLMConfig(name="/nowhere"))

@@ -1,6 +1,8 @@
 """What goes to an engine and what comes back; no engine is started."""
 
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ def request(skill: Skill) -> dict:
     return {"skill": skill.name, "request": 5, "seed": 7, "text": text, "first_number": 3}
 
 
-def test_a_skills_sampling_goes_before_the_recipes():
+def test_a_skills_sampling_goes_before_the_recipes() -> None:
     sampling = RequestSampling([PLAIN, STRICT], CONFIG, chat=False)
     plain, strict = sampling.of(request(PLAIN)), sampling.of(request(STRICT))
     assert (plain["temperature"], strict["temperature"]) == (0.9, 0.5)
@@ -38,7 +40,7 @@ def test_a_skills_sampling_goes_before_the_recipes():
     assert "min_p" not in plain
 
 
-def test_a_chat_model_is_sent_a_message_and_numbers_its_answer_from_the_first():
+def test_a_chat_model_is_sent_a_message_and_numbers_its_answer_from_the_first() -> None:
     asked = vllm_engine._Preprocess([PLAIN, STRICT], CONFIG, chat=True)(request(STRICT))
     (message,) = asked["messages"]
     assert message["role"] == "user"
@@ -49,7 +51,7 @@ def test_a_chat_model_is_sent_a_message_and_numbers_its_answer_from_the_first():
     assert answer == {"skill": "strict", "request": 5, "answer": "\n3. a cat", "truncated": True}
 
 
-def test_a_base_model_completes_the_list():
+def test_a_base_model_completes_the_list() -> None:
     asked = vllm_engine._Preprocess([PLAIN], CONFIG, chat=False)(request(PLAIN))
     assert asked["prompt"].endswith("\n2. two dogs\n3.")
     row = {"skill": "plain", "request": 5, "generated_text": " a cat", "num_generated_tokens": 64}
@@ -61,7 +63,9 @@ def test_a_base_model_completes_the_list():
     ("options", "has_template", "expected"),
     [({}, True, True), ({}, False, False), ({"chat": False}, True, False), ({"chat_template": "x"}, False, True)],
 )
-def test_the_tokenizer_says_whether_a_model_chats(monkeypatch, options, has_template, expected):
+def test_the_tokenizer_says_whether_a_model_chats(
+    monkeypatch: pytest.MonkeyPatch, options: Any, has_template: bool, expected: bool
+) -> None:
     import transformers
 
     class Tokenizer:
@@ -74,20 +78,20 @@ def test_the_tokenizer_says_whether_a_model_chats(monkeypatch, options, has_temp
             vllm_engine.speaks_chat(LLMConfig(chat=True), "model")
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path):
+def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         ModelNotFoundError, match=r"the tokenizer of prompts.llm.name writer cannot be loaded \(.*\); fix"
     ):
         vllm_engine.speaks_chat(LLMConfig(name="writer"), str(tmp_path))
 
 
-def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path):
+def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"chat_template .*nowhere.jinja cannot be read"):
         check_llm(LLMConfig(name=str(tmp_path), chat_template="nowhere.jinja"))
 
 
-def test_the_workers_of_a_split_model_stand_on_the_nodes_of_their_role(monkeypatch):
+def test_the_workers_of_a_split_model_stand_on_the_nodes_of_their_role(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     made = []
@@ -106,7 +110,7 @@ def test_the_workers_of_a_split_model_stand_on_the_nodes_of_their_role(monkeypat
     assert made[1][1]["bundle_label_selector"] is None
 
 
-def test_a_remote_request_is_what_openais_api_takes():
+def test_a_remote_request_is_what_openais_api_takes() -> None:
     chat = remote._Preprocess([PLAIN, STRICT], CONFIG, chat=True)(request(PLAIN))["payload"]
     assert chat["model"] == "writer"
     assert chat["messages"][0]["content"].endswith("Answer with the list alone.")
@@ -126,7 +130,7 @@ def test_a_remote_request_is_what_openais_api_takes():
         (False, {"text": " a cat", "finish_reason": "length"}, " a cat", True),
     ],
 )
-def test_a_remote_answer_is_read(chat, choice, answer, truncated):
+def test_a_remote_answer_is_read(chat: bool, choice: Any, answer: str, truncated: bool) -> None:
     row = {"skill": "plain", "request": 5, "http_response": {"choices": [choice]}}
     result = remote._Postprocess("http://host/v1", chat)(row)
     assert (result["answer"], result["truncated"]) == (answer, truncated)
@@ -140,13 +144,13 @@ def test_a_remote_answer_is_read(chat, choice, answer, truncated):
         {"error": "no such model"},
     ],
 )
-def test_a_refusal_is_one_line(response):
+def test_a_refusal_is_one_line(response: Any) -> None:
     row = {"skill": "plain", "request": 5, "http_response": response}
     with pytest.raises(LLMError, match=r"http://host/v1 refused a request: .*no such.* model"[:50]):
         remote._Postprocess("http://host/v1", True)(row)
 
 
-def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
+def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLMConfig(engine="remote", remote=RemoteConfig(api_key_env="SELMA_TEST_KEY"))
     monkeypatch.delenv("SELMA_TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match="SELMA_TEST_KEY, which is not set; export it"):
@@ -175,27 +179,27 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
         ),
     ],
 )
-def test_failures_of_the_language_model_are_explained(message, match):
+def test_failures_of_the_language_model_are_explained(message: str, match: str) -> None:
     with pytest.raises(LLMError, match=match), llm_errors(LLMConfig()):
         raise RuntimeError(message)
 
 
-def test_a_failure_that_another_was_raised_from_is_explained():
+def test_a_failure_that_another_was_raised_from_is_explained() -> None:
     cause = RuntimeError("The actor died unexpectedly.\n\tclass_name: MapWorker(MapBatches(vLLMEngineStageUDF))")
     with pytest.raises(LLMError, match="max_restarts=5"), llm_errors(LLMConfig()):
         raise RuntimeError("the stream failed") from cause
 
 
-def test_other_failures_pass():
+def test_other_failures_pass() -> None:
     with pytest.raises(RuntimeError, match="renderer"), llm_errors(LLMConfig()):
         raise RuntimeError("The actor died: class_name: MapWorker(RenderPrompts), a renderer")
 
 
-def test_replicas_are_in_order():
+def test_replicas_are_in_order() -> None:
     with pytest.raises(ValueError, match="max_replicas must be at least min_replicas=3, got 2"):
         LLMConfig(min_replicas=3, max_replicas=2)
 
 
-def test_a_bound_on_requests_that_cannot_fill_a_skill_is_refused():
+def test_a_bound_on_requests_that_cannot_fill_a_skill_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_requests=4 .* cannot fill per_skill=100; .*several times 10"):
         PromptsConfig(per_skill=100, per_request=10, max_requests=4)

@@ -1,6 +1,7 @@
 """The feed without Ray: what it writes of its progress, and that repeated calls repeat their results."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ ANSWERS = [
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
@@ -37,7 +38,7 @@ def hand_in(feed: PromptFeed, *answers: WrittenAnswer) -> list[str]:
     return [row["prompt"] for row in asyncio.run(feed.hand_in(answers))]
 
 
-def test_progress_is_written_as_prompts_are_decided(folder, monkeypatch):
+def test_progress_is_written_as_prompts_are_decided(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "_WRITE_EVERY_S", 0)
     feed, latest = open_feed(folder), watch_prompts(folder)
     assert hand_in(feed, ANSWERS[0]) == ["a blue boat at sea"]
@@ -50,12 +51,12 @@ def test_progress_is_written_as_prompts_are_decided(folder, monkeypatch):
     assert progress.prompts_per_s > 0
 
 
-def test_the_end_is_written_however_soon_it_comes(folder):
+def test_the_end_is_written_however_soon_it_comes(folder: RunFolder) -> None:
     hand_in(open_feed(folder), *ANSWERS)
     assert read_prompt_progress(folder).kept == 4
 
 
-def test_a_new_start_counts_what_it_found(folder, monkeypatch):
+def test_a_new_start_counts_what_it_found(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     hand_in(open_feed(folder), ANSWERS[0])
     hand_in(open_feed(folder), ANSWERS[1])
     progress = read_prompt_progress(folder)
@@ -63,12 +64,12 @@ def test_a_new_start_counts_what_it_found(folder, monkeypatch):
     assert progress.reasons == {"duplicate": 1, "too long": 1}
 
 
-def test_a_repeated_call_gets_the_same_prompts_and_decides_nothing_anew(folder):
+def test_a_repeated_call_gets_the_same_prompts_and_decides_nothing_anew(folder: RunFolder) -> None:
     feed = open_feed(folder)
     requests = asyncio.run(feed.ask(0))
     assert asyncio.run(feed.ask(0)) == requests
     assert hand_in(feed, ANSWERS[0]) == hand_in(feed, ANSWERS[0]) == ["a blue boat at sea"]
 
 
-def test_nothing_is_shown_before_there_is_progress(folder):
+def test_nothing_is_shown_before_there_is_progress(folder: RunFolder) -> None:
     assert watch_prompts(folder)() is None

@@ -1,5 +1,7 @@
 import random
 import uuid
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -71,12 +73,12 @@ def kept(folder: RunFolder, *skills: str) -> list[list[dict]]:
 
 
 @pytest.fixture
-def folder(tmp_path) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("timing", range(5))
-def test_outcome_does_not_depend_on_the_order_of_answers(tmp_path, timing):
+def test_outcome_does_not_depend_on_the_order_of_answers(tmp_path: Path, timing: Any) -> None:
     skills = [make_skill("one"), make_skill("two")]
     in_order, shuffled = RunFolder(str(tmp_path / "in-order")), RunFolder(str(tmp_path / "shuffled"))
     first_come = random.Random()
@@ -88,7 +90,7 @@ def test_outcome_does_not_depend_on_the_order_of_answers(tmp_path, timing):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 7, 12])
-def test_a_run_that_was_stopped_finishes_with_the_same_prompts(tmp_path, stop_after):
+def test_a_run_that_was_stopped_finishes_with_the_same_prompts(tmp_path: Path, stop_after: int) -> None:
     skills = [make_skill("one"), make_skill("two")]
     whole, stopped = RunFolder(str(tmp_path / "whole")), RunFolder(str(tmp_path / "stopped"))
     run(PromptPool(skills, CONFIG, 0, whole), random.Random(1))
@@ -101,7 +103,7 @@ def test_a_run_that_was_stopped_finishes_with_the_same_prompts(tmp_path, stop_af
     assert kept(stopped, "one", "two") == kept(whole, "one", "two")
 
 
-def test_a_lost_decision_is_made_again_and_all_that_came_after_it(tmp_path):
+def test_a_lost_decision_is_made_again_and_all_that_came_after_it(tmp_path: Path) -> None:
     skills = [make_skill("one"), make_skill("two")]
     whole, damaged = RunFolder(str(tmp_path / "whole")), RunFolder(str(tmp_path / "damaged"))
     run(PromptPool(skills, CONFIG, 0, whole), random.Random(1))
@@ -114,14 +116,14 @@ def test_a_lost_decision_is_made_again_and_all_that_came_after_it(tmp_path):
     assert damaged.files() == whole.files()
 
 
-def test_another_seed_asks_otherwise(tmp_path):
+def test_another_seed_asks_otherwise(tmp_path: Path) -> None:
     folders = [RunFolder(str(tmp_path / name)) for name in ("zero", "one")]
     for seed, folder in enumerate(folders):
         run(PromptPool([make_skill("one")], CONFIG, seed, folder), random.Random(0))
     assert kept(folders[0], "one") != kept(folders[1], "one")
 
 
-def test_window_bounds_the_requests_in_flight(folder):
+def test_window_bounds_the_requests_in_flight(folder: RunFolder) -> None:
     pool = PromptPool([make_skill("one"), make_skill("two")], CONFIG, 0, folder)
     requests = pool.open_requests(100)
     assert [(request.number, request.skill) for request in requests] == [
@@ -136,7 +138,7 @@ def test_window_bounds_the_requests_in_flight(folder):
     assert [(request.number, request.skill) for request in pool.open_requests(100)] == [(4, "one")]
 
 
-def test_examples_are_seeds_and_prompts_that_the_window_lets_see(folder):
+def test_examples_are_seeds_and_prompts_that_the_window_lets_see(folder: RunFolder) -> None:
     pool = PromptPool([make_skill("one")], CONFIG, 0, folder)
     run(pool, random.Random(0), max_answers=3)
     kept_texts = [row["prompt"] for row in kept(folder, "one")[0]]
@@ -150,7 +152,7 @@ def test_examples_are_seeds_and_prompts_that_the_window_lets_see(folder):
     assert kept_texts
 
 
-def decide(folder: RunFolder, text: str, **options) -> list[str]:
+def decide(folder: RunFolder, text: str, **options: Any) -> list[str]:
     """Return what was decided on each candidate of one answer."""
     pool = PromptPool([make_skill("one")], options.pop("config", CONFIG), 0, folder, options.pop("excluded", ()))
     pool.issue(pool.open_requests(1))
@@ -158,7 +160,7 @@ def decide(folder: RunFolder, text: str, **options) -> list[str]:
     return [candidate.reason or "kept" for candidate in read_decided(folder, "one", 0) or ()]
 
 
-def test_each_rejection_has_its_reason(folder):
+def test_each_rejection_has_its_reason(folder: RunFolder) -> None:
     text = (
         " a boat\nHere are more:\n5. A boat!\n6. a red apple\n7. one two three four five six seven eight nine ten\n"
         "8. the two blue cups\n9. a moon over the sea"
@@ -170,16 +172,16 @@ def test_each_rejection_has_its_reason(folder):
     assert similar.score == pytest.approx(6 / 7)
 
 
-def test_a_caption_that_the_token_limit_cut_off_is_not_kept(folder):
+def test_a_caption_that_the_token_limit_cut_off_is_not_kept(folder: RunFolder) -> None:
     assert decide(folder, " a boat\n5. a moon over", truncated=True) == ["kept", "cut off"]
 
 
-def test_candidates_beyond_the_number_asked_for_are_surplus(folder):
+def test_candidates_beyond_the_number_asked_for_are_surplus(folder: RunFolder) -> None:
     config = CONFIG.model_copy(update={"per_skill": 1})
     assert decide(folder, " a boat\n5. a moon", config=config) == ["kept", "surplus"]
 
 
-def test_exact_duplicates_do_not_pass_in_another_skill(folder):
+def test_exact_duplicates_do_not_pass_in_another_skill(folder: RunFolder) -> None:
     pool = PromptPool([make_skill("one"), make_skill("two")], CONFIG, 0, folder)
     pool.issue(pool.open_requests(2))
     pool.hand_in(WrittenAnswer("two", 0, " A  boat."))
@@ -191,7 +193,7 @@ def test_exact_duplicates_do_not_pass_in_another_skill(folder):
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_two_kept_prompts_of_any_skills_are_exact_duplicates(tmp_path, data):
+def test_no_two_kept_prompts_of_any_skills_are_exact_duplicates(tmp_path: Path, data: st.DataObject) -> None:
     """Few words, so that most candidates repeat one of another request or skill; a restart stands in between."""
     folder = RunFolder(str(tmp_path / uuid.uuid4().hex))
     skills = [make_skill("one"), make_skill("two")]
@@ -211,7 +213,7 @@ def test_no_two_kept_prompts_of_any_skills_are_exact_duplicates(tmp_path, data):
     assert len(set(spoken)) == len(spoken)
 
 
-def test_a_skill_that_cannot_reach_its_number_says_what_became_of_its_candidates(folder):
+def test_a_skill_that_cannot_reach_its_number_says_what_became_of_its_candidates(folder: RunFolder) -> None:
     skills = [make_skill("one"), make_skill("two")]
     pool = PromptPool(skills, CONFIG.model_copy(update={"max_requests": 2}), 0, folder)
     pool.issue(pool.open_requests(4))
@@ -224,7 +226,7 @@ def test_a_skill_that_cannot_reach_its_number_says_what_became_of_its_candidates
         pool.hand_in(WrittenAnswer("one", 1, " a boat"))
 
 
-def test_summary_counts_every_candidate(folder):
+def test_summary_counts_every_candidate(folder: RunFolder) -> None:
     run(PromptPool([make_skill("one")], CONFIG, 0, folder), random.Random(0))
     summary = prompt_summary(folder, ["one"])
     assert summary["kept"] == 30
@@ -233,7 +235,7 @@ def test_summary_counts_every_candidate(folder):
     assert summary["skills"]["one"]["requests"] == summary["requests"]
 
 
-def test_kept_prompts_are_numbered_and_split(folder):
+def test_kept_prompts_are_numbered_and_split(folder: RunFolder) -> None:
     run(PromptPool([make_skill("one")], CONFIG, 0, folder), random.Random(0))
     rows = kept(folder, "one")[0]
     assert [row["index"] for row in rows] == list(range(30))
@@ -246,13 +248,13 @@ def test_kept_prompts_are_numbered_and_split(folder):
 @pytest.mark.parametrize(
     ("per_skill", "fraction", "expected"), [(1000, 0.05, 50), (40, 0.05, 2), (5, 0.05, 1), (1, 0.05, 0), (40, 0.0, 0)]
 )
-def test_number_of_dev_prompts(per_skill, fraction, expected):
+def test_number_of_dev_prompts(per_skill: int, fraction: float, expected: int) -> None:
     config = PromptsConfig(per_skill=per_skill, dev_fraction=fraction)
     splits = [split_of(index, config) for index in range(per_skill)]
     assert dev_count(config) == splits.count("dev") == expected
 
 
-def test_a_damaged_record_names_the_remedy(folder):
+def test_a_damaged_record_names_the_remedy(folder: RunFolder) -> None:
     run(PromptPool([make_skill("one")], CONFIG, 0, folder), random.Random(0), max_answers=2)
     folder.write_bytes(b"{", "prompts", "one", "request-000000.json")
     with pytest.raises(StorageError, match=r"request-000000\.json must be JSON .*delete it"):

@@ -12,7 +12,7 @@ SKILL = Skill(
 )
 
 
-def test_request_shows_numbered_examples_and_ends_in_the_next_number():
+def test_request_shows_numbered_examples_and_ends_in_the_next_number() -> None:
     text = request_text(SKILL, ["two cats", "three dogs"], 20)
     assert text.endswith("\n1. two cats\n2. three dogs\n3.")
     assert "20 new descriptions" in text
@@ -21,7 +21,7 @@ def test_request_shows_numbered_examples_and_ends_in_the_next_number():
     assert SKILL.description in text
 
 
-def test_grammar_of_an_answer_numbers_the_captions_after_the_first():
+def test_grammar_of_an_answer_numbers_the_captions_after_the_first() -> None:
     grammar = compose_grammar('caption ::= "a " noun\nnoun ::= "cat" | "dog"', first_number=4, num_prompts=3)
     assert grammar.splitlines()[0] == r'root ::= " " caption "\n5. " caption "\n6. " caption "\n"'
 
@@ -35,7 +35,7 @@ def test_grammar_of_an_answer_numbers_the_captions_after_the_first():
         ("a cat\n5. a dog\n6. a cat\n", False),
     ],
 )
-def test_grammar_is_one_that_the_engine_accepts(answer, inside):
+def test_grammar_is_one_that_the_engine_accepts(answer: str, inside: bool) -> None:
     xgrammar = pytest.importorskip("xgrammar")
     grammar = compose_grammar('caption ::= "a " noun\nnoun ::= "cat" | "dog"', first_number=4, num_prompts=3)
     compiled = xgrammar.Grammar.from_ebnf(grammar)

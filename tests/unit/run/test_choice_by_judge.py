@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from selma_ray.run.generate import _open_scorer
 
 
 @pytest.fixture(scope="module")
-def score():
+def score() -> Any:
     return _open_scorer(JudgeConfig(), OrWhole(GrammarQuestions()))
 
 
-def test_the_judge_prefers_the_image_that_follows_the_prompt(score):
+def test_the_judge_prefers_the_image_that_follows_the_prompt(score: Any) -> None:
     captions = heldout_by_skill()["counting"][:6]
     images = [render_scene(parse_caption(caption), random.Random(0)) for caption in captions]
     right = score(images, captions)
@@ -24,7 +25,7 @@ def test_the_judge_prefers_the_image_that_follows_the_prompt(score):
     assert sum(wrong) < sum(right)
 
 
-def test_a_caption_that_a_real_language_model_wrote_is_judged_as_a_whole(score):
+def test_a_caption_that_a_real_language_model_wrote_is_judged_as_a_whole(score: Any) -> None:
     image = render_scene(parse_caption(heldout_by_skill()["counting"][0]), random.Random(0))
     (chance,) = score([image], ["a zeppelin over Paris at dawn, oil on canvas"])
     assert 0 < chance < 1

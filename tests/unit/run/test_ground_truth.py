@@ -1,4 +1,6 @@
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,23 +22,23 @@ SKILLS = ["counting", "unusual"]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     folder = RunFolder(str(tmp_path / "run"))
     write_captions(folder, SKILLS, CONFIG, seed=0)
     return folder
 
 
-def prompts_of(folder, skill):
+def prompts_of(folder: Any, skill: Any) -> Any:
     return [row["prompt"] for row in read_prompts(folder, skill).to_pylist()]
 
 
-def test_captions_stand_where_the_llm_s_prompts_would_and_leave_nothing_to_ask_for(folder):
+def test_captions_stand_where_the_llm_s_prompts_would_and_leave_nothing_to_ask_for(folder: Any) -> None:
     pool = PromptPool(load_skills([f"miniature/{skill}" for skill in SKILLS]), CONFIG, 0, folder)
     assert pool.complete
     assert [read_prompts(folder, skill, "dev").num_rows for skill in SKILLS] == [2, 2]
 
 
-def test_captions_differ_are_no_test_captions_and_depend_on_the_seed(folder, tmp_path):
+def test_captions_differ_are_no_test_captions_and_depend_on_the_seed(folder: Any, tmp_path: Path) -> None:
     captions = [caption for skill in SKILLS for caption in prompts_of(folder, skill)]
     assert len(set(captions)) == 40
     assert not any(map(is_test_caption, captions))
@@ -49,7 +51,7 @@ def test_captions_differ_are_no_test_captions_and_depend_on_the_seed(folder, tmp
     assert not set(captions[:3]) & set(prompts_of(excluding, "counting"))
 
 
-def test_scenes_of_training_prompts_are_drawn_once_and_the_same_again(folder):
+def test_scenes_of_training_prompts_are_drawn_once_and_the_same_again(folder: Any) -> None:
     rows = read_prompts(folder, "counting").to_pylist()
     drawn = list(draw_images(folder, rows, ImagesConfig(per_prompt=2), seed=0))
     images = read_images(folder, "counting")
@@ -63,7 +65,7 @@ def test_scenes_of_training_prompts_are_drawn_once_and_the_same_again(folder):
     assert read_images(folder, "counting").equals(images)
 
 
-def test_what_the_miniature_cannot_say_or_draw_is_refused(tmp_path, monkeypatch):
+def test_what_the_miniature_cannot_say_or_draw_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(str(tmp_path))
     with pytest.raises(ConfigError, match=r"needs skills of the miniature .*, got whoops; take llm"):
         write_captions(folder, ["whoops"], CONFIG, seed=0)

@@ -1,6 +1,8 @@
 """Which questions a run's captions are asked, and when a language model writes them."""
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,22 +19,24 @@ CHOICE = {"images": {"per_prompt": 2, "selection": {}}}
 
 
 @pytest.fixture
-def run(tmp_path):
-    def make(**recipe):
+def run(tmp_path: Path) -> Any:
+    def make(**recipe: Any) -> Any:
         return run_with_captions(tmp_path, ["common"], per_skill=4, dev_fraction=0.25, **recipe)
 
     return make
 
 
 @pytest.fixture
-def llm_dir(tmp_path, monkeypatch):
+def llm_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the miniature's language model, which takes a minute to unpack; it is never loaded here."""
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")
     monkeypatch.setattr("selma_ray.models.locate.llm_dir", lambda: tmp_path / "llm")
 
 
-def test_the_grammar_asks_about_the_miniature_and_a_language_model_about_everything_else(run, tiny_pipeline_dir):
+def test_the_grammar_asks_about_the_miniature_and_a_language_model_about_everything_else(
+    run: Any, tiny_pipeline_dir: Path
+) -> None:
     assert source_name(run().recipe) == "grammar"
     assert source_name(run(model={"name": "miniature-weak"}).recipe) == "grammar"
     assert source_name(run(model={"name": str(tiny_pipeline_dir)}).recipe) == "written"
@@ -50,11 +54,11 @@ def test_the_grammar_asks_about_the_miniature_and_a_language_model_about_everyth
         (CHOICE | {"merging": {"method": "search"}}, ("train", "dev")),
     ],
 )
-def test_questions_are_needed_where_a_run_judges_its_own_prompts(run, recipe, splits):
+def test_questions_are_needed_where_a_run_judges_its_own_prompts(run: Any, recipe: Any, splits: Any) -> None:
     assert splits_judged(run(**recipe).recipe) == splits
 
 
-def test_the_model_that_writes_prompts_writes_questions_unless_another_is_named(run):
+def test_the_model_that_writes_prompts_writes_questions_unless_another_is_named(run: Any) -> None:
     llm = {"name": "big", "num_gpus": 1, "max_replicas": 3, "dtype": "bfloat16"}
     writer = writer_of(run(prompts={"per_skill": 4, "dev_fraction": 0.25, "llm": llm}).recipe).llm
     assert (writer.name, writer.num_gpus, writer.replicas, writer.dtype) == ("big", 1, 3, "bfloat16")
@@ -65,7 +69,7 @@ def test_the_model_that_writes_prompts_writes_questions_unless_another_is_named(
     check_questions_can_be_had(run(prompts=remote, questions={"source": "written"}).recipe)
 
 
-def test_counts_say_which_prompts_have_no_questions_of_their_own(run):
+def test_counts_say_which_prompts_have_no_questions_of_their_own(run: Any) -> None:
     made = run(**CHOICE)
     assert question_counts(made) == {"source": "grammar", "prompts": 3, "whole": 0, "failures": {}}
     candidate = {"text": "a zeppelin over Lisbon", "index": 4, "split": "train"}
@@ -80,7 +84,7 @@ def test_counts_say_which_prompts_have_no_questions_of_their_own(run):
 
 
 @pytest.mark.usefixtures("llm_dir")
-def test_written_questions_are_asked_and_what_failed_is_counted(run):
+def test_written_questions_are_asked_and_what_failed_is_counted(run: Any) -> None:
     made = run(**CHOICE, **WRITTEN)
     prompts = [row["prompt"] for row in read_prompts(made.folder, "common", "train").to_pylist()]
     question = {"id": 1, "category": "whole", "question": "is it?", "parents": [0], "choices": [], "answer": "yes"}
@@ -95,7 +99,7 @@ def test_written_questions_are_asked_and_what_failed_is_counted(run):
 
 
 @pytest.mark.usefixtures("llm_dir")
-def test_questions_are_written_beside_the_renderers_and_waited_for(run, monkeypatch):
+def test_questions_are_written_beside_the_renderers_and_waited_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wrote, told = threading.Event(), []
     monkeypatch.setattr("selma_ray.run.questions.write_questions", lambda run, report: wrote.set())
     with questions_beside(run(**CHOICE, **WRITTEN), told.append):
@@ -103,8 +107,8 @@ def test_questions_are_written_beside_the_renderers_and_waited_for(run, monkeypa
 
 
 @pytest.mark.usefixtures("llm_dir")
-def test_a_failure_to_write_questions_is_the_stage_s(run, monkeypatch):
-    def fail(run, report):
+def test_a_failure_to_write_questions_is_the_stage_s(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: Any, report: Any) -> None:
         raise LLMError("no memory")
 
     monkeypatch.setattr("selma_ray.run.questions.write_questions", fail)
@@ -112,7 +116,7 @@ def test_a_failure_to_write_questions_is_the_stage_s(run, monkeypatch):
         pass
 
 
-def test_nothing_is_written_where_no_question_is_needed(run, monkeypatch):
+def test_nothing_is_written_where_no_question_is_needed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selma_ray.run.questions.write_questions", lambda *_, **__: pytest.fail("nothing to write"))
     for made in (run(**CHOICE), run(**WRITTEN)):
         with questions_beside(made, lambda _: None):

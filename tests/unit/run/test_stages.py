@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,10 @@ DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
 
 
 @pytest.fixture
-def demo(tmp_path, tiny_pipeline_dir):
+def demo(tmp_path: Path, tiny_pipeline_dir: Path) -> Any:
     """Return a function that loads the demo recipe with overrides, over models that need no conversion."""
 
-    def load(*overrides):
+    def load(*overrides: Any) -> Any:
         (tmp_path / "llm").mkdir(exist_ok=True)
         (tmp_path / "llm" / "config.json").write_text("{}")
         fixed = [
@@ -28,7 +29,7 @@ def demo(tmp_path, tiny_pipeline_dir):
     return load
 
 
-def test_the_resolved_recipe_is_written_before_work_starts(demo):
+def test_the_resolved_recipe_is_written_before_work_starts(demo: Any) -> None:
     run = open_run(demo("seed=5"))
     assert load_recipe(run.folder.local_path("recipe.yaml")) == run.recipe
     assert run.skill_names == ["common", "paragraphs", "counting", "unusual", "style"]
@@ -38,7 +39,7 @@ def test_the_resolved_recipe_is_written_before_work_starts(demo):
     "override",
     ["images.num_cpus=2", "prompts.max_requests=999", "images.max_renderers=4", "cluster.num_cpus=8", "serving.port=9"],
 )
-def test_a_run_may_go_on_with_other_resources(demo, override):
+def test_a_run_may_go_on_with_other_resources(demo: Any, override: str) -> None:
     open_run(demo())
     open_run(demo(override))
 
@@ -52,25 +53,25 @@ def test_a_run_may_go_on_with_other_resources(demo, override):
         ("images.sampling.steps=3", "images.sampling.steps=10"),
     ],
 )
-def test_a_run_of_another_recipe_is_refused(demo, override, key):
+def test_a_run_of_another_recipe_is_refused(demo: Any, override: str, key: str) -> None:
     open_run(demo())
     with pytest.raises(RunMismatchError, match=key):
         open_run(demo(override))
 
 
-def test_a_finished_stage_is_not_run_again(demo):
+def test_a_finished_stage_is_not_run_again(demo: Any) -> None:
     run = open_run(demo())
     run.folder.mark_done("generate", {"prompts": 7})
     assert run_stage(run, "generate", report=pytest.fail) == {"prompts": 7}
 
 
 @pytest.mark.parametrize("name", list(STAGES)[1:])
-def test_a_stage_needs_those_before_it(demo, name):
+def test_a_stage_needs_those_before_it(demo: Any, name: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} needs the finished stage generate"):
         run_stage(open_run(demo()), name, report=pytest.fail)
 
 
-def test_a_recipe_may_add_models_to_the_evaluation(demo, tiny_pipeline_dir):
+def test_a_recipe_may_add_models_to_the_evaluation(demo: Any, tiny_pipeline_dir: Path) -> None:
     run = open_run(demo(f"evaluation.models={{other: {{model: {{name: {tiny_pipeline_dir}}}}}}}"))
     models = models_under_test(run)
     assert next(iter(models)) == "base"
@@ -86,18 +87,18 @@ def test_a_recipe_may_add_models_to_the_evaluation(demo, tiny_pipeline_dir):
         ("{a/b: {}}", "should match pattern"),
     ],
 )
-def test_models_that_are_not_there_are_named_before_work_starts(demo, models, expected):
+def test_models_that_are_not_there_are_named_before_work_starts(demo: Any, models: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         open_run(demo(f"evaluation.models={models}"))
 
 
-def test_an_added_model_has_a_name_of_its_own(demo):
+def test_an_added_model_has_a_name_of_its_own(demo: Any) -> None:
     run = open_run(demo("evaluation.models={merged: {}}"))
     with pytest.raises(ConfigError, match="is the name of a model of this run"):
         models_under_test(run)
 
 
-def test_an_evaluation_is_unfinished_where_other_results_are_to_be_compared(demo, tmp_path):
+def test_an_evaluation_is_unfinished_where_other_results_are_to_be_compared(demo: Any, tmp_path: Path) -> None:
     run = open_run(demo())
     run.folder.mark_done("evaluate", {"models": {}})
     assert finished(run, "evaluate") == {"models": {}}

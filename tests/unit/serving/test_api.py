@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def client_for(
     return TestClient(app, "http://127.0.0.1:8000", client=(peer, 50000), raise_server_exceptions=False)
 
 
-def generate(client: TestClient, **body: Any):
+def generate(client: TestClient, **body: Any) -> Any:
     return client.post("/v1/images/generations", json={"prompt": "a cat"} | body)
 
 
@@ -265,7 +265,7 @@ def test_a_body_beyond_the_bound_is_413_declared_or_not(client: TestClient) -> N
     long = b'{"prompt": "' + b"x" * 2000 + b'"}'
     assert client.post("/v1/images/generations", content=long).status_code == 413
 
-    def chunks():
+    def chunks() -> Iterator[Any]:
         yield long[:900]
         yield long[900:]
 
@@ -287,7 +287,7 @@ def test_a_body_that_does_not_arrive_is_408() -> None:
     assert sent[0]["status"] == 408
 
 
-def score(client: TestClient, **body: Any):
+def score(client: TestClient, **body: Any) -> Any:
     return client.post("/v1/scores", json={"prompt": "a cat"} | body)
 
 

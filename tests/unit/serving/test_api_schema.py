@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from typing import Any
 
 import pytest
 import schemathesis
@@ -36,7 +37,7 @@ SEEDS = (
 )
 
 
-def app():
+def app() -> Any:
     key = ApiKey(hashlib.sha256(KEY.encode()).digest())
     return build_app(Recorder(), CONFIG, ModelNames("merged", base=True, experts=("counting",)), (key,))
 

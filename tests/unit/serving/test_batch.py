@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import PNDMScheduler, StableDiffusionPipeline
@@ -151,20 +152,20 @@ class FailingDenoiser:
         self.broken = False
         self.broken_decoder = False
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def encode(self, requests):
+    def encode(self, requests: Any) -> Any:
         if any(request.prompt == "unspeakable" for request in requests):
             raise ValueError("unspeakable")
         return self._inner.encode(requests)
 
-    def predict(self, *arguments):
+    def predict(self, *arguments: Any) -> Any:
         if self.broken:
             raise RuntimeError("out of memory")
         return self._inner.predict(*arguments)
 
-    def decode(self, latents_NCHW):
+    def decode(self, latents_NCHW: Any) -> Any:
         if self.broken_decoder:
             raise RuntimeError("undecodable")
         return self._inner.decode(latents_NCHW)

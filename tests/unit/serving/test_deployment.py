@@ -1,7 +1,7 @@
 """What the API makes of how a replica answers."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -28,10 +28,10 @@ class Response:
         self._answer = answer
         self.cancelled = False
 
-    def __await__(self):
+    def __await__(self) -> Any:
         return self._answer().__await__()
 
-    def __aiter__(self):
+    def __aiter__(self) -> Any:
         return self._answer()
 
     async def results_async(self, **options: Any) -> Any:
@@ -160,7 +160,7 @@ def streamed(response: Response, timeout_s: float = 60, up_to: int = 9) -> list[
 
 
 def test_a_stream_is_passed_on_and_called_off_when_its_reader_stops() -> None:
-    async def answer():
+    async def answer() -> AsyncIterator[Any]:
         for each in range(3):
             yield each
 
@@ -174,7 +174,7 @@ def test_a_stream_is_passed_on_and_called_off_when_its_reader_stops() -> None:
     ("error", "status"), [(replica_error(queue_full(2)), 429), (ActorDiedError(), 503), (BackPressureError(1, 1), 429)]
 )
 def test_a_stream_ends_in_the_refusal_that_its_replica_gave(error: Exception, status: int) -> None:
-    async def answer():
+    async def answer() -> AsyncIterator[Any]:
         raise error
         yield
 
@@ -184,7 +184,7 @@ def test_a_stream_ends_in_the_refusal_that_its_replica_gave(error: Exception, st
 
 
 def test_a_streams_time_is_limited() -> None:
-    async def answer():
+    async def answer() -> AsyncIterator[Any]:
         yield 0
         await asyncio.sleep(3600)
         yield 1

@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,13 @@ WAIT_S = 60
 class GatedDenoiser(Denoiser):
     """Waits before every prediction until the gate is open; fails while told to."""
 
-    def __init__(self, pipeline) -> None:
+    def __init__(self, pipeline: Any) -> None:
         super().__init__(open_predictor(pipeline))
         self.gate = threading.Event()
         self.reached = threading.Event()
         self.broken = False
 
-    def predict(self, *arguments):
+    def predict(self, *arguments: Any) -> Any:
         self.reached.set()
         assert self.gate.wait(WAIT_S)
         if self.broken:
@@ -41,12 +42,12 @@ class GatedDenoiser(Denoiser):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_pipeline_dir: Path):
+def pipeline(tiny_pipeline_dir: Path) -> Any:
     return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
 @pytest.fixture
-def denoiser(pipeline) -> GatedDenoiser:
+def denoiser(pipeline: Any) -> GatedDenoiser:
     return GatedDenoiser(pipeline)
 
 
@@ -110,7 +111,7 @@ def test_previews_come_before_the_image_and_are_evenly_spread(engine: Engine, de
 
 
 def test_a_caller_that_fails_on_a_preview_stops_nobody(engine: Engine, denoiser: GatedDenoiser) -> None:
-    def fail(*preview) -> None:
+    def fail(*preview: Any) -> None:
         raise RuntimeError("gone")
 
     (future,) = engine.submit([replace(request(), num_previews=1)], on_preview=fail)
@@ -118,7 +119,7 @@ def test_a_caller_that_fails_on_a_preview_stops_nobody(engine: Engine, denoiser:
     assert future.result(WAIT_S).size == (64, 64)
 
 
-def test_new_weights_are_for_requests_that_come_later(engine: Engine, denoiser: GatedDenoiser, pipeline) -> None:
+def test_new_weights_are_for_requests_that_come_later(engine: Engine, denoiser: GatedDenoiser, pipeline: Any) -> None:
     (before,) = engine.submit([request()])
     assert denoiser.reached.wait(WAIT_S)
     other = pipeline.from_pipe(pipeline, unet=deepcopy(pipeline.unet))
@@ -153,7 +154,7 @@ def test_a_stuck_engine_is_not_healthy(engine: Engine, denoiser: GatedDenoiser) 
         engine.check_health(stall_s=0)
 
 
-def test_closing_cancels_what_is_in_flight(pipeline) -> None:
+def test_closing_cancels_what_is_in_flight(pipeline: Any) -> None:
     engine = Engine(StepBatch(denoiser_for(pipeline), 2, (64, 64)), max_in_flight=4)
     (endless,) = engine.submit([request(steps=900)])
     engine.close()

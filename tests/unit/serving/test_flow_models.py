@@ -5,6 +5,7 @@ import io
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def request_for(family: str, rng: random.Random) -> ImageRequest:
     return request if family == "sd3" else replace(request, negative_prompt="")
 
 
-def plain(**changes) -> ImageRequest:
+def plain(**changes: Any) -> ImageRequest:
     return replace(ImageRequest("a red ball", 0, 3, 2.0, 64, 64), **changes)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def generator(tiny_pipeline_dir: Path, experts: dict[str, str]) -> Iterator[Gene
     generator.close()
 
 
-def request(**changes) -> ImageRequest:
+def request(**changes: Any) -> ImageRequest:
     return ImageRequest(**{
         "prompt": "a red ball", "seed": 0, "steps": 2, "guidance_scale": 2.0, "width_px": 64, "height_px": 64, **changes
     })  # fmt: skip
@@ -50,7 +51,7 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)), dtype=int)
 
 
-def image(generator: Generator, **changes) -> np.ndarray:
+def image(generator: Generator, **changes: Any) -> np.ndarray:
     (content,) = asyncio.run(generator.generate([request(**changes)], "png"))
     return pixels(content)
 
@@ -103,7 +104,7 @@ def test_merged_weights_are_changed_in_place(generator: Generator, experts: dict
         ({"adapter": "/nowhere"}, Exception),
     ],
 )
-def test_weights_that_cannot_be_used_leave_the_old_ones(generator: Generator, user_config, error) -> None:
+def test_weights_that_cannot_be_used_leave_the_old_ones(generator: Generator, user_config: Any, error: Any) -> None:
     before = image(generator)
     with pytest.raises(error):
         asyncio.run(generator.reconfigure(user_config))

@@ -1,6 +1,7 @@
 """OpenAI's own client, unchanged, over HTTP: images, streams, models and every kind of refusal."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -68,7 +69,7 @@ def test_models(client: openai.OpenAI) -> None:
         (ZeroDivisionError(), openai.InternalServerError),
     ],
 )
-def test_refusals_of_the_backend(client: openai.OpenAI, backend: Recorder, refusal, error) -> None:
+def test_refusals_of_the_backend(client: openai.OpenAI, backend: Recorder, refusal: Any, error: Any) -> None:
     backend.error = refusal
     for stream in (False, True):
         with pytest.raises(error):
@@ -84,7 +85,7 @@ def test_refusals_of_the_backend(client: openai.OpenAI, backend: Recorder, refus
         ({"prompt": "a" * 20_000}, openai.APIStatusError, "content_too_large"),
     ],
 )
-def test_refusals_of_the_api(client: openai.OpenAI, body, error, code) -> None:
+def test_refusals_of_the_api(client: openai.OpenAI, body: Any, error: Any, code: str) -> None:
     with pytest.raises(error) as refusal:
         client.images.generate(**body)
     assert refusal.value.code == code

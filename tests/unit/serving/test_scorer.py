@@ -3,7 +3,7 @@
 import base64
 import io
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def noise(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def client_of(scorer: ServiceScorer, **config) -> TestClient:
+def client_of(scorer: ServiceScorer, **config: Any) -> TestClient:
     app = build_app(LocalBackend(None, scorer), ServingConfig(**config), ModelNames("merged"), ())  # type: ignore[arg-type]
     return TestClient(app, "http://127.0.0.1:8000", client=("127.0.0.1", 50000), raise_server_exceptions=False)
 
@@ -188,7 +188,7 @@ def test_a_score_that_cannot_be_given_is_null_with_its_reason(models: dict[str, 
     class Broken:
         name = "broken@1"
 
-        def answer(self, images, questions, choices=None):
+        def answer(self, images: Any, questions: Any, choices: Any = None) -> None:
             raise RuntimeError("the judge is out of order")
 
     scorer = ServiceScorer(

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from selma_ray.serving.requests import ImageRequest
 
 
 @pytest.fixture
-def pipeline(tiny_pipeline_dir: Path):
+def pipeline(tiny_pipeline_dir: Path) -> Any:
     return load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
 
 
@@ -39,14 +40,14 @@ def requests() -> list[ImageRequest]:
     ]
 
 
-def test_images_depend_on_their_request_alone(pipeline) -> None:
+def test_images_depend_on_their_request_alone(pipeline: Any) -> None:
     denoiser = denoiser_for(pipeline, cache_interval=3)
     together = drawn(StepBatch(denoiser, 4, (64, 64)), requests(), random.Random(1))
     alone = [drawn(StepBatch(denoiser, 1, (64, 64)), [request])[0] for request in requests()]
     assert max(np.abs(one - other).max() for one, other in zip(together, alone, strict=True)) <= 1
 
 
-def test_deep_blocks_rest_between_whole_steps(pipeline) -> None:
+def test_deep_blocks_rest_between_whole_steps(pipeline: Any) -> None:
     calls = {"first": 0, "deep": 0}
     for name, module in (
         ("first", pipeline.unet.down_blocks[0].resnets[0]), ("deep", pipeline.unet.mid_block.resnets[0])
@@ -57,11 +58,11 @@ def test_deep_blocks_rest_between_whole_steps(pipeline) -> None:
     assert calls == {"first": steps, "deep": (steps + 2) // 3}
 
 
-def test_fresh_features_give_what_the_whole_unet_gives(pipeline) -> None:
+def test_fresh_features_give_what_the_whole_unet_gives(pipeline: Any) -> None:
     unet, rows = pipeline.unet, torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
 
-    def predict(indices) -> torch.Tensor:
+    def predict(indices: Any) -> torch.Tensor:
         return unet(rows[indices], torch.tensor(500), encoder_hidden_states=text[indices]).sample
 
     with torch.inference_mode():
@@ -75,7 +76,7 @@ def test_fresh_features_give_what_the_whole_unet_gives(pipeline) -> None:
     assert [memory.age for memory in memories] == [0, 1, 0]
 
 
-def test_a_unet_without_deep_blocks_is_refused(pipeline) -> None:
+def test_a_unet_without_deep_blocks_is_refused(pipeline: Any) -> None:
     pipeline.unet.up_blocks = pipeline.unet.up_blocks[:1]
     with pytest.raises(ConfigError, match="cache_interval must be 1"):
         denoiser_for(pipeline, cache_interval=2)

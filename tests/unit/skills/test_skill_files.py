@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from selma_ray.errors import SkillError
@@ -10,26 +13,26 @@ from selma_ray.skills import load_skill, load_skills, packaged_skills
 SELMA = {"coco": 30, "localized_narratives": 50, "countbench": 30, "whoops": 30, "diffusiondb": 50}
 
 
-def test_selmas_five_skills_have_the_papers_word_caps_and_three_seeds():
+def test_selmas_five_skills_have_the_papers_word_caps_and_three_seeds() -> None:
     skills = {name: load_skill(name) for name in SELMA}
     assert {name: skill.max_words for name, skill in skills.items()} == SELMA
     assert all(len(skill.seeds) == 3 and skill.rules for skill in skills.values())
 
 
 @pytest.mark.parametrize("name", packaged_skills())
-def test_seeds_are_diverse_by_the_rule_for_prompts(name):
+def test_seeds_are_diverse_by_the_rule_for_prompts(name: Any) -> None:
     diversity = DiversityFilter(0.8)
     for seed in load_skill(name).seeds:
         assert diversity.match(seed) is None
         diversity.add(seed)
 
 
-def test_unknown_skill_lists_the_packaged_ones():
+def test_unknown_skill_lists_the_packaged_ones() -> None:
     with pytest.raises(SkillError, match=r"'cocoa' is neither packaged \(.*coco.*\) nor a file"):
         load_skill("cocoa")
 
 
-def test_skill_files_of_ones_own(tmp_path):
+def test_skill_files_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\ndescription: x\nmax_words: 3\nseeds: [one two three]\n")
     assert load_skill(str(path)).seeds == ("one two three",)
@@ -52,7 +55,7 @@ def test_skill_files_of_ones_own(tmp_path):
         ),
     ],
 )
-def test_faulty_skill_files_say_what_is_wrong(tmp_path, content, message):
+def test_faulty_skill_files_say_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(content)
     with pytest.raises(SkillError, match=message) as caught:
@@ -62,7 +65,7 @@ def test_faulty_skill_files_say_what_is_wrong(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name", MINIATURE)
-def test_the_miniatures_skill_files_carry_its_grammars(name):
+def test_the_miniatures_skill_files_carry_its_grammars(name: Any) -> None:
     """A changed grammar is copied into the file: its text stands, indented, under the key `grammar`."""
     skill = load_skill(f"miniature/{name}")
     assert skill.name == name
@@ -70,7 +73,7 @@ def test_the_miniatures_skill_files_carry_its_grammars(name):
 
 
 @pytest.mark.parametrize("name", MINIATURE)
-def test_the_miniatures_seeds_are_captions_of_its_grammar_and_not_of_its_test_set(name):
+def test_the_miniatures_seeds_are_captions_of_its_grammar_and_not_of_its_test_set(name: Any) -> None:
     xgrammar = pytest.importorskip("xgrammar")
     from xgrammar.testing import _is_grammar_accept_string
 

@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,12 +25,12 @@ ARMS = {
 
 
 @pytest.fixture
-def study(tmp_path, tiny_pipeline_dir):
+def study(tmp_path: Path, tiny_pipeline_dir: Path) -> Any:
     """Return a function that makes a study of a recipe whose models are in place."""
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")
 
-    def make(**settings) -> Study:
+    def make(**settings: Any) -> Study:
         whole = {
             "run_dir": str(tmp_path / "run"), "skills": ["miniature/common", "miniature/counting"],
             "model": {"name": str(tiny_pipeline_dir)}, "prompts": {"llm": {"name": str(tmp_path / "llm")}},
@@ -41,7 +43,7 @@ def study(tmp_path, tiny_pipeline_dir):
 
 
 @pytest.fixture
-def opened(study):
+def opened(study: Any) -> Any:
     """Return a function that opens the run of an experiment at seed 0."""
     return lambda name, seed=0: open_run(arm_recipe(study(), name, seed))
 
@@ -55,14 +57,14 @@ def finish(run: Run, *stages: str) -> None:
         run.folder.mark_done(stage, {"made_by": run.folder.uri})
 
 
-def test_an_experiment_is_the_recipe_with_its_changes_and_the_study_s_seed(study, tmp_path):
+def test_an_experiment_is_the_recipe_with_its_changes_and_the_study_s_seed(study: Any, tmp_path: Path) -> None:
     made = arm_recipe(study(), "factors", 2)
     assert (made.merging.method, made.seed) == ("average_factors", 2)
     assert made.run_dir == str(tmp_path / "run" / "study" / "factors" / "seed=2")
     assert made.experts == study().recipe.experts
 
 
-def test_experiments_that_cannot_be_made_are_named_before_any_work(study):
+def test_experiments_that_cannot_be_made_are_named_before_any_work(study: Any) -> None:
     with pytest.raises(ConfigError, match=r"arms\.new\.changes: experts\.step is not a known key; did you mean"):
         check_study(study(arms=ARMS | {"new": {"title": "x", "changes": {"experts.step": 1}}}))
     with pytest.raises(ConfigError, match=r"must not set seed"):
@@ -72,27 +74,27 @@ def test_experiments_that_cannot_be_made_are_named_before_any_work(study):
 
 
 @pytest.mark.parametrize("name", ["miniature_study", "miniature_more"])
-def test_the_miniature_s_experiments_can_be_made(name):
+def test_the_miniature_s_experiments_can_be_made(name: str) -> None:
     study = load_study(f"jobs/recipes/{name}.yaml")
     check_study(study)
     assert study.config.reference == "selma"
 
 
-def test_overrides_go_to_the_study_or_to_its_recipe(tmp_path):
+def test_overrides_go_to_the_study_or_to_its_recipe(tmp_path: Path) -> None:
     overrides = ["study.seeds=[7]", f"run_dir={tmp_path}", "experts.steps=3"]
     study = load_study("jobs/recipes/miniature_more.yaml", overrides)
     assert (study.config.seeds, study.recipe.run_dir, study.recipe.experts.steps) == ((7,), str(tmp_path), 3)
     assert load_study("jobs/recipes/miniature_more.yaml").recipe.run_dir == "runs/miniature_more"
 
 
-def test_a_recipe_is_no_study_and_a_study_is_no_recipe():
+def test_a_recipe_is_no_study_and_a_study_is_no_recipe() -> None:
     with pytest.raises(ConfigError, match=r"demo\.yaml names no experiments; name a study"):
         load_study("jobs/recipes/demo.yaml")
     with pytest.raises(ConfigError, match="is a study, not a recipe; run `selma study"):
         load_recipe("jobs/recipes/miniature_study.yaml")
 
 
-def test_what_an_earlier_experiment_made_by_the_same_values_is_linked(opened):
+def test_what_an_earlier_experiment_made_by_the_same_values_is_linked(opened: Any) -> None:
     earlier, run = opened("selma"), opened("factors")
     finish(earlier, "generate", "train")
     reuse(run, [earlier])
@@ -102,7 +104,7 @@ def test_what_an_earlier_experiment_made_by_the_same_values_is_linked(opened):
 
 
 @pytest.mark.parametrize(("name", "shared"), [("longer", {"prompts", "images", "cache"}), ("guided", {"prompts"})])
-def test_what_other_values_would_change_is_made_again(opened, name, shared):
+def test_what_other_values_would_change_is_made_again(opened: Any, name: str, shared: Any) -> None:
     earlier, run = opened("selma"), opened(name)
     finish(earlier, "generate", "train")
     reuse(run, [earlier])
@@ -111,7 +113,7 @@ def test_what_other_values_would_change_is_made_again(opened, name, shared):
     assert (run.folder.done("generate") is not None) == ("images" in shared)
 
 
-def test_other_seeds_and_unfinished_runs_are_not_reused(opened):
+def test_other_seeds_and_unfinished_runs_are_not_reused(opened: Any) -> None:
     other_seed, unfinished, run = opened("selma", 1), opened("selma"), opened("factors")
     finish(other_seed, "generate", "train")
     unfinished.folder.write_bytes(b"", "prompts", "common", "file")
@@ -119,7 +121,7 @@ def test_other_seeds_and_unfinished_runs_are_not_reused(opened):
     assert not run.folder.local_path("prompts").exists()
 
 
-def test_own_work_stays_when_an_experiment_goes_on(opened):
+def test_own_work_stays_when_an_experiment_goes_on(opened: Any) -> None:
     earlier, run = opened("selma"), opened("factors")
     finish(earlier, "generate")
     finish(run, "generate")
@@ -127,7 +129,7 @@ def test_own_work_stays_when_an_experiment_goes_on(opened):
     assert json.loads(json.dumps(run.folder.done("generate"))) == {"made_by": run.folder.uri}
 
 
-def test_baselines_are_made_only_where_they_are_scored(study):
+def test_baselines_are_made_only_where_they_are_scored(study: Any) -> None:
     experts = ExpertsConfig(mixed=MixedConfig(ranks=(4,)))
     with_mixed = Study(study().config, study().recipe.model_copy(update={"experts": experts}))
     assert arm_recipe(with_mixed, "selma", 0).experts.mixed is None
@@ -140,7 +142,9 @@ def test_baselines_are_made_only_where_they_are_scored(study):
     ("source", "name", "finished"),
     [("all", "selma", True), ("all", "mixed", True), ("selma", "moe", False), ("selma", "all", False)],
 )
-def test_experts_are_shared_and_baselines_that_are_not_there_are_fitted(opened, source, name, finished):
+def test_experts_are_shared_and_baselines_that_are_not_there_are_fitted(
+    opened: Any, source: str, name: str, finished: bool
+) -> None:
     earlier, run = opened(source), opened(name)
     finish(earlier, "generate", "train")
     reuse(run, [earlier])
@@ -150,7 +154,7 @@ def test_experts_are_shared_and_baselines_that_are_not_there_are_fitted(opened, 
     assert (run.folder.done("train") is not None) == finished
 
 
-def test_encoded_examples_are_shared_where_the_images_are(opened):
+def test_encoded_examples_are_shared_where_the_images_are(opened: Any) -> None:
     earlier, run = opened("selma"), opened("longer")
     finish(earlier, "generate", "train")
     reuse(run, [earlier])
@@ -158,7 +162,7 @@ def test_encoded_examples_are_shared_where_the_images_are(opened):
     assert not run.folder.exists("experts")
 
 
-def test_an_experiment_that_was_stopped_while_it_took_over_goes_on(opened):
+def test_an_experiment_that_was_stopped_while_it_took_over_goes_on(opened: Any) -> None:
     earlier, run = opened("selma"), opened("factors")
     finish(earlier, "generate", "train")
     reuse(run, [earlier])
@@ -168,7 +172,7 @@ def test_an_experiment_that_was_stopped_while_it_took_over_goes_on(opened):
     assert run.folder.done("train") == {"made_by": earlier.folder.uri}
 
 
-def test_images_may_come_from_another_model(study, tiny_pipeline_dir, tmp_path):
+def test_images_may_come_from_another_model(study: Any, tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     arms = ARMS | {
         "weak": {"title": "images of a weaker model", "changes": {"data.model.name": str(tiny_pipeline_dir)}}
     }
@@ -179,7 +183,7 @@ def test_images_may_come_from_another_model(study, tiny_pipeline_dir, tmp_path):
         open_run(arm_recipe(study(arms=nowhere), "weak", 0))
 
 
-def test_where_work_is_placed_does_not_keep_experiments_from_sharing_it(study):
+def test_where_work_is_placed_does_not_keep_experiments_from_sharing_it(study: Any) -> None:
     recipe = study().recipe
     elsewhere = recipe.model_copy(update={"images": recipe.images.model_copy(update={"num_cpus": 4.0})})
     assert shared_values(recipe, "experts") == shared_values(elsewhere, "experts")

@@ -1,3 +1,5 @@
+from typing import Any
+
 from selma_ray.config import validate
 from selma_ray.run.recipe import Recipe
 from selma_ray.study.config import StudyConfig
@@ -15,7 +17,7 @@ ARMS = {
 }
 
 
-def study(**changes) -> Study:
+def study(**changes: Any) -> Study:
     whole = {
         "run_dir": "runs/x", "skills": ["miniature/common", "miniature/counting"],
         "prompts": {"per_skill": 40, "dev_fraction": 0.05}, "experts": {"steps": 100, "mixed": {"ranks": [4, 8], "steps": 50}},
@@ -25,7 +27,7 @@ def study(**changes) -> Study:
     return Study(validate(StudyConfig, config, "test"), validate(Recipe, whole | changes, "test"))
 
 
-def test_what_experiments_share_is_counted_once():
+def test_what_experiments_share_is_counted_once() -> None:
     plan = plan_study(study())
     assert plan.runs == 3 * 6
     assert plan.prompts == 3 * 2 * 40, "all experiments but the drawn one have the same prompts"
@@ -41,10 +43,10 @@ def test_what_experiments_share_is_counted_once():
     ]
 
 
-def test_a_suite_that_cannot_be_read_is_left_open():
+def test_a_suite_that_cannot_be_read_is_left_open() -> None:
     assert plan_study(study(evaluation={"suite": "nowhere.jsonl"})).scored is None
 
 
-def test_the_plan_counts_the_training_images_that_a_run_renders():
+def test_the_plan_counts_the_training_images_that_a_run_renders() -> None:
     counts = [count for count, _ in plan_study(study(prompts={"per_skill": 10, "dev_fraction": 0.05})).images]
     assert min(counts) == 3 * 2 * 9, "of ten prompts one is held out, though a twentieth rounds to none"

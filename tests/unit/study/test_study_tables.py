@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
@@ -17,7 +19,7 @@ MODELS = ("base", "selma.merged", "selma.common")
 
 
 @pytest.fixture
-def study(tmp_path) -> Study:
+def study(tmp_path: Path) -> Study:
     """Return a study of two seeds at two guidance scales, nothing scored yet."""
     config = {
         "recipe": "recipe.yaml", "seeds": [0, 1], "guidance_scales": [1.0, 2.0],
@@ -43,7 +45,7 @@ def score(study: Study, seed: int, guidance_scale: float, right: dict[str, int])
     folder.mark_done("scores", {"models": list(MODELS)})
 
 
-def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_best_guidance(study):
+def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_best_guidance(study: Study) -> None:
     for seed, gained in ((0, 7), (1, 9)):
         score(study, seed, 1.0, {"base": 5, "selma.merged": gained, "selma.common": 5})
         score(study, seed, 2.0, {"base": 6, "selma.merged": 6, "selma.common": 4})
@@ -61,7 +63,7 @@ def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_bes
     assert found["against_reference"]["1"]["selma.common"]["mean"] == pytest.approx(-0.3)
 
 
-def test_tables_name_every_model_with_its_interval(study):
+def test_tables_name_every_model_with_its_interval(study: Study) -> None:
     score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
     text = RunFolder(study.folder.uri)
     write_tables(study, StudyScores.read(study, SUITE, CONFIG))
@@ -71,7 +73,7 @@ def test_tables_name_every_model_with_its_interval(study):
     assert any(line.startswith("| SELMA | +20.0 [") and line.endswith("(at 1, base at 1) |") for line in lines)
 
 
-def test_a_figure_of_fewer_seeds_than_others_says_so(study):
+def test_a_figure_of_fewer_seeds_than_others_says_so(study: Study) -> None:
     right = {"base": 5, "selma.merged": 7, "selma.common": 5}
     for seed, guidance_scale in ((0, 1.0), (1, 1.0), (0, 2.0)):
         score(study, seed, guidance_scale, right)
@@ -83,7 +85,7 @@ def test_a_figure_of_fewer_seeds_than_others_says_so(study):
     assert at_two.endswith("(1 of 2 seeds)")
 
 
-def test_unfinished_scores_are_left_out(study):
+def test_unfinished_scores_are_left_out(study: Study) -> None:
     score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
     study.folder.delete("study", "scores", "seed=0", "guidance=1", "done")
     scores = StudyScores.read(study, SUITE, CONFIG)
@@ -91,7 +93,7 @@ def test_unfinished_scores_are_left_out(study):
     assert scores.seeds == ()
 
 
-def test_models_of_an_experiment_that_the_recipe_no_longer_names_are_left_out(study):
+def test_models_of_an_experiment_that_the_recipe_no_longer_names_are_left_out(study: Study) -> None:
     score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
     folder = RunFolder(study.place("scores", "seed=0", "guidance=1"))
     folder.mark_done("scores", {"models": [*MODELS, "gone.merged"]})
