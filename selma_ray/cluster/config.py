@@ -22,5 +22,7 @@ class ClusterConfig(StrictModel):
     """Shared memory of a local cluster's object store, in GB."""
     use_labels: bool = False
     """Place each role on nodes labelled role=llm, render, train or serve, as cluster.yaml's worker groups are."""
+    logical_gpus: bool = False
+    """GPUs exist for scheduling alone, as in a rehearsal (RAY_OVERRIDE_RESOURCES): roles that ask for some compute on the CPU."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     """Level of the logs of workers and of selma_ray itself."""

@@ -24,6 +24,8 @@ def connect(config: ClusterConfig) -> None:
     if ray.is_initialized():
         return
     quiet = _quiet_libraries()
+    if config.logical_gpus:
+        quiet["SELMA_RAY_LOGICAL_GPUS"] = "1"  # models.device reads it in every process
     os.environ.update(quiet)
     if "RAY_AUTH_MODE" not in os.environ:  # then Ray guards its ports with a token, and says so at every start
         logging.getLogger("ray._private.authentication").setLevel("ERROR")

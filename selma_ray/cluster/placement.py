@@ -66,22 +66,24 @@ def shared_resources(*parts: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def check_fit(demands: Sequence[Demand], config: ClusterConfig, *, take_turns: bool = True) -> bool:
+def check_fit(
+    demands: Sequence[Demand], config: ClusterConfig, *, take_turns: bool = True, quiet: bool = False
+) -> bool:
     """Tell whether all parts of a stage fit a local cluster at once; one that is joined may grow, and fits.
 
-    Raises ConfigError where a part alone needs more than there is, or where parts that cannot `take_turns` do not fit together: they
-    would wait for ever.
+    Warns of parts that take turns unless `quiet`. Raises ConfigError where a part alone needs more than there is, or where parts that
+    cannot `take_turns` do not fit together: they would wait for ever.
     """
     if not is_local(config):
         return True
     pools: dict[str, list[Demand]] = {}
     for demand in demands:
         pools.setdefault(demand.role if config.use_labels else "", []).append(demand)
-    fits = [_fits_pool(sharing, config, take_turns) for sharing in pools.values()]  # each warns of its own
+    fits = [_fits_pool(sharing, config, take_turns, quiet) for sharing in pools.values()]  # each warns of its own
     return all(fits)
 
 
-def _fits_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bool) -> bool:
+def _fits_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: bool, quiet: bool) -> bool:
     role = demands[0].role
     available = available_resources(role, config)
     if config.use_labels and not available:
@@ -105,7 +107,8 @@ def _fits_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: boo
             raise ConfigError(
                 f"{parts}, the local cluster has {there:g} {resource}, and they work at once; lower one of them"
             )
-        logger.warning("%s, the local cluster has %g %s: they run one after the other", parts, there, resource)
+        if not quiet:
+            logger.warning("%s, the local cluster has %g %s: they run one after the other", parts, there, resource)
         fits = False
     return fits
 

@@ -19,7 +19,7 @@ from selma_ray.experts.lanes import Lane, divide
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.device import see_own_gpus
+from selma_ray.models.device import see_own_gpus, uses_cuda
 from selma_ray.progress import Progress, Report
 from selma_ray.storage import RunFolder
 
@@ -158,7 +158,7 @@ def _run(lane: Lane, cluster: ClusterConfig) -> None:
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"lane": lane},
-        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if uses_cuda(config.gpus_per_worker) else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers_per_expert,
             use_gpu=config.gpus_per_worker > 0,
@@ -180,7 +180,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
     lane: Lane = settings["lane"]
     num_gpus = lane.jobs[0].config.gpus_per_worker
     see_own_gpus(num_gpus)
-    if not num_gpus:
+    if not uses_cuda(num_gpus):
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed decorates an optimiser that is not used here with torch.compile, which would load the compiler for seconds.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -51,7 +51,8 @@ class RenderPrompts:
         open_scorer: OpenScorer | None = None,
         open_engine: OpenEngine = open_engine,
     ) -> None:
-        see_own_gpus(config.num_gpus)
+        judge = config.selection.judge if config.selection and open_scorer else None  # in this process
+        see_own_gpus(max(config.num_gpus, judge.num_gpus if judge else 0))
         self._config = config
         self._folder = folder
         self._denoiser = SharedBatches(self._render, config.batch_size)

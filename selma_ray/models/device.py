@@ -8,7 +8,15 @@ from selma_ray.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["device_of", "see_own_gpus", "task_options"]
+__all__ = ["LOGICAL_GPUS", "device_of", "see_own_gpus", "task_options", "uses_cuda"]
+
+LOGICAL_GPUS = "SELMA_RAY_LOGICAL_GPUS"
+"""Environment variable of all processes of a cluster whose GPUs exist for scheduling alone (cluster.logical_gpus)."""
+
+
+def uses_cuda(num_gpus: float) -> bool:
+    """Tell whether a role with `num_gpus` computes on a card; GPUs that exist for scheduling alone are none."""
+    return num_gpus > 0 and not os.environ.get(LOGICAL_GPUS)
 
 
 def device_of(num_gpus: float, key: str) -> "torch.device":
@@ -18,12 +26,13 @@ def device_of(num_gpus: float, key: str) -> "torch.device":
     """
     import torch
 
-    if num_gpus and not torch.cuda.is_available():
+    cuda = uses_cuda(num_gpus)
+    if cuda and not torch.cuda.is_available():
         raise ConfigError(
             f"{key} is {num_gpus:g}, but torch sees no CUDA device on this node; set {key} to 0, or run where there is a GPU, with a "
             "CUDA build of torch"
         )
-    return torch.device("cuda" if num_gpus else "cpu")
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def see_own_gpus(num_gpus: float) -> None:

@@ -6,16 +6,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from selma_ray.cluster.placement import Demand, check_fit, shared_resources
-from selma_ray.images.config import ImagesConfig
 from selma_ray.images.selection import ScoreImages
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import QuestionSource
 from selma_ray.models.config import ModelConfig
 from selma_ray.progress import Progress, Report
-from selma_ray.prompts.config import LLMConfig
+from selma_ray.run.demands import stage_demands, stream_fits_at_once
 from selma_ray.run.opening import Run
-from selma_ray.run.question_source import source_name
+from selma_ray.run.question_source import is_chosen_later
 from selma_ray.run.questions import open_source, question_counts, questions_beside
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
@@ -37,7 +35,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     from selma_ray.prompts.stream import prompt_stream, prompt_summary
 
     recipe = run.recipe
-    at_once = check_fit(_demands(recipe), recipe.cluster)
+    at_once = stream_fits_at_once(recipe)
     excluded = [test.prompt for test in open_suite(recipe.evaluation.suite)]
     if recipe.data.prompts == "ground_truth":
         from selma_ray.run.ground_truth import write_captions
@@ -56,7 +54,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         prompts = open_prompts()  # those that are kept, without a language model
     model = recipe.data.model or recipe.model
     _render(run, prompts, model, report)
-    if _is_chosen_later(recipe):
+    if is_chosen_later(recipe):
         _choose(run, report)
     summary: dict[str, Any] = {
         "prompts": prompt_summary(run.folder, run.skill_names),
@@ -83,7 +81,7 @@ def _write_all_prompts(run: Run, prompts: "Dataset", report: Report) -> None:
         for done, row in enumerate(prompts.iter_rows(), start=1):
             figures = tuple(filter(None, (words(), "renderers start when the language model is done and gone")))
             report(Progress("generate", done, wanted, f"{row['skill']}: {row['prompt']}", figures))
-    wait_until_free(_demands(run.recipe)[:1], run.recipe.cluster)
+    wait_until_free(stage_demands(run.recipe, "generate")[0][0][:1], run.recipe.cluster)
 
 
 def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) -> None:
@@ -93,7 +91,7 @@ def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) ->
     from selma_ray.prompts.progress import watch_prompts
     from selma_ray.prompts.splits import train_count
 
-    recipe, chosen_later = run.recipe, _is_chosen_later(run.recipe)
+    recipe, chosen_later = run.recipe, is_chosen_later(run.recipe)
     images = render_stream(
         prompts, recipe.images, model, recipe.seed, run.folder, recipe.cluster,
         open_scorer=None if chosen_later else _scorer_of(run), choose_later=chosen_later,
@@ -109,12 +107,6 @@ def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) ->
             images_begin()
             figures = tuple(filter(None, (prompt_words(), progress.words)))
             report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}", figures))
-
-
-def _is_chosen_later(recipe: Recipe) -> bool:
-    """Tell whether images are chosen when all are rendered: a renderer cannot wait for questions that are yet to be written."""
-    selection = recipe.images.selection
-    return selection is not None and (selection.judges > 0 or source_name(recipe) == "written")
 
 
 def _choose(run: Run, report: Report) -> None:
@@ -170,24 +162,6 @@ def _draw(run: Run, prompts: "Dataset", report: Report) -> dict[str, Any]:
         "questions": question_counts(run),
         "images": image_summary(run.folder, run.skill_names),
     }
-
-
-def _demands(recipe: Recipe) -> list[Demand]:
-    """Return what the two pools of the stream take at least."""
-    images, llm = recipe.images, recipe.prompts.llm
-    judging = _resources(images.selection.judge) if images.selection and not _is_chosen_later(recipe) else {}
-    rendering = shared_resources(_resources(images), judging)
-    demands = [
-        Demand("images.min_renderers", "render", {key: images.min_renderers * each for key, each in rendering.items()})
-    ]
-    if llm.engine in ("vllm", "free") and recipe.data.prompts != "ground_truth":
-        engines = llm.min_replicas * llm.tensor_parallel_size
-        demands.append(Demand("prompts.llm.min_replicas", "llm", {k: engines * v for k, v in _resources(llm).items()}))
-    return demands
-
-
-def _resources(settings: ImagesConfig | LLMConfig | JudgeConfig) -> dict[str, float]:
-    return {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
 
 
 def prompts_from(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ from selma_ray.judging.writing.config import QuestionLLMConfig, WriterConfig
 from selma_ray.records import Split
 from selma_ray.run.recipe import Recipe
 
-__all__ = ["SourceName", "check_questions_can_be_had", "source_name", "splits_judged", "writer_of"]
+__all__ = ["SourceName", "check_questions_can_be_had", "is_chosen_later", "source_name", "splits_judged", "writer_of"]
 
 SourceName = Literal["grammar", "suite", "written", "whole"]
 
@@ -20,6 +20,12 @@ def source_name(recipe: Recipe) -> SourceName:
     if source == "auto":
         return "grammar" if recipe.model.name in _MINIATURES else "written"
     return source
+
+
+def is_chosen_later(recipe: Recipe) -> bool:
+    """Tell whether images are chosen when all are rendered: a renderer cannot wait for questions that are yet to be written."""
+    selection = recipe.images.selection
+    return selection is not None and (selection.judges > 0 or source_name(recipe) == "written")
 
 
 def splits_judged(recipe: Recipe) -> tuple[Split, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from selma_ray.cluster.connection import connect
 from selma_ray.errors import ConfigError
 from selma_ray.progress import Report
+from selma_ray.run.demands import check_stages_fit, waits_announced
 from selma_ray.run.evaluate import evaluate
 from selma_ray.run.generate import generate
 from selma_ray.run.merge import merge
@@ -48,6 +49,8 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
                 f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first"
             )
     connect(run.recipe.cluster)
-    summary = STAGES[name](run, report)
+    check_stages_fit(run.recipe, [stage for stage in names[names.index(name) :] if run.folder.done(stage) is None])
+    with waits_announced(run.recipe, name, report):
+        summary = STAGES[name](run, report)
     run.folder.mark_done(name, summary)
     return summary
