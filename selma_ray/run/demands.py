@@ -15,7 +15,10 @@ from selma_ray.prompts.config import LLMConfig
 from selma_ray.run.question_source import is_chosen_later, source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
 
-__all__ = ["check_stages_fit", "stage_demands", "stream_fits_at_once", "waits_announced"]
+__all__ = ["SERVE", "check_stages_fit", "stage_demands", "stream_fits_at_once", "waits_announced"]
+
+SERVE = "serve"
+"""The service of a run, beside its stages."""
 
 
 def check_stages_fit(recipe: Recipe, stages: Sequence[str]) -> None:
@@ -40,7 +43,8 @@ def waits_announced(recipe: Recipe, stage: str, report: Report) -> Iterator[None
 
 def stage_demands(recipe: Recipe, stage: str) -> list[tuple[list[Demand], bool]]:
     """Return what the parts of a stage take that work at once, and whether they may take turns."""
-    return {"generate": _generate, "train": _train, "merge": _merge, "evaluate": _evaluate}[stage](recipe)
+    parts = {"generate": _generate, "train": _train, "merge": _merge, "evaluate": _evaluate, SERVE: _serve}
+    return parts[stage](recipe)
 
 
 def _generate(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
@@ -91,6 +95,17 @@ def _evaluate(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
     if evaluation.judges == 0:
         return [([Demand("evaluation.renderers", "render", shared_resources(rendering, judging))], True)]
     parts = [Demand("evaluation.renderers", "render", rendering), Demand("evaluation.judges", "render", judging)]
+    return [(parts, False)]
+
+
+def _serve(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
+    """Return what the replicas take at least: they all stay."""
+    serving = recipe.serving
+    generators = {"CPU": serving.num_cpus, "GPU": serving.num_gpus}
+    evaluators = {"CPU": serving.num_cpus, "GPU": serving.evaluator_num_gpus}
+    parts = [Demand("serving.generator_replicas", "serve", _times(serving.generator_replicas, generators))]
+    if serving.evaluator_replicas:
+        parts.append(Demand("serving.evaluator_replicas", "serve", _times(serving.evaluator_replicas, evaluators)))
     return [(parts, False)]
 
 

@@ -3,7 +3,9 @@
 from pathlib import PurePosixPath
 
 from selma_ray.adapters.files import CONFIG_FILE
+from selma_ray.cluster.connection import connect
 from selma_ray.judging.sources import GrammarQuestions, QuestionSource
+from selma_ray.run.demands import SERVE, check_stages_fit
 from selma_ray.run.opening import Run
 from selma_ray.run.question_source import source_name
 from selma_ray.run.questions import open_source
@@ -38,6 +40,8 @@ def service_source(run: Run) -> QuestionSource:
 def start_merged(run: Run) -> Service:
     """Serve the merged model of a run and return once it answers; the caller stops it."""
     recipe = run.recipe
+    connect(recipe.cluster)
+    check_stages_fit(recipe, [SERVE])
     return start_service(
         served_models(run, recipe.serving.experts),
         recipe.serving,

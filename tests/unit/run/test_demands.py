@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from selma_ray.errors import ConfigError
-from selma_ray.run.demands import check_stages_fit, stage_demands
+from selma_ray.run.demands import SERVE, check_stages_fit, stage_demands
 from selma_ray.run.recipe import Recipe, load_recipe
 from selma_ray.run.stages import STAGES
 
@@ -56,7 +56,7 @@ def test_judges_of_their_own_and_writers_of_questions_are_parts_of_their_own():
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_every_recipe_fits_one_gpu_and_eight(machine, recipe, gpus):
     machine(gpus)
-    check_stages_fit(load(recipe), list(STAGES))
+    check_stages_fit(load(recipe), [*STAGES, SERVE])
 
 
 @pytest.mark.parametrize("recipe", LARGE)
