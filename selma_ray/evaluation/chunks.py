@@ -1,7 +1,6 @@
 """The unit of evaluation: a batch of prompts that one model renders and a judge then answers for, each written once."""
 
 import io
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.judging.scoring import score_images
+from selma_ray.models.batches import render_each
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of
 from selma_ray.records import ANSWER_SCHEMA, IMAGE_SCHEMA, content_id, seed_of
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from selma_ray.models.rendering import Renderer
 
 __all__ = ["Chunk", "JudgeChunk", "ModelUnderTest", "RenderChunk", "plan_chunks"]
-
-logger = logging.getLogger(__name__)
 
 _ERROR_CHARS = 300
 
@@ -100,19 +98,10 @@ class RenderChunk:
     def _rendered(self, chunk: Chunk) -> list[dict[str, Any]]:
         renderer = self._renderer(chunk.model)
         texts = [prompt.prompt for prompt in chunk.prompts]
-        images: list[Image.Image | None]
-        errors: list[str | None] = [None] * len(texts)
-        try:
-            images = list(renderer.render(texts, chunk.seeds))
-        except Exception as error:
-            logger.warning("a batch of %s failed (%s), rendering its prompts one by one", chunk.model, error)
-            images, errors = _render_one_by_one(renderer, texts, chunk.seeds)
-        return [
-            self._image_row(chunk, row, image, error)
-            for row, (image, error) in enumerate(zip(images, errors, strict=True))
-        ]
+        images = render_each(renderer.render, texts, chunk.seeds)
+        return [self._image_row(chunk, row, image) for row, image in enumerate(images)]
 
-    def _image_row(self, chunk: Chunk, row: int, image: Image.Image | None, error: str | None) -> dict[str, Any]:
+    def _image_row(self, chunk: Chunk, row: int, image: Image.Image | Exception) -> dict[str, Any]:
         sampling, prompt = self._config.sampling, chunk.prompts[row]
         identity = {
             "skill": prompt.skill, "prompt": prompt.prompt, "image_index": chunk.image_indices[row], "seed": chunk.seeds[row],
@@ -120,7 +109,8 @@ class RenderChunk:
             "guidance_scale": sampling.guidance_scale, "width": sampling.width_px, "height": sampling.height_px,
         }  # fmt: skip
         image_id = content_id(**identity, negative_prompt=sampling.negative_prompt)
-        encoded = None if image is None else {"bytes": _png(image), "path": f"{image_id}.png"}
+        error = named_line(image) if isinstance(image, Exception) else None
+        encoded = None if isinstance(image, Exception) else {"bytes": _png(image), "path": f"{image_id}.png"}
         return {"id": image_id, **identity, "split": "test", "image": encoded, "model": chunk.model, "error": error}
 
     def _renderer(self, name: str) -> "Renderer":
@@ -176,21 +166,6 @@ def _decoded(row: Mapping[str, Any]) -> tuple[Image.Image | None, str | None]:
         return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"), None
     except (OSError, SyntaxError, ValueError) as error:
         return None, f"the image cannot be read: {error}"[:_ERROR_CHARS]
-
-
-def _render_one_by_one(
-    renderer: "Renderer", prompts: Sequence[str], seeds: Sequence[int]
-) -> tuple[list[Image.Image | None], list[str | None]]:
-    images: list[Image.Image | None] = []
-    errors: list[str | None] = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        try:
-            images += renderer.render([prompt], [seed])
-            errors.append(None)
-        except Exception as error:
-            images.append(None)
-            errors.append(named_line(error))
-    return images, errors
 
 
 def _png(image: Image.Image) -> bytes:

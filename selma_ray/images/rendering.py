@@ -15,6 +15,7 @@ from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import ImageEngine, open_engine
 from selma_ray.images.in_flight import begin_batch, begin_row, finish_row
 from selma_ray.images.selection import OpenScorer, ScoreImages, choose
+from selma_ray.models.batches import render_alone, render_each
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import see_own_gpus
 from selma_ray.models.locate import locate_text_to_image
@@ -85,24 +86,8 @@ class RenderPrompts:
         return pa.Table.from_pylist(rendered, schema=RENDERED_SCHEMA)
 
     def _render(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image | Exception]:
-        try:
-            images: list[Image.Image | Exception] = []
-            images += self._engine.render([row["prompt"] for row in rows], [row["seed"] for row in rows])
-            return images
-        except Exception as error:
-            logger.warning(
-                "a batch of %d images failed (%s); its rows are tried one by one", len(rows), named_line(error)
-            )
-            return [self._render_alone(row) for row in rows]
-
-    def _render_alone(self, row: dict[str, Any]) -> Image.Image | Exception:
-        failure: Exception = RuntimeError("not tried")
-        for _ in range(self._config.max_attempts):
-            try:
-                return self._engine.render([row["prompt"]], [row["seed"]])[0]
-            except Exception as error:
-                failure = error
-        return failure
+        prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
+        return render_each(self._engine.render, prompts, seeds, self._config.max_attempts)
 
     def _render_suspects(self, rows: Sequence[dict[str, Any]]) -> list[tuple[Image.Image | Exception, float]]:
         """Render rows of which one may have ended an earlier process; it is the one that does so alone, time and again."""
@@ -117,7 +102,7 @@ class RenderPrompts:
         begun = begin_row(self._folder, row["id"], self._config.max_attempts)
         if begun >= self._config.max_attempts:
             return RuntimeError(f"the renderer's process ended {begun} times while it rendered this row alone")
-        image = self._render_alone(row)
+        image = render_alone(self._engine.render, row["prompt"], row["seed"], self._config.max_attempts)
         finish_row(self._folder, row["id"])
         return image
 

@@ -20,13 +20,13 @@ from typing import Protocol
 from PIL import Image
 
 from selma_ray.errors import JudgeError, named_line
-from selma_ray.judging.batching import spare_others
 from selma_ray.judging.dsg import SCORERS, mean_score
 from selma_ray.judging.judges.asking import as_yes_or_no, ask_images, image_fault
 from selma_ray.judging.judges.interface import Answer, Judge
 from selma_ray.judging.questions import Question
 from selma_ray.judging.scoring import answered
 from selma_ray.judging.soft import soft_dsg, soft_tifa_am, soft_tifa_gm, vqascore_question
+from selma_ray.models.batches import spare_others
 from selma_ray.models.device import device_of
 
 __all__ = [

@@ -1,8 +1,5 @@
 """A text-to-image pipeline that renders rows: one prompt and one seed each, whatever batch they come in."""
 
-import gc
-import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +8,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 
 from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
+from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.models.parts import DTYPES
@@ -19,8 +17,6 @@ __all__ = ["CPU_LANES", "Renderer", "load_pipeline", "use_scheduler"]
 
 CPU_LANES = 4
 """Rows a CPU denoises at once: as fast there as any larger number."""
-
-logger = logging.getLogger(__name__)
 
 
 def load_pipeline(model: ModelConfig, device: torch.device | str) -> DiffusionPipeline:
@@ -53,7 +49,7 @@ class Renderer:
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
-        self._most_rows = sys.maxsize
+        self._batches = HalvingBatches()
         use_scheduler(pipeline, sampling.scheduler)
 
     @property
@@ -80,20 +76,10 @@ class Renderer:
 
     def _fitting(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Render as many rows at once as fit the memory; what did not fit once is not tried again."""
-        images: list[Image.Image] = []
-        while len(images) < len(prompts):
-            rows = slice(len(images), len(images) + self._most_rows)
-            try:
-                images += self._render(prompts[rows], seeds[rows])
-            except RuntimeError as error:
-                size = len(prompts[rows])
-                if size == 1 or not _is_out_of_memory(error):
-                    raise
-                self._most_rows = size // 2
-                logger.warning("%d images at once do not fit the memory; from now on it is %d", size, self._most_rows)
-                gc.collect()
-                torch.cuda.empty_cache()
-        return images
+        return self._batches.map(
+            lambda rows: self._render([prompt for prompt, _ in rows], [seed for _, seed in rows]),
+            list(zip(prompts, seeds, strict=True)),
+        )
 
     @torch.inference_mode()
     def _render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
@@ -126,7 +112,3 @@ def use_scheduler(pipeline: Any, name: str | None) -> None:
             f"sampling.scheduler must be a diffusers scheduler that fits the model ({', '.join(sorted(compatible))}), got {name!r}"
         )
     pipeline.scheduler = compatible[name].from_config(own.config)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -7,8 +7,8 @@ from functools import partial
 from PIL import Image
 
 from selma_ray.errors import named_line
-from selma_ray.judging.batching import spare_others
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, Judge
+from selma_ray.models.batches import spare_others
 
 __all__ = ["as_yes_or_no", "ask_images", "image_fault"]
 

@@ -10,10 +10,10 @@ from functools import cache
 import torch
 from PIL import Image
 
-from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices
 from selma_ray.judging.numerals import surface_forms
 from selma_ray.miniature.judge import ANSWERS, MiniatureJudge, tokenize_questions
+from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.locate import LocatedModel
 
 __all__ = ["MiniatureImageJudge"]

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from selma_ray.errors import JudgeError, first_line
-from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.judging.judges.words import AnswerTokens, spoken
 from selma_ray.judging.numerals import surface_forms
+from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.locate import LocatedModel
 
 __all__ = ["MODEL_TYPES", "TransformersJudge"]

@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel
 
 from selma_ray.errors import JudgeError, first_line
-from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.preferences.preprocessing import Preprocess, crop_evenly, crop_to_floor, pad_to_square, to_pixels
+from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.locate import locate_judge
 
 __all__ = ["FORMULAS", "ClipFormula", "ClipScorer"]

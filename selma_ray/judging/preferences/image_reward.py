@@ -20,8 +20,8 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from selma_ray.errors import JudgeError, first_line
-from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.preferences.preprocessing import crop_evenly, to_pixels
+from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.locate import locate_judge
 
 __all__ = ["CHECKPOINT", "ImageRewardConfig", "ImageRewardModel", "ImageRewardScorer"]

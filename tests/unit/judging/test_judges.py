@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from selma_ray.errors import JudgeError
-from selma_ray.judging.batching import HalvingBatches
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.asking import as_yes_or_no, ask_images
 from selma_ray.judging.judges.interface import Answer
@@ -149,25 +148,6 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     images = [Image.new("RGB", (8, 8))] * 8
     assert all(answers[0].text == "yes" for answers in ask_images(judge, images, [["a?"]] * 8))
     assert judge.batches == [8, 4, 2, 2, 4, 2, 2]
-
-
-def test_halved_batches_stay_halved() -> None:
-    seen = []
-
-    def double(batch: Any) -> Any:
-        seen.append(len(batch))
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return [2 * item for item in batch]
-
-    batches = HalvingBatches(8)
-    assert batches.map(double, range(10)) == [2 * item for item in range(10)]
-    assert seen == [8, 4, 2, 2, 2, 2, 2]
-    assert batches.size == 2
-    with pytest.raises(torch.OutOfMemoryError):
-        batches.map(lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")), [1, 2])
-    with pytest.raises(ValueError, match="another fault"):
-        HalvingBatches(4).map(lambda batch: (_ for _ in ()).throw(ValueError("another fault")), [1, 2, 3])
 
 
 @pytest.mark.parametrize(
