@@ -15,9 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from selma_ray.errors import JudgeError
 from selma_ray.evaluation.examples import ImageKey, read_images
-from selma_ray.evaluation.grid import data_uri
 from selma_ray.evaluation.statistics import share, sign_test
 from selma_ray.evaluation.summary import BASE, MERGED
+from selma_ray.pictures import data_uri
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 

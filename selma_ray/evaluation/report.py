@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from selma_ray import __version__
 from selma_ray.evaluation.examples import Example, choose_examples, paired_examples, read_images, training_images
-from selma_ray.evaluation.grid import contact_sheet, data_uri, png_bytes, side_by_side
 from selma_ray.evaluation.plots import axis_around, curve, dev_curve, intervals, reliability
 from selma_ray.evaluation.summary import BASE, MERGED
+from selma_ray.pictures import data_uri, picture_grid, png_bytes
 from selma_ray.storage import RunFolder
 
 __all__ = ["write_report"]
@@ -22,7 +22,8 @@ __all__ = ["write_report"]
 _FIRST_PER_SKILL = 3
 _EXTREMES = 6
 _COMPARED_PER_SKILL = 2
-_SHEET_IMAGES, _SHEET_COLUMNS = 12, 6
+_COMPARED_PX = 128
+_SHEET_IMAGES, _SHEET_COLUMNS, _SHEET_CELL_PX = 12, 6, 96
 _PLOT_WIDTH, _INTERVAL_WIDTH = 420.0, 160.0
 _CURVE_WIDTH, _CURVE_HEIGHT = 240.0, 90.0
 _RELIABILITY_SIDE = 240.0
@@ -54,8 +55,8 @@ def write_report(folder: RunFolder, skills: Sequence[str]) -> str:
     )
     compared = _compared(chosen["first"])
     if compared:
-        sheet = side_by_side({model: [images[model][example.key] for example in compared] for model in (BASE, MERGED)})
-        folder.write_bytes(png_bytes(sheet), "comparison.png")
+        shown = [[images[model][example.key] for example in compared] for model in (BASE, MERGED)]
+        folder.write_bytes(png_bytes(picture_grid(shown, _COMPARED_PX, labels=(BASE, MERGED))), "comparison.png")
     return folder.path("report.html")
 
 
@@ -171,8 +172,11 @@ def _shown(example: Example, images: Mapping[str, Mapping[tuple[str, int], Any]]
 
 def _sheet(folder: RunFolder, skill: str) -> str | None:
     images = training_images(folder, skill, _SHEET_IMAGES)
-    sheet = contact_sheet(images, _SHEET_COLUMNS) if images else None
-    return data_uri(sheet, max_side_px=max(sheet.size)) if sheet else None
+    if not images:
+        return None
+    rows = [images[start : start + _SHEET_COLUMNS] for start in range(0, len(images), _SHEET_COLUMNS)]
+    sheet = picture_grid(rows, _SHEET_CELL_PX, gap_px=3, margin_px=0, transparent=True)
+    return data_uri(sheet, max_side_px=max(sheet.size))
 
 
 def _compared(first: Sequence[Example]) -> list[Example]:

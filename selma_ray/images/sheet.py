@@ -1,21 +1,21 @@
 """A contact sheet: random images of every skill with their prompts, as one HTML page or one PNG."""
 
-import base64
 import html
 import io
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from selma_ray.errors import ConfigError
 from selma_ray.images.shards import shards_of
+from selma_ray.pictures import file_uri, picture_grid, png_bytes
 from selma_ray.storage import RunFolder
 
 __all__ = ["contact_sheet", "random_rows"]
 
-_CELL_PX, _GAP_PX, _TITLE_PX = 128, 6, 24
+_CELL_PX = 128
 _STYLE = (
     "body{font:14px sans-serif;margin:24px}.row{display:flex;flex-wrap:wrap;gap:12px}"
     "figure{margin:0;width:160px}img{width:160px;image-rendering:pixelated}figcaption{font-size:12px;color:#444}"
@@ -55,22 +55,12 @@ def _page(rows: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 def _figure(row: Mapping[str, Any]) -> str:
     format_ = row["image"]["path"].rpartition(".")[2]
-    source = f"data:image/{format_};base64,{base64.b64encode(row['image']['bytes']).decode()}"
+    source = file_uri(row["image"]["bytes"], format_)
     score = "" if row["score"] is None else f" (score {row['score']:.2f}, {row['split']})"
     prompt = html.escape(row["prompt"])
     return f'<figure><img src="{source}" alt="{prompt}"><figcaption>{prompt}{score}</figcaption></figure>'
 
 
 def _picture(rows: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
-    columns = max(len(of_skill) for of_skill in rows.values())
-    step, height = _CELL_PX + _GAP_PX, _CELL_PX + _GAP_PX + _TITLE_PX
-    sheet = Image.new("RGB", (columns * step + _GAP_PX, len(rows) * height + _GAP_PX), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    for line, (skill, of_skill) in enumerate(rows.items()):
-        draw.text((_GAP_PX, line * height + _GAP_PX), skill, fill="black", font=font)
-        for column, row in enumerate(of_skill):
-            image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB").resize((_CELL_PX, _CELL_PX))
-            sheet.paste(image, (column * step + _GAP_PX, line * height + _TITLE_PX + _GAP_PX))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    images = [[Image.open(io.BytesIO(row["image"]["bytes"])) for row in of_skill] for of_skill in rows.values()]
+    return png_bytes(picture_grid(images, _CELL_PX, titles=list(rows)))

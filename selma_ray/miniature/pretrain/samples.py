@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import CLIPTextModel
 
 from selma_ray.miniature.heldout import heldout_by_skill
 from selma_ray.miniature.pretrain.text_encoder import load_tokenizer
+from selma_ray.pictures import picture_grid
 
 __all__ = ["assemble_pipeline", "draw_samples", "tile_with_captions"]
 
 logger = logging.getLogger(__name__)
 
-_CELL_PX = 132
-_TEXT_PX = 34
+_CELL_PX = 128
 
 
 def assemble_pipeline(work_dir: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -65,12 +65,12 @@ def draw_samples(work_dir: Path, unet: UNet2DConditionModel, step: int) -> None:
 
 def tile_with_captions(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
     """Lay images out on a sheet, each with its caption below."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * _CELL_PX, rows * (_CELL_PX + _TEXT_PX)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = index % columns * _CELL_PX, index // columns * (_CELL_PX + _TEXT_PX)
-        sheet.paste(image.resize((128, 128), Image.Resampling.NEAREST), (left + 2, top + 2))
-        lines = [caption[start : start + 22] for start in range(0, min(len(caption), 66), 22)]
-        draw.multiline_text((left + 2, top + 130), "\n".join(lines), fill="black", spacing=0, font_size=10)
-    return sheet
+    lines = [
+        "\n".join(caption[start : start + 22] for start in range(0, min(len(caption), 66), 22)) for caption in captions
+    ]
+    starts = range(0, len(images), columns)
+    return picture_grid(
+        [images[start : start + columns] for start in starts],
+        _CELL_PX,
+        captions=[lines[start : start + columns] for start in starts],
+    )
