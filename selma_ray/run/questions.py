@@ -8,6 +8,7 @@ from typing import Any
 
 from selma_ray.judging.sources import (
     GrammarQuestions,
+    KnownQuestions,
     OrWhole,
     QuestionSource,
     WholeQuestion,
@@ -43,8 +44,10 @@ def _source(run: Run) -> QuestionSource:
 
             suite = run.recipe.questions.suite or ""
             return questions_of_suite(open_suite(suite), suite)
-        case "written":
+        case "written" if splits_judged(run.recipe):
             return _written(run).source()
+        case "written":
+            return KnownQuestions({}, "a run that judges none of its own prompts")
 
 
 def write_questions(run: Run, splits: Sequence[Split] | None = None, report: Report | None = None) -> None:

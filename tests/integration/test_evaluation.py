@@ -14,7 +14,7 @@ from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.judging.questions import PromptWithQuestions, Question
-from selma_ray.judging.scoring import ImageScorer
+from selma_ray.judging.scoring import score_images
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
@@ -138,7 +138,7 @@ def test_actors_that_cannot_all_start_are_refused(
     ray_cluster: Any, config: EvaluationConfig, models: dict[str, ModelUnderTest], tmp_path: Path
 ) -> None:
     apart = config.model_copy(update={"judges": 1, "num_cpus": 4})
-    with pytest.raises(ConfigError, match=r"need 5 CPUs at least, this machine offers 4; set evaluation\.judges=0"):
+    with pytest.raises(ConfigError, match=r"evaluation\.renderers needs 4 and evaluation\.judges needs 1, .* has 4 CPU"):
         evaluated_again(RunFolder(str(tmp_path)), models, apart)
 
 
@@ -162,14 +162,14 @@ def evaluated_again(folder: Any, models: Any, config: Any) -> Any:
 
 def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated: Any, config: EvaluationConfig) -> None:
     folder, summary, _ = evaluated
-    scorer = ImageScorer(open_judge(config.judge), config.dsg_scorer)
+    judge = open_judge(config.judge)
     answers = {}
     for row in rows_of(folder, summary, "base", "answers"):
         answers.setdefault((row["prompt"], row["seed"]), []).append((row["answer"], row["p_yes"]))
     questions = {prompt.prompt: prompt.questions for prompt in SUITE}
     for row in rows_of(folder, summary, "base", "images")[:3]:
         image = Image.open(io.BytesIO(row["image"]["bytes"]))
-        (score,) = scorer.score([image], [questions[row["prompt"]]])
+        (score,) = score_images(judge, [image], [questions[row["prompt"]]], config.dsg_scorer)
         offline = answers[row["prompt"], row["seed"]]
         assert [each.answer for each in score.questions] == [answer for answer, _ in offline]
         assert [each.p_yes for each in score.questions] == pytest.approx([p_yes for _, p_yes in offline], abs=1e-5)
