@@ -83,7 +83,7 @@ def _job(folder: RunFolder, settings: dict[str, int]) -> ExpertJob:
     cache = skill_cache(folder, SKILL, MODEL)
     shards = [cache.shard(source) for source in cache.sources]
     EncodeExamples(folder, MODEL)({"source": np.array(cache.sources), "shard": np.array(shards)})
-    folder.write_json({"shards": shards}, cache.directory, "index.json")
+    folder.write_json({"shards": shards, "ids": cache.ids}, cache.directory, "index.json")
     config = ExpertsConfig(
         lora=LoraSettings(rank=settings["rank"], alpha=settings["rank"]),
         steps=10_000,

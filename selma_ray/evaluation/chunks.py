@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from PIL import Image
 
+from selma_ray.config import identity
 from selma_ray.errors import named_line
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.judging.judges.opening import open_judge
@@ -74,7 +75,7 @@ def plan_chunks(
             questions=[[vars(question) for question in prompt.questions] for prompt in prompts],
             seeds=seeds,
             revision=revision,
-            sampling=config.sampling.model_dump(),
+            sampling=identity(config.sampling),
         )
         chunks.append(Chunk(model, revision, key, prompts, seeds, indices))
     return chunks
@@ -99,13 +100,13 @@ class RenderChunk:
         renderer = self._renderer(chunk.model)
         texts = [prompt.prompt for prompt in chunk.prompts]
         images = render_each(renderer.render, texts, chunk.seeds)
-        return [self._image_row(chunk, row, image) for row, image in enumerate(images)]
+        return [self._image_row(chunk, row, image, renderer.scheduler) for row, image in enumerate(images)]
 
-    def _image_row(self, chunk: Chunk, row: int, image: Image.Image | Exception) -> dict[str, Any]:
+    def _image_row(self, chunk: Chunk, row: int, image: Image.Image | Exception, scheduler: str) -> dict[str, Any]:
         sampling, prompt = self._config.sampling, chunk.prompts[row]
         identity = {
             "skill": prompt.skill, "prompt": prompt.prompt, "image_index": chunk.image_indices[row], "seed": chunk.seeds[row],
-            "revision": chunk.revision, "scheduler": sampling.scheduler or "", "steps": sampling.steps,
+            "revision": chunk.revision, "scheduler": scheduler, "steps": sampling.steps,
             "guidance_scale": sampling.guidance_scale, "width": sampling.width_px, "height": sampling.height_px,
         }  # fmt: skip
         image_id = content_id(**identity, negative_prompt=sampling.negative_prompt)

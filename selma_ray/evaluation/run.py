@@ -32,7 +32,7 @@ from selma_ray.judging.dsg import mean_score
 from selma_ray.judging.judges.opening import judge_identity
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.models.device import see_own_gpus, task_options
-from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.identity import model_identity
 from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -286,8 +286,7 @@ class WorkOnChunks:
 
 def _revision(tested: ModelUnderTest) -> str:
     """Return a name for the exact content of a model and its adapter."""
-    revision = locate_text_to_image(tested.model.name, tested.model.revision).revision
+    model = model_identity(tested.model)
     if tested.adapter_dir is None:
-        return content_id(model=revision, dtype=tested.model.dtype)
-    digest = adapter_digest(Path(tested.adapter_dir))
-    return content_id(model=revision, dtype=tested.model.dtype, adapter=digest)
+        return content_id(model=model)
+    return content_id(model=model, adapter=adapter_digest(Path(tested.adapter_dir)))

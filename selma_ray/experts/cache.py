@@ -26,7 +26,7 @@ from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.experts.preferences import preference_pairs
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of, see_own_gpus
-from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.identity import model_identity
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
@@ -34,7 +34,7 @@ __all__ = ["EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
 
 logger = logging.getLogger(__name__)
 
-_LAYOUT = 1  # raise it whenever what a shard holds changes, so that older caches are not read
+_LAYOUT = 2  # raise it whenever what a shard holds changes, so that older caches are not read
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,15 @@ def skill_cache(folder: RunFolder, skill: str, model: ModelConfig, *, in_pairs: 
     pairs = _pairs(folder, skill, sources) if in_pairs else ()
     paired = {row_id for pair in pairs for row_id in pair}
     used = [
-        (source, ids) for source in sources if (ids := _ids_to_encode(folder, source, paired if in_pairs else None))
+        (source, rows) for source in sources if (rows := _rows_in_order(folder, source, paired if in_pairs else None))
     ]
-    ids = sorted(row_id for _, source_ids in used for row_id in source_ids)
+    ids = [row_id for *_, row_id in sorted(row for _, rows in used for row in rows)]
     if not ids:
         raise TrainingError(
             f"skill {skill} has no rendered training image in {folder.path('images')}; run `selma generate` first"
         )
-    revision = locate_text_to_image(model.name, model.revision).revision
     named = {"pairs": pairs} if in_pairs else {"ids": ids}
-    key = content_id(
-        layout=_LAYOUT, model=model.name, revision=revision, dtype=model.dtype, variant=model.variant, **named
-    )
+    key = content_id(layout=_LAYOUT, model=model_identity(model), **named)
     return SkillCache(skill, key, tuple(source for source, _ in used), tuple(ids), tuple(pairs))
 
 
@@ -208,9 +205,11 @@ def _pairs(folder: RunFolder, skill: str, sources: Sequence[str]) -> list[tuple[
     return pairs
 
 
-def _ids_to_encode(folder: RunFolder, source: str, ids: Collection[str] | None) -> list[str]:
-    table = folder.read_table([source], columns=["id", "split", "error"])
-    return _rows_to_encode(table, ids).column("id").to_pylist()
+def _rows_in_order(folder: RunFolder, source: str, ids: Collection[str] | None) -> list[tuple[str, int, str]]:
+    """Return what orders examples, so that training sees them in the same order whatever its images' ids are: prompt, index, id."""
+    table = folder.read_table([source], columns=["id", "prompt", "image_index", "split", "error"])
+    rows = _rows_to_encode(table, ids).to_pylist()
+    return [(row["prompt"], row["image_index"], row["id"]) for row in rows]
 
 
 def _rows_to_encode(table: pa.Table, ids: Collection[str] | None) -> pa.Table:

@@ -19,7 +19,7 @@ __all__ = ["EncodedExamples", "batch_positions", "dropped_captions", "example_ge
 
 
 class EncodedExamples:
-    """All encoded examples of an expert, ordered by id; the shards stay on disk, mapped into memory.
+    """All encoded examples of an expert, in the order of their prompts; the shards stay on disk, mapped into memory.
 
     Where a cache holds preferences, an example is a pair of images, named by the chosen one.
     """
@@ -29,13 +29,15 @@ class EncodedExamples:
         self._empty_path = folder.local_path(cache_directories[0], EMPTY_CAPTION)
         places: dict[str, tuple[int, int]] = {}
         pairs: dict[str, str] = {}
+        ordered: list[str] = []
         for directory in cache_directories:
             index = folder.read_json(directory, "index.json")
             pairs |= dict(index.get("pairs", ()))
+            ordered += index["ids"]
             for path in index["shards"]:
                 ids = self._open(str(folder.local_path(path)))
                 places |= {row_id: (len(self._shards) - 1, row) for row, row_id in enumerate(ids)}
-        self.ids = sorted(pairs or places)
+        self.ids = list(pairs) or ordered
         self._places = [places[row_id] for row_id in self.ids]
         self._rejected = [places[pairs[row_id]] for row_id in self.ids] if pairs else []
 

@@ -26,7 +26,7 @@ def preference_pairs(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
         rejected = min(images, key=itemgetter("score"))
         if chosen is not None and chosen["score"] > rejected["score"]:
             pairs.append((chosen["id"], rejected["id"]))
-    return sorted(pairs)
+    return pairs
 
 
 def preference_loss(errors_2N: Any, base_errors_2N: Any, beta: float) -> tuple[Any, Any]:

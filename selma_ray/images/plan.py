@@ -5,9 +5,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from selma_ray.config import identity
 from selma_ray.images.config import ImagesConfig
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.identity import model_identity
 from selma_ray.records import content_id, seed_of
 
 __all__ = ["PLAN_SCHEMA", "PlanImages"]
@@ -33,9 +34,8 @@ class PlanImages:
         self._finished_ids = frozenset(finished_ids)
         self._provenance = {
             "engine": config.engine,
-            "revision": locate_text_to_image(model.name, model.revision).revision,
-            "dtype": model.dtype,
-            "sampling": config.sampling.model_dump(mode="json"),
+            "model": model_identity(model),
+            "sampling": identity(config.sampling),
         }
 
     def __call__(self, prompts: pa.Table) -> pa.Table:

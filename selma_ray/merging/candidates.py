@@ -7,11 +7,13 @@ from pathlib import Path
 from selma_ray.adapters.files import adapter_digest
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
+from selma_ray.config import identity
 from selma_ray.judging.dev_scores import DevScorer
+from selma_ray.judging.judges.opening import judge_identity
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.search import MergeCandidate, SearchResult, num_candidates, search_weights
 from selma_ray.models.device import see_own_gpus, task_options
-from selma_ray.models.locate import locate_judge, locate_text_to_image
+from selma_ray.models.identity import model_identity
 from selma_ray.progress import Progress, Report
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
@@ -54,12 +56,12 @@ def search_merge(
 
     key = content_id(
         experts=[adapter_digest(expert.folder) for expert in experts.values()],
-        base=locate_text_to_image(model.name, model.revision).revision,
-        judge=locate_judge(scorer.judge.name).revision,
-        evaluation={"sampling": scorer.sampling.model_dump(mode="json"), "dsg_scorer": scorer.dsg_scorer},
+        base=model_identity(model),
+        judge=judge_identity(scorer.judge),
+        evaluation={"sampling": identity(scorer.sampling), "dsg_scorer": scorer.dsg_scorer},
         prompts={skill: [prompt.id for prompt in of_skill] for skill, of_skill in scorer.prompts.items()},
         scale=merging.scale,
-        search=config.model_dump(mode="json"),
+        search=identity(config),
         seed=seed,
     )
     return search_weights(skills, groups, config, seed, score, folder, f"search/{merging.name}", key)

@@ -15,6 +15,7 @@ from selma_ray.adapters.deltas import Delta, DenseDelta, truncated
 from selma_ray.adapters.exports import EXPORT_FILES, write_diffusers, write_kohya
 from selma_ray.adapters.files import adapter_digest
 from selma_ray.adapters.peft_format import Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
+from selma_ray.config import identity
 from selma_ray.errors import AdapterError
 from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
@@ -25,7 +26,7 @@ from selma_ray.merging.report import MergeReport
 from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights, weights_of
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.identity import model_identity
 from selma_ray.models.parts import DTYPES
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder, storage_errors
@@ -210,16 +211,12 @@ def _means(weights: Weights) -> dict[str, float]:
 def _content_key(
     adapters: Mapping[str, Adapter], weights: Weights, model: ModelConfig, config: MergingConfig, seed: int
 ) -> str:
-    located = locate_text_to_image(model.name, model.revision)
     return content_id(
         experts=[adapter_digest(adapter.folder) for adapter in adapters.values()],
         weights=weights,
-        settings=config.model_dump(
-            mode="json", include={"method", "scale", "rank", "density", "exports", "export_experts"}
-        ),
+        settings=identity(config),
         seed=seed,
-        base=[model.name, located.revision],
-        dtype=model.dtype,
+        base=model_identity(model),
     )
 
 

@@ -1,6 +1,5 @@
 """From the name of a model in a recipe to a folder that can be loaded, and a revision that content ids can name."""
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,13 +7,13 @@ from pathlib import Path
 
 from selma_ray.errors import ModelNotFoundError
 from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
+from selma_ray.models.fingerprint import fingerprint
 
 __all__ = ["MINIATURE", "LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
 
 MINIATURE = "miniature"
 MINIATURE_WEAK = "miniature-weak"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FINGERPRINTED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,16 @@ def _locate(
 ) -> LocatedModel:
     if name in shipped:
         folder = shipped[name]()
-        return LocatedModel(str(folder), _fingerprint(folder))
+        return LocatedModel(str(folder), fingerprint(folder))
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
         if not (folder / required_file).is_file():
             raise ModelNotFoundError(
                 f"model folder {name} must hold {required_file}; name the folder that save_pretrained wrote"
             )
-        return LocatedModel(str(folder), _fingerprint(folder))
+        return LocatedModel(str(folder), fingerprint(folder))
     if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(
             f"model folder {name} does not exist; give a folder, a hub name (owner/model) or {' or '.join(shipped)}"
         )
     return LocatedModel(name, revision or "main")
-
-
-def _fingerprint(folder: Path) -> str:
-    """Return a hash of every file's name, size and both ends: cheap for large weights, and changed by any retraining."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}:{size}:".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_FINGERPRINTED_BYTES))
-            stream.seek(max(0, size - _FINGERPRINTED_BYTES))
-            digest.update(stream.read(_FINGERPRINTED_BYTES))
-    return digest.hexdigest()[:16]

@@ -138,7 +138,9 @@ def test_actors_that_cannot_all_start_are_refused(
     ray_cluster: Any, config: EvaluationConfig, models: dict[str, ModelUnderTest], tmp_path: Path
 ) -> None:
     apart = config.model_copy(update={"judges": 1, "num_cpus": 4})
-    with pytest.raises(ConfigError, match=r"evaluation\.renderers needs 4 and evaluation\.judges needs 1, .* has 4 CPU"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.renderers needs 4 and evaluation\.judges needs 1, .* has 4 CPU"
+    ):
         evaluated_again(RunFolder(str(tmp_path)), models, apart)
 
 

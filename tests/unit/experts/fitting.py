@@ -35,7 +35,7 @@ def encoded_job(folder: RunFolder, model: ModelConfig, name: str, config: Expert
         shards = [cache.shard(source) for source in cache.sources]
         sources, empty = [*cache.sources, ""], f"{cache.directory}/{EMPTY_CAPTION}"
         EncodeExamples(folder, model, cache.ids)({"source": np.array(sources), "shard": np.array([*shards, empty])})
-        folder.write_json({"shards": shards, "pairs": cache.pairs}, cache.directory, "index.json")
+        folder.write_json({"shards": shards, "ids": cache.ids, "pairs": cache.pairs}, cache.directory, "index.json")
     return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
 
 

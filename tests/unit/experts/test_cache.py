@@ -63,9 +63,10 @@ def test_encoding_writes_shards_that_a_trainer_reads(folder: RunFolder, model: M
     shards = [cache.shard(source) for source in cache.sources]
     encode = EncodeExamples(folder, model)
     done = encode({"source": np.array(cache.sources), "shard": np.array(shards)})
-    folder.write_json({"shards": shards}, cache.directory, "index.json")
+    folder.write_json({"shards": shards, "ids": cache.ids}, cache.directory, "index.json")
     examples = EncodedExamples(folder, [cache.directory])
     assert done["examples"] == [3, 2]
-    assert examples.ids == sorted(ids)
+    assert examples.ids == list(cache.ids)
+    assert sorted(examples.ids) == sorted(ids)
     shapes = {name: tuple(tensor.shape) for name, tensor in examples.batch([0, 4]).items()}
     assert shapes == {"latent_mean": (2, 4, 16, 16), "latent_std": (2, 4, 16, 16), "text_NTD": (2, 77, 32)}

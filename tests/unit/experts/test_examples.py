@@ -62,17 +62,17 @@ def test_examples_are_ordered_by_id_over_shards_and_caches(tmp_path: Path) -> No
     folder = RunFolder(str(tmp_path))
     write_shard(folder, "cache/k/one/0.safetensors", {"d": 4.0, "a": 1.0})
     write_shard(folder, "cache/k/two/0.safetensors", {"c": 3.0, "b": 2.0})
-    for name in ("one", "two"):
-        folder.write_json({"shards": [f"cache/k/{name}/0.safetensors"]}, "cache/k", name, "index.json")
+    for name, ids in (("one", ["d", "a"]), ("two", ["b", "c"])):
+        folder.write_json({"shards": [f"cache/k/{name}/0.safetensors"], "ids": ids}, "cache/k", name, "index.json")
     examples = EncodedExamples(folder, ["cache/k/two", "cache/k/one"])
-    assert examples.ids == ["a", "b", "c", "d"]
-    assert examples.batch([3, 0, 1])["latent_mean"].flatten().tolist() == [4.0, 1.0, 2.0]
+    assert examples.ids == ["b", "c", "d", "a"]
+    assert examples.batch([3, 0, 1])["latent_mean"].flatten().tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_shard(folder, "cache/k/one/0.safetensors", {"a": 1.0})
-    folder.write_json({"shards": ["cache/k/one/0.safetensors"]}, "cache/k/one/index.json")
+    folder.write_json({"shards": ["cache/k/one/0.safetensors"], "ids": ["a"]}, "cache/k/one/index.json")
     whole = folder.read_bytes("cache/k/one/0.safetensors")
     folder.write_bytes(whole[:-2], "cache/k/one/0.safetensors")
     with pytest.raises(TrainingError, match=r"0.safetensors must be a whole shard .*; delete the folder cache"):
@@ -90,7 +90,7 @@ def test_captions_are_dropped_at_the_asked_share_however_a_batch_is_split() -> N
 def test_a_dropped_caption_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     write_shard(folder, "cache/k/one/0.safetensors", {"a": 1.0})
-    folder.write_json({"shards": ["cache/k/one/0.safetensors"]}, "cache/k/one/index.json")
+    folder.write_json({"shards": ["cache/k/one/0.safetensors"], "ids": ["a"]}, "cache/k/one/index.json")
     save_file({"text_NTD": torch.full((1, 2, 3), 7.0)}, folder.local_path("cache/k/one", EMPTY_CAPTION))
     batch = {"latent_mean": torch.rand(4, 2), "text_NTD": torch.rand(4, 2, 3)}
     replaced = EncodedExamples(folder, ["cache/k/one"]).without(batch, [1, 3])

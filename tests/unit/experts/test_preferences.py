@@ -146,7 +146,9 @@ def write_opposite_pairs(folder: RunFolder, directory: str, count: int) -> None:
     }
     ids = json.dumps([row_id for pair in pairs for row_id in pair])
     folder.write_bytes(save(tensors, {"ids": ids}), directory, "0.safetensors")
-    folder.write_json({"shards": [f"{directory}/0.safetensors"], "pairs": pairs}, directory, "index.json")
+    folder.write_json(
+        {"shards": [f"{directory}/0.safetensors"], "ids": json.loads(ids), "pairs": pairs}, directory, "index.json"
+    )
 
 
 @pytest.mark.usefixtures("process_group")
