@@ -144,7 +144,8 @@ class Job:
     """The command as a process that is started again whenever it is killed."""
 
     def __init__(self, folder: Path, *overrides: str, cluster: TwoNodes | None = None) -> None:
-        self.run_dir, self.starts, self.lost = folder / "run", 0, []
+        self.run_dir, self.starts = folder / "run", 0
+        self.lost: list[Any] = []
         self._log, self._cluster = folder / "log", cluster
         self._words = [sys.executable, "-m", "selma_ray.cli", "generate", str(DEMO), f"run_dir={self.run_dir}"]
         self._words += [*SMALL_JOB, *SLOW, *overrides]

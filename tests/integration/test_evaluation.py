@@ -55,7 +55,7 @@ def evaluated(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     folder = RunFolder(str(tmp_path_factory.mktemp("run")))
-    events = []
+    events: list[Any] = []
     summary = evaluate_models(folder, models, SUITE, config, SEED, ClusterConfig(), events.append).as_dict()
     return folder, summary, events
 
@@ -149,7 +149,7 @@ def test_every_image_has_its_scores_in_a_table(evaluated: Any) -> None:
     for model, scores in summary["models"].items():
         table = folder.read_table([f"evaluation/{model}/scores.parquet"])
         assert table.num_rows == scores["images"]
-        by_prompt = {}
+        by_prompt: dict[Any, Any] = {}
         for row in table.to_pylist():
             by_prompt.setdefault(row["prompt_id"], []).append(row["official"])
         assert sum(sum(each) / len(each) for each in by_prompt.values()) / len(by_prompt) == pytest.approx(
@@ -158,14 +158,14 @@ def test_every_image_has_its_scores_in_a_table(evaluated: Any) -> None:
 
 
 def evaluated_again(folder: Any, models: Any, config: Any) -> Any:
-    events = []
+    events: list[Any] = []
     return evaluate_models(folder, models, SUITE, config, SEED, ClusterConfig(), events.append).as_dict(), events
 
 
 def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated: Any, config: EvaluationConfig) -> None:
     folder, summary, _ = evaluated
     judge = open_judge(config.judge)
-    answers = {}
+    answers: dict[Any, Any] = {}
     for row in rows_of(folder, summary, "base", "answers"):
         answers.setdefault((row["prompt"], row["seed"]), []).append((row["answer"], row["p_yes"]))
     questions = {prompt.prompt: prompt.questions for prompt in SUITE}

@@ -56,7 +56,7 @@ def run(ray_cluster: Any, model: ModelConfig, tmp_path_factory: pytest.TempPathF
     for skill in ("counting", "style"):
         write_images(folder, skill, 5)
         write_images(folder, skill, 2, shard=1)
-    told = []
+    told: list[Any] = []
     results = train_experts(folder, planned(mixed=True), model, 0, ClusterConfig(), told.append)
     return folder, results, told
 

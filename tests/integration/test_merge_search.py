@@ -42,7 +42,7 @@ def trained_run(folder: Path, *overrides: str) -> Any:
 @pytest.mark.heavy
 def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster: Any, tmp_path: Path) -> None:
     run = trained_run(tmp_path / "run")
-    told = []
+    told: list[Any] = []
     summary = run_stage(run, "merge", told.append)
     merged = tmp_path / "run" / "merged" / "merged"
     report = json.loads((merged / "report.json").read_text())

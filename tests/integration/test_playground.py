@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import GrammarQuestions
@@ -33,7 +33,7 @@ KEY = "a-key-for-the-page-in-the-test"
 CONFIG = ServingConfig(
     sampling=SamplingConfig(steps=8, guidance_scale=2.0, width_px=64, height_px=64), num_threads=1, max_steps=1000
 )
-DESKTOP, PHONE = {"width": 980, "height": 1200}, {"width": 390, "height": 800}
+DESKTOP, PHONE = ViewportSize(width=980, height=1200), ViewportSize(width=390, height=800)
 ENDED = re.compile("^(Done|Drawn, not scored|Not drawn|Stopped)$")
 DRAW_TIMEOUT_MS = 60_000
 
@@ -175,7 +175,7 @@ def test_every_control_has_a_name_and_is_reached_with_tab(page: Page) -> None:
 def test_it_follows_the_colour_scheme_and_fits_a_narrow_window(page: Page, scheme: Literal["light", "dark"]) -> None:
     page.set_viewport_size(PHONE)
     page.emulate_media(color_scheme=scheme)
-    corner = Image.open(io.BytesIO(page.screenshot())).convert("L").getpixel((1, 1))
+    corner: Any = Image.open(io.BytesIO(page.screenshot())).convert("L").getpixel((1, 1))
     assert corner < 60 if scheme == "dark" else corner > 200
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 

@@ -39,7 +39,7 @@ class RednessScorer:
     """Scores an image by its first pixel's red; knows prompts about balls only."""
 
     judge = "first pixel"
-    metrics = ("dsg", "soft_dsg")
+    metrics: tuple[str, ...] = ("dsg", "soft_dsg")
     metrics_of_questions = frozenset(metrics)
 
     def questions(self, prompt: str, given: object = None) -> str:
@@ -48,7 +48,7 @@ class RednessScorer:
         return prompt
 
     def score(self, asked: Sequence[Asked]) -> list[Judged]:
-        reds = [each.image.getpixel((0, 0))[0] / 255 for each in asked]
+        reds = [each.image.getpixel((0, 0))[0] / 255 for each in asked]  # type: ignore[index]
         return [Judged({"dsg": red, "soft_dsg": red}) for red in reds]
 
 
@@ -128,7 +128,7 @@ def test_mixes_and_the_best_of_several(client: openai.OpenAI, http: httpx.Client
     best = http.post("/v1/images/generations", json={"prompt": "a ball", "n": 1, "best_of": 4, "seed": 7}).json()
     scores = [candidate["scores"]["dsg"] for candidate in best["candidates"]]
     assert best["data"][0]["scores"]["dsg"] == max(scores)
-    assert image_of(best["data"][0]["b64_json"]).getpixel((0, 0))[0] / 255 == max(scores)
+    assert image_of(best["data"][0]["b64_json"]).getpixel((0, 0))[0] / 255 == max(scores)  # type: ignore[index]
 
 
 def test_readiness_and_metrics(http: httpx.Client) -> None:

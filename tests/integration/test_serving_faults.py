@@ -83,7 +83,9 @@ def open_experts_beside_a_trap(trap: Path, folders: Mapping[str, str]) -> Mappin
 @pytest.fixture(scope="module")
 def service(ray_cluster: None, models: ServedModels, trap: Path) -> Iterator[Service]:
     with_trap = partial(open_experts_beside_a_trap, trap)
-    running = start_service(models, CONFIG, ClusterConfig(), partial(open_scorer, "miniature"), with_trap)
+    running = start_service(
+        models, CONFIG, ClusterConfig(), partial(open_scorer, JudgeConfig(), {}, GrammarQuestions()), with_trap
+    )
     yield running
     running.stop()
 

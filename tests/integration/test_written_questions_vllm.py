@@ -1,6 +1,7 @@
 """Questions written by a real language model in vLLM on Ray, which is held to the schema of each answer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ PROMPTS = [PromptToAsk("a", "common", "two red cups on a table"), PromptToAsk("b
 def test_questions_become_a_suite_and_a_pass_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """SmolLM2-135M writes poor questions; their form is what is tested."""
     written = WrittenQuestions(RunFolder(str(tmp_path)), CONFIG)
-    told = []
+    told: list[Any] = []
     prompts = [*(prompt.prompt for prompt in PROMPTS), "a cat under an umbrella"]
     write_missing(prompts, CONFIG, written, ClusterConfig(), told.append)
     assert (told[-1].done, told[-1].total) == (3, 3)

@@ -10,14 +10,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from selma_ray.adapters.mixing import LowRank
+from selma_ray.adapters.mixing import LowRank, Mix
 from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.experts import open_experts
-from selma_ray.serving.requests import ImageRequest, Mix
+from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import RANKS, save_experts
 from tests.tiny_models import save_tiny_sdxl

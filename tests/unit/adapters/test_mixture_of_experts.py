@@ -114,7 +114,7 @@ def test_a_mixture_is_read_back_and_changes_images(folder: Any, model: ModelConf
         )
         for adapter in (None, folder.path("experts", "moe"))
     ]
-    assert not np.array_equal(*images)
+    assert not np.array_equal(*images)  # type: ignore[arg-type]
 
 
 def test_what_merges_or_exports_plain_adapters_refuses_a_mixture(folder: Any) -> None:

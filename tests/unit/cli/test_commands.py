@@ -67,7 +67,7 @@ def test_an_interrupt_says_how_to_go_on(failing: Any, capsys: pytest.CaptureFixt
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(cli, "_execute", seen.append)
     assert cli.main(["run", "recipe.yaml", "a=1", "--debug", "b=2"]) == 0
     assert seen[0].overrides == ["a=1", "b=2"]

@@ -32,7 +32,7 @@ def test_an_evaluation_shows_its_table_its_failures_and_its_report(run: SimpleNa
     summary["models"]["merged"]["unscored"] = {"images": 2, "reasons": {"torn": 2}, "first": []}
     summary["models"]["base"]["skills"]["style"] = None
     run.folder.mark_done("evaluate", summary)
-    console.show_evaluation(run)
+    console.show_evaluation(run)  # type: ignore[arg-type]
     text = shown()
     assert "merged: 2 of 10 images have no score: torn" in text
     assert "merged - base: " in text
@@ -41,16 +41,16 @@ def test_an_evaluation_shows_its_table_its_failures_and_its_report(run: SimpleNa
 
 
 def test_pairs_are_exported_rated_and_counted(run: SimpleNamespace, shown: Any, tmp_path: Path) -> None:
-    console.export_pairs(run, 4)
+    console.export_pairs(run, 4)  # type: ignore[arg-type]
     key = run.folder.read_json("pairs", "key.json")
     lines = ["export,pair,rater,choice"]
     for pair, sides in key["pairs"].items():
         lines.append(f"{key['export']},{pair},ann,{'left' if sides['left'] == 'merged' else 'right'}")
     (tmp_path / "ann.csv").write_text("\n".join(lines))
-    console.show_ratings(run, [str(tmp_path / "ann.csv")])
+    console.show_ratings(run, [str(tmp_path / "ann.csv")])  # type: ignore[arg-type]
     assert "merged preferred in 4 of 4 pairs, base in 0, neither in 0: 100.0% of the decided ones" in shown()
     with pytest.raises(ConfigError, match="--pairs must be at least 1, got 0"):
-        console.export_pairs(run, 0)
+        console.export_pairs(run, 0)  # type: ignore[arg-type]
 
 
 FIGURES = "prompts: 3 of 9 kept, 1 rejected (1 duplicate)", "images: 2/s, 0.1 min left, 0 failed"
@@ -76,7 +76,7 @@ def test_progress_on_a_terminal_has_figures_below_its_bar(monkeypatch: pytest.Mo
 
 
 def test_options_of_raters_belong_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(cli, "_execute", seen.append)
     assert (
         cli.main(["evaluate", "r.yaml", "--export-pairs", "--pairs", "9", "--ratings", "a", "--ratings", "b", "x=1"])

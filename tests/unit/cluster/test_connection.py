@@ -1,4 +1,5 @@
 import warnings
+from typing import Any
 
 import pytest
 from ray.util.annotations import RayDeprecationWarning
@@ -9,7 +10,7 @@ from selma_ray.cluster.connection import _configure_output
 
 @pytest.mark.parametrize(("log_level", "shown"), [("DEBUG", 1), ("WARNING", 0)])
 def test_what_later_versions_of_ray_will_lack_is_shown_to_developers_alone(
-    log_level: str, shown: int, monkeypatch: pytest.MonkeyPatch
+    log_level: Any, shown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("logging.Logger.setLevel", lambda *_: None)
     with warnings.catch_warnings(record=True) as seen:

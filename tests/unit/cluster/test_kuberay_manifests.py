@@ -136,6 +136,7 @@ def test_what_a_definition_does_not_know_is_refused() -> None:
     thing = {"apiVersion": "ray.io/v1", "kind": "RayThing", "metadata": {"name": "x"}}
     good = {"size": "2", "free": {"a": 1}, "labels": {"role": "serve"}, "note": None}
     validate(thing | {"spec": good}, definition)
-    for bad in ({**good, "sise": 1}, {"free": {}}, {**good, "labels": {"role": 1}}):
+    wrong: list[dict[str, Any]] = [{**good, "sise": 1}, {"free": {}}, {**good, "labels": {"role": 1}}]
+    for bad in wrong:
         with pytest.raises(jsonschema.ValidationError):
             validate(thing | {"spec": bad}, definition)

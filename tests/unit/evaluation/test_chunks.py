@@ -111,7 +111,7 @@ def make_failing() -> None:
 
 
 def test_an_error_of_ours_travels_as_a_row_past_later_stages() -> None:
-    first, second = (WorkOnChunks(("chunk",), (make,), 1) for make in (make_failing, lambda: pytest.fail))
+    first, second = (WorkOnChunks(("chunk",), (make,), 1) for make in (make_failing, lambda: pytest.fail))  # type: ignore[arg-type]
     rows = first({"chunk": np.array([0])})
     assert rows == {"chunk": [0], "error_class": ["JudgeError"], "error": ["no such judge"]}
     assert second({key: np.array(values) for key, values in rows.items()}) == rows
@@ -119,6 +119,6 @@ def test_an_error_of_ours_travels_as_a_row_past_later_stages() -> None:
 
 def test_steps_are_made_once_and_done_in_order() -> None:
     done = []
-    work = WorkOnChunks(("a", "b"), (lambda: done.append("made") or (lambda chunk: done.append(chunk)),), 1)
+    work = WorkOnChunks(("a", "b"), (lambda: done.append("made") or (lambda chunk: done.append(chunk)),), 1)  # type: ignore[arg-type, func-returns-value]
     assert work({"chunk": np.array([1, 0])})["error"] == ["", ""]
     assert done == ["made", "b", "a"]

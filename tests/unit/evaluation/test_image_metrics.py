@@ -29,7 +29,7 @@ class Brightness:
     name = "brightness@1"
 
     def __init__(self) -> None:
-        self.batches = []
+        self.batches: list[Any] = []
 
     def score(self, images: Any, prompts: Any, questions: Any = None) -> Any:
         self.batches.append(len(images))

@@ -27,7 +27,7 @@ def key(run: Any) -> Any:
 @pytest.fixture
 def rate(run: Any, key: Any, tmp_path: Path) -> Any:
     """Return a function that writes a rater's file, one wanted winner a pair, and reads all files written so far."""
-    files = []
+    files: list[Any] = []
 
     def write(winners: Any, rater: str = "ann", **replaced: Any) -> Any:
         file = tmp_path / f"{len(files)}.csv"

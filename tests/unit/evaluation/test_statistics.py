@@ -38,7 +38,7 @@ def test_prompts_without_a_readable_image_are_left_out() -> None:
 def test_the_same_seed_gives_the_same_interval_and_another_does_not() -> None:
     sums_P, ones_P = scores(50, 0.5), np.ones(50)
     assert figure(sums_P, ones_P, 300, seed=1) == figure(sums_P, ones_P, 300, seed=1)
-    assert figure(np.arange(50.0), ones_P, 300, seed=1) != figure(np.arange(50.0), ones_P, 300, seed=2)
+    assert figure(np.arange(50.0), ones_P, 300, seed=1) != figure(np.arange(50.0), ones_P, 300, seed=2)  # type: ignore[arg-type]
 
 
 def test_resampling_in_parts_draws_every_resample() -> None:

@@ -132,7 +132,7 @@ def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_le
     leave_candidates(job, {2: 0.0, 4: 0.0})
     for step in (2, 4):
         job.folder.delete(f"{job.candidate(step)}.json")
-    scores = CandidateScores([job], SELECTION, broken, ClusterConfig())
+    scores = CandidateScores([job], SELECTION, broken, ClusterConfig())  # type: ignore[arg-type]
     scores.poll()
     scores.poll()
     assert str(scores.failures["counting"]) == "no judge"

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -64,6 +65,6 @@ def test_an_error_reaches_the_callers_of_its_batch_and_nobody_else() -> None:
 
 
 def test_a_function_runs_alone_between_batches() -> None:
-    shared = SharedBatches(lambda rows: [threading.get_ident() for _ in rows], 2)
+    shared: SharedBatches[Any, int] = SharedBatches(lambda rows: [threading.get_ident() for _ in rows], 2)
     ((of_batch, _),) = shared.render([1])
     assert shared.alone(lambda add: threading.get_ident() + add, 0) == of_batch

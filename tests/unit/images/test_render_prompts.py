@@ -52,7 +52,8 @@ def content(rendered: pa.Table) -> list[bytes]:
 
 def fail_on(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch, word: str, times: int) -> list[int]:
     """Let the pipeline fail when a prompt has `word`, so many times; returns the sizes of all calls, filled as they come."""
-    original, calls, failures = render._engine.render, [], []
+    original, calls = render._engine.render, []
+    failures: list[Any] = []
 
     def flaky(prompts: Any, seeds: Any) -> Any:
         calls.append(len(prompts))
@@ -210,7 +211,7 @@ def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path:
     ]
     render = RenderPrompts(
         config, ModelConfig(name=str(tiny_pipeline_dir)), RunFolder(str(tmp_path)),
-        open_scorer=lambda: lambda images, prompts: [scores[image.getpixel((0, 0))[0]] for image in images],
+        open_scorer=lambda: lambda images, prompts: [scores[image.getpixel((0, 0))[0]] for image in images],  # type: ignore[index]
         open_engine=lambda *_: EndingEngine(),
     )  # fmt: skip
     rendered = render(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))

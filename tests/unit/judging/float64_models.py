@@ -49,7 +49,7 @@ def clip_blocks(x_TD: Any, weights: Any, prefix: Any, heads: Any, activation: An
         name = f"{prefix}.{layer}"
         normed = layer_norm(x_TD, weights, f"{name}.ln_1", 1e-5)
         qkv = normed @ weights[f"{name}.attn.in_proj_weight"].T + weights[f"{name}.attn.in_proj_bias"]
-        x_TD = x_TD + linear(attend(*np.split(qkv, 3, axis=1), heads, allowed), weights, f"{name}.attn.out_proj")
+        x_TD = x_TD + linear(attend(*np.split(qkv, 3, axis=1), heads, allowed), weights, f"{name}.attn.out_proj")  # type: ignore[call-arg]
         normed = layer_norm(x_TD, weights, f"{name}.ln_2", 1e-5)
         x_TD = x_TD + linear(activation(linear(normed, weights, f"{name}.mlp.c_fc")), weights, f"{name}.mlp.c_proj")
         layer += 1
@@ -120,7 +120,7 @@ def _blip_vision(pixels_CHW: Any, weights: Any, heads: Any) -> Any:
     while f"{prefix}.blocks.{layer}.norm1.weight" in weights:
         name = f"{prefix}.blocks.{layer}"
         qkv = linear(layer_norm(x_TD, weights, f"{name}.norm1", 1e-6), weights, f"{name}.attn.qkv")
-        x_TD = x_TD + linear(attend(*np.split(qkv, 3, axis=1), heads), weights, f"{name}.attn.proj")
+        x_TD = x_TD + linear(attend(*np.split(qkv, 3, axis=1), heads), weights, f"{name}.attn.proj")  # type: ignore[call-arg]
         hidden = gelu(linear(layer_norm(x_TD, weights, f"{name}.norm2", 1e-6), weights, f"{name}.mlp.fc1"))
         x_TD = x_TD + linear(hidden, weights, f"{name}.mlp.fc2")
         layer += 1

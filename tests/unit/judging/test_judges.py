@@ -69,7 +69,7 @@ def test_yes_and_no_have_probabilities_that_agree_with_p_yes(judge: Any, images:
 def test_blips_probabilities_are_its_own_decoders(tmp_path: Path, images: Any) -> None:
     """Against transformers' forward pass of one unpadded question."""
     judge = open_judge(JudgeConfig(name=str(save_tiny_blip(tmp_path / "blip"))))
-    model, processor = judge._model, judge._processor
+    model, processor = judge._model, judge._processor  # type: ignore[attr-defined]
     words = processor.tokenizer.get_vocab()
     for image, asked, answers in zip(images, QUESTIONS, judge.answer(images, QUESTIONS), strict=True):
         for question, answer in zip(asked, answers, strict=True):
@@ -83,7 +83,7 @@ def test_blips_probabilities_are_its_own_decoders(tmp_path: Path, images: Any) -
 def test_blip_encodes_an_image_once_for_all_its_questions(tmp_path: Path, images: Any) -> None:
     judge = open_judge(JudgeConfig(name=str(save_tiny_blip(tmp_path / "blip"))))
     encoded = []
-    judge._model.vision_model.register_forward_hook(lambda *_: encoded.append(1))
+    judge._model.vision_model.register_forward_hook(lambda *_: encoded.append(1))  # type: ignore[attr-defined]
     judge.answer(images[:1], [["is there a cup?", "is the cup red?", "is it?", "are there two apples?"]])
     assert len(encoded) == 1
 
@@ -104,7 +104,7 @@ class Scripted:
 
     def __init__(self, text: str = "yes", p_yes: Any = None, bad: Any = None, most: int = 100) -> None:
         self.reply, self.bad, self.most = Answer(text, p_yes), bad, most
-        self.batches = []
+        self.batches: list[Any] = []
 
     def answer(self, images: Any, questions: Any, choices: Any = None) -> Any:
         self.batches.append(len(images))

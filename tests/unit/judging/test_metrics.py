@@ -30,7 +30,8 @@ class Fixed:
     name = "fixed@1"
 
     def __init__(self, answers: Any) -> None:
-        self.answers, self.asked = answers, []
+        self.answers = answers
+        self.asked: list[Any] = []
 
     def answer(self, images: Any, questions: Any, choices: Any = None) -> Any:
         self.asked.append(questions)

@@ -37,6 +37,6 @@ def test_kept_questions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniature, "_MOST_ENCODED", 3)
     judge = open_judge(JudgeConfig(batch_size=1))
     first = judge.answer(IMAGES, QUESTIONS)
-    assert len(judge._encoded) <= 3 + max(map(len, QUESTIONS))
+    assert len(judge._encoded) <= 3 + max(map(len, QUESTIONS))  # type: ignore[attr-defined]
     again = judge.answer(IMAGES, QUESTIONS)
     assert [[each.text for each in row] for row in first] == [[each.text for each in row] for row in again]

@@ -95,14 +95,14 @@ def test_our_examples_answer_in_the_formats_they_teach() -> None:
             )
             jsonschema.validate(json.loads(answer), dsg_schema(call, range(1, len(example.tuples) + 1)))
             assert parse_json(answer).texts.keys() == dict(enumerate(example.tuples, start=1)).keys()
-    for example in load_tifa_examples(WriterConfig(style="tifa")):
-        jsonschema.validate(list(example.questions), tifa_schema())
-        text = tifa_text("x", [example]).partition("are below:")[2].rpartition("\n\nDescription")[0]
-        in_text, in_json = parse_tifa_text(text), parse_tifa_json(json.dumps(example.questions))
+    for tifa_example in load_tifa_examples(WriterConfig(style="tifa")):
+        jsonschema.validate(list(tifa_example.questions), tifa_schema())
+        text = tifa_text("x", [tifa_example]).partition("are below:")[2].rpartition("\n\nDescription")[0]
+        in_text, in_json = parse_tifa_text(text), parse_tifa_json(json.dumps(tifa_example.questions))
         assert in_text == in_json
-        assert len(in_text[0]) == len(example.questions)
+        assert len(in_text[0]) == len(tifa_example.questions)
         assert not in_text[1]
-        assert json.dumps(example.questions) in tifa_json("x", [example])
+        assert json.dumps(tifa_example.questions) in tifa_json("x", [tifa_example])
 
 
 def test_schemas_allow_exactly_the_ids_of_the_tuples() -> None:

@@ -168,7 +168,7 @@ def test_unifiedqas_way_of_asking(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     answerer = Seq2SeqAnswerer(str(tmp_path))
     asked = []
-    answerer._generated = lambda text: asked.append(text) or " Red! "
+    answerer._generated = lambda text: asked.append(text) or " Red! "  # type: ignore[func-returns-value]
     assert answerer.choose("what?", "a cup", ["red", "blue"]) == " Red! "
     assert answerer.answer("what?", "a cup") == "red"
     assert asked == ["what? \n a cup \n (A) red (B) blue ", "what? \n a cup"]

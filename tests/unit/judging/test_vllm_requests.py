@@ -22,7 +22,9 @@ class Engine:
     """Records conversations and sampling; answers with given chances of words."""
 
     def __init__(self, **chances: Any) -> None:
-        self.chances, self.conversations, self.sampling = chances, [], []
+        self.chances = chances
+        self.conversations: list[Any] = []
+        self.sampling: list[Any] = []
 
     def chat(self, conversations: Any, sampling: Any, use_tqdm: Any) -> Any:
         self.conversations, self.sampling = conversations, sampling

@@ -41,7 +41,7 @@ class Script:
 
     def __init__(self, config: Any, **answers: Any) -> None:
         self._answers = {**GOOD[config.format], "tifa": TIFA[config.format], **answers}
-        self.rounds = []
+        self.rounds: list[Any] = []
 
     def __call__(self, requests: Any) -> Any:
         self.rounds.append(list(requests))
@@ -166,9 +166,9 @@ def test_a_written_file_is_a_suite_and_is_not_written_twice(config: WriterConfig
     longer = [PROMPTS[0], PromptToAsk("b", "common", "three cups"), PromptToAsk("c", "common", "a dog")]
     assert write(longer, config, path, script).reused == 1
     assert {request.key for request in script.rounds[0]} == {"0:tuple:0", "1:tuple:0"}
-    suite = {prompt.id: prompt for prompt in open_suite(str(path))}
-    assert suite["a"].questions[1].question == "Is the cup red?"
-    assert suite["b"].prompt == "three cups"
+    by_id = {prompt.id: prompt for prompt in open_suite(str(path))}
+    assert by_id["a"].questions[1].question == "Is the cup red?"
+    assert by_id["b"].prompt == "three cups"
 
 
 def test_tifa_files_keep_choices_and_answers(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_baked_pipeline_renders_what_diffusers_renders_with_all_adapters_set(
 
 
 @pytest.mark.parametrize("method", ["sum_deltas", "released_scale", "svd", "ties", "dare", "knots"])
-def test_each_method_is_baked_as_its_function_says(run_dir: Path, tiny_pipeline_dir: Path, method: str) -> None:
+def test_each_method_is_baked_as_its_function_says(run_dir: Path, tiny_pipeline_dir: Path, method: Any) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     config = MergingConfig(method=method, name=method, scale=0.9, rank=3, density=0.5)
     summary = merge_experts(RunFolder(str(run_dir)), SKILLS, model, config, seed=4)

@@ -90,7 +90,7 @@ def test_order_does_not_matter(method: Any, experts: Any, random: Any) -> None:
     options = MergeOptions(scale=0.7, rank=3, density=0.6, seed=3, model_name="base")
     weighed = [(expert, 0.1 + index) for index, expert in enumerate(experts)]
     shuffled = random.sample(weighed, len(weighed))
-    merged, again = (METHODS[method](*map(list, zip(*order, strict=True)), options) for order in (weighed, shuffled))
+    merged, again = (METHODS[method](*map(list, zip(*order, strict=True)), options) for order in (weighed, shuffled))  # type: ignore[arg-type, call-arg]
     assert_close(again.delta(), merged.delta(), 1e-4)
 
 

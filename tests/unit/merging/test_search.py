@@ -22,7 +22,7 @@ class Bowl:
     """Scores by the distance from BEST in every group, and remembers what it was asked."""
 
     def __init__(self, fail_after: Any = None) -> None:
-        self.asked = []
+        self.asked: list[Any] = []
         self.fail_after = fail_after
 
     def __call__(self, candidates: Any) -> Iterator[Any]:

@@ -40,7 +40,7 @@ def test_settings_look_different_and_equal_seeds_equal() -> None:
 
 
 @pytest.mark.parametrize("relation", ["left_of", "right_of", "above", "below"])
-def test_relations_hold_for_every_object(relation: str) -> None:
+def test_relations_hold_for_every_object(relation: Any) -> None:
     scene = Scene((Group("car", "red", 2), Group("tree", "green", 1)), relation)
     spots = place_objects(scene, random.Random(0))
     cars = [spot for spot in spots if spot.group.object == "car"]

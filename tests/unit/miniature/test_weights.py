@@ -53,7 +53,7 @@ def test_missing_models_name_their_remedy(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(ModelNotFoundError, match="pretrain package"):
         locate.text_to_image_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(locate.metadata, "files", lambda name: None)
+    monkeypatch.setattr(locate.metadata, "files", lambda name: None)  # type: ignore[attr-defined]
     with pytest.raises(ModelNotFoundError, match="pip install"):
         locate.llm_dir()
 

@@ -65,7 +65,7 @@ def test_loss_equals_the_formula(tiny_dir: Any) -> None:
     unet, batch, seeds = family.load_denoiser().eval(), random_batch(3), (11, 12, 13)
     with torch.no_grad():
         loss = family.errors(unet, batch, generators(*seeds)).mean()
-        expected = loss_by_formula(unet, batch, seeds, prediction_type, family.latent_scale)
+        expected = loss_by_formula(unet, batch, seeds, prediction_type, family.latent_scale)  # type: ignore[attr-defined]
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 

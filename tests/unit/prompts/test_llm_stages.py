@@ -100,13 +100,15 @@ def test_the_workers_of_a_split_model_stand_on_the_nodes_of_their_role(monkeypat
         pass
 
     monkeypatch.setattr(
-        ray.util, "placement_group", lambda bundles, **options: made.append((bundles, options)) or Group()
+        ray.util,
+        "placement_group",
+        lambda bundles, **options: made.append((bundles, options)) or Group(),  # type: ignore[func-returns-value]
     )
     bundles = [{"CPU": 1, "GPU": 1}] * 2
-    options = vllm_engine._place_workers(bundles, {"label_selector": {"role": "llm"}})
+    options = vllm_engine._place_workers(bundles, {"label_selector": {"role": "llm"}})  # type: ignore[arg-type]
     assert made == [(bundles, {"strategy": "PACK", "bundle_label_selector": [{"role": "llm"}] * 2})]
     assert options["scheduling_strategy"].placement_group_capture_child_tasks
-    vllm_engine._place_workers(bundles, {})
+    vllm_engine._place_workers(bundles, {})  # type: ignore[arg-type]
     assert made[1][1]["bundle_label_selector"] is None
 
 

@@ -82,7 +82,7 @@ def test_outcome_does_not_depend_on_the_order_of_answers(tmp_path: Path, timing:
     skills = [make_skill("one"), make_skill("two")]
     in_order, shuffled = RunFolder(str(tmp_path / "in-order")), RunFolder(str(tmp_path / "shuffled"))
     first_come = random.Random()
-    first_come.randrange = lambda stop: 0
+    first_come.randrange = lambda stop: 0  # type: ignore[assignment, method-assign, misc]
     run(PromptPool(skills, CONFIG, 0, in_order), first_come)
     run(PromptPool(skills, CONFIG, 0, shuffled), random.Random(timing), block_size=timing + 1)
     assert kept(shuffled, "one", "two") == kept(in_order, "one", "two")

@@ -100,7 +100,8 @@ def test_written_questions_are_asked_and_what_failed_is_counted(run: Any) -> Non
 
 @pytest.mark.usefixtures("llm_dir")
 def test_questions_are_written_beside_the_renderers_and_waited_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrote, told = threading.Event(), []
+    wrote = threading.Event()
+    told: list[Any] = []
     monkeypatch.setattr("selma_ray.run.questions.write_questions", lambda run, report: wrote.set())
     with questions_beside(run(**CHOICE, **WRITTEN), told.append):
         assert wrote.wait(10), "they are written while the block runs"

@@ -4,12 +4,17 @@ from typing import Any
 import pytest
 
 from selma_ray.errors import ConfigError, RunMismatchError
+from selma_ray.progress import Progress
 from selma_ray.run.evaluate import models_under_test
 from selma_ray.run.opening import open_run
 from selma_ray.run.recipe import load_recipe
 from selma_ray.run.stages import STAGES, finished, run_stage
 
 DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
+
+
+def fail(progress: Progress) -> None:
+    pytest.fail(str(progress))
 
 
 @pytest.fixture
@@ -62,13 +67,13 @@ def test_a_run_of_another_recipe_is_refused(demo: Any, override: str, key: str) 
 def test_a_finished_stage_is_not_run_again(demo: Any) -> None:
     run = open_run(demo())
     run.folder.mark_done("generate", {"prompts": 7})
-    assert run_stage(run, "generate", report=pytest.fail) == {"prompts": 7}
+    assert run_stage(run, "generate", report=fail) == {"prompts": 7}
 
 
 @pytest.mark.parametrize("name", list(STAGES)[1:])
 def test_a_stage_needs_those_before_it(demo: Any, name: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} needs the finished stage generate"):
-        run_stage(open_run(demo()), name, report=pytest.fail)
+        run_stage(open_run(demo()), name, report=fail)
 
 
 def test_a_recipe_may_add_models_to_the_evaluation(demo: Any, tiny_pipeline_dir: Path) -> None:

@@ -39,7 +39,7 @@ class Recorder:
         if self.score_error:
             raise self.score_error
         self.scored.append((list(images), list(metrics)))
-        reds = [decode_upload(image, 10**6).getpixel((0, 0))[0] for image in images]
+        reds = [decode_upload(image, 10**6).getpixel((0, 0))[0] for image in images]  # type: ignore[index]
         scores = [dict.fromkeys(metrics, red / 255 if red else None) for red in reds]
         return {"judge": "red", "data": [{"scores": each, "questions": []} for each in scores]}
 

@@ -35,7 +35,7 @@ CONFIG = ServingConfig(
 
 
 def red_of(b64_json: str) -> int:
-    return decode_upload(base64.b64decode(b64_json), 10**6).getpixel((0, 0))[0]
+    return decode_upload(base64.b64decode(b64_json), 10**6).getpixel((0, 0))[0]  # type: ignore[index]
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_the_best_of_several_are_returned_with_all_scores(client: TestClient, ba
     assert [candidate["scores"]["soft_dsg"] for candidate in answer["candidates"]] == [None, 1 / 255, 2 / 255]
     ((images, metrics),) = backend.scored
     assert metrics == ["soft_dsg"]
-    assert [decode_upload(image, 256).getpixel((0, 0))[0] for image in images] == [0, 1, 2]
+    assert [decode_upload(image, 256).getpixel((0, 0))[0] for image in images] == [0, 1, 2]  # type: ignore[index]
     assert base64.b64decode(answer["data"][0]["b64_json"])[8:12] == b"WEBP"
 
 
@@ -282,7 +282,7 @@ def test_a_body_that_does_not_arrive_is_408() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = LimitBody(lambda *_: None, max_bytes=100, timeout_s=0.01)  # type: ignore[arg-type]
+    guard = LimitBody(lambda *_: None, max_bytes=100, timeout_s=0.01)
     asyncio.run(guard({"type": "http", "headers": []}, receive, send))
     assert sent[0]["status"] == 408
 
@@ -447,7 +447,7 @@ def test_encoded_images_are_read_back(output_format: Any) -> None:
     image = Image.new("RGB", (24, 16), (200, 30, 40))
     decoded = decode_upload(encode(image, output_format), max_pixels=24 * 16)
     assert (decoded.mode, decoded.size) == ("RGB", (24, 16))
-    assert all(abs(got - want) <= 8 for got, want in zip(decoded.getpixel((3, 3)), (200, 30, 40), strict=True))
+    assert all(abs(got - want) <= 8 for got, want in zip(decoded.getpixel((3, 3)), (200, 30, 40), strict=True))  # type: ignore[arg-type]
 
 
 def saved(image: Image.Image, file_format: str) -> bytes:

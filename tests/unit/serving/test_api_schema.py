@@ -46,7 +46,7 @@ def check_openapi(num_examples: int) -> None:
     application = app()
     schema = schemathesis.openapi.from_asgi("/openapi.json", application, headers=HEADERS)
     for result in schema.get_all_operations():
-        operation = result.ok()
+        operation = result.ok()  # type: ignore[union-attr]
 
         @settings(
             max_examples=num_examples, deadline=None, derandomize=True, database=None,

@@ -172,7 +172,7 @@ class FailingDenoiser:
 
 
 def test_a_request_that_cannot_start_fails_alone(pipeline: StableDiffusionPipeline) -> None:
-    batch = StepBatch(FailingDenoiser(pipeline), 4, FULL_SIZE_PX)
+    batch = StepBatch(FailingDenoiser(pipeline), 4, FULL_SIZE_PX)  # type: ignore[arg-type]
     good = [batch.submit(square(steps=1, seed=seed)) for seed in range(2)]
     bad = batch.submit(ImageRequest("unspeakable", 0, 1, 2.0, 64, 64))
     outcomes = {outcome.ticket: outcome for outcome in batch.step()}
@@ -182,7 +182,7 @@ def test_a_request_that_cannot_start_fails_alone(pipeline: StableDiffusionPipeli
 
 def test_a_failed_step_ends_its_requests_and_no_others(pipeline: StableDiffusionPipeline) -> None:
     denoiser = FailingDenoiser(pipeline)
-    batch = StepBatch(denoiser, 1, FULL_SIZE_PX)
+    batch = StepBatch(denoiser, 1, FULL_SIZE_PX)  # type: ignore[arg-type]
     failed, later = batch.submit(square(steps=2)), batch.submit(square(steps=2, seed=1))
     denoiser.broken = True
     (outcome,) = batch.step()
@@ -193,7 +193,7 @@ def test_a_failed_step_ends_its_requests_and_no_others(pipeline: StableDiffusion
 
 def test_a_failed_decoding_ends_what_was_finished_and_no_others(pipeline: StableDiffusionPipeline) -> None:
     denoiser = FailingDenoiser(pipeline)
-    batch = StepBatch(denoiser, 2, FULL_SIZE_PX)
+    batch = StepBatch(denoiser, 2, FULL_SIZE_PX)  # type: ignore[arg-type]
     finished, later = batch.submit(square(steps=1)), batch.submit(square(steps=2))
     denoiser.broken_decoder = True
     (outcome,) = batch.step()

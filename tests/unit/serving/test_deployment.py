@@ -153,7 +153,7 @@ def streamed(response: Response, timeout_s: float = 60, up_to: int = 9) -> list[
             drawn.append(each)
             if len(drawn) == up_to:
                 break
-        await stream.aclose()
+        await stream.aclose()  # type: ignore[attr-defined]
         return drawn
 
     return asyncio.run(collect())
@@ -227,7 +227,10 @@ def test_a_generator_whose_engine_is_stuck_ends_its_process(monkeypatch: pytest.
 )
 def test_ray_serve_accepts_the_deployments(options: dict[str, Any]) -> None:
     app = application(
-        ServedModels("merged", ModelConfig()), ServingConfig(**options), ClusterConfig(use_labels=True), Handle
+        ServedModels("merged", ModelConfig()),
+        ServingConfig(**options),
+        ClusterConfig(use_labels=True),
+        Handle,  # type: ignore[arg-type]
     )
     assert isinstance(app, serve.Application)
 

@@ -23,7 +23,7 @@ class Recorder:
     """Scores an image by the red of its first pixel and keeps the batches it was given."""
 
     judge = "red"
-    metrics = ("dsg", "clipscore")
+    metrics: tuple[str, ...] = ("dsg", "clipscore")
     metrics_of_questions = frozenset({"dsg"})
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Recorder:
 
     def score(self, asked: Sequence[Asked]) -> list[Judged]:
         self.batches.append(list(asked))
-        reds = [each.image.getpixel((0, 0))[0] for each in asked]
+        reds = [each.image.getpixel((0, 0))[0] for each in asked]  # type: ignore[index]
         return [
             Judged(dict.fromkeys(each.metrics, red / 255), each.questions)
             for each, red in zip(asked, reds, strict=True)

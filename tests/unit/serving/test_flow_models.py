@@ -129,7 +129,7 @@ def test_what_a_family_cannot_draw_is_the_callers_error_and_spares_the_others(fa
     for changes, param in REFUSED[family]:
         batch = StepBatch(denoiser, 4, FULL_SIZE_PX)
         good = batch.submit(plain(steps=1))
-        bad = batch.submit(plain(**changes))
+        bad = batch.submit(plain(**changes))  # type: ignore[arg-type]
         outcomes = {outcome.ticket: outcome for _ in range(2) for outcome in batch.step()}
         assert isinstance(outcomes[bad].error, RequestError)
         assert (outcomes[bad].error.status, outcomes[bad].error.param) == (400, param)

@@ -76,7 +76,7 @@ def test_a_stream_that_is_left_frees_its_slots(generator: Generator) -> None:
     async def leave() -> None:
         stream = generator.stream([request(steps=900, num_previews=500) for _ in range(4)], "png")
         await anext(stream)
-        await stream.aclose()
+        await stream.aclose()  # type: ignore[attr-defined]
         await generator.generate([request()], "png")
 
     asyncio.run(leave())

@@ -54,7 +54,7 @@ def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def scorer(judge: str, models: dict[str, str]) -> ServiceScorer:
-    return open_scorer(JudgeConfig(name=judge), models, GrammarQuestions())
+    return open_scorer(JudgeConfig(name=judge), models, GrammarQuestions())  # type: ignore[arg-type]
 
 
 def noise(count: int) -> list[Image.Image]:
@@ -63,7 +63,7 @@ def noise(count: int) -> list[Image.Image]:
 
 
 def client_of(scorer: ServiceScorer, **config: Any) -> TestClient:
-    app = build_app(LocalBackend(None, scorer), ServingConfig(**config), ModelNames("merged"), ())  # type: ignore[arg-type]
+    app = build_app(LocalBackend(None, scorer), ServingConfig(**config), ModelNames("merged"), ())
     return TestClient(app, "http://127.0.0.1:8000", client=("127.0.0.1", 50000), raise_server_exceptions=False)
 
 

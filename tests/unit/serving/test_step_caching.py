@@ -24,7 +24,8 @@ def pipeline(tiny_pipeline_dir: Path) -> Any:
 
 def drawn(batch: StepBatch, requests: list[ImageRequest], rng: random.Random | None = None) -> list[np.ndarray]:
     """Draw requests that come at random moments where `rng` is given, else all at once."""
-    pending, tickets, images = list(requests), [], {}
+    pending, tickets = list(requests), []
+    images: dict[int, Any] = {}
     while pending or len(batch):
         while pending and (rng is None or not len(batch) or rng.random() < 0.4):
             tickets.append(batch.submit(pending.pop(0)))
