@@ -122,7 +122,7 @@ def labelled_cluster(tmp_path: Path) -> Iterator[tuple[str, Path]]:
             words = [f"--address={address}", "--num-cpus=4", "--num-gpus=1", f"--labels=role={role}"]
             nodes.append(RayNode(*words, log=tmp_path / f"{role}.log"))
         for node, role in zip(nodes[1:], ("llm", "render", "train", "serve"), strict=True):
-            wait_until(lambda node=node: node.started, tmp_path / f"{role}.log", node.process)
+            wait_until(lambda node=node: node.started, tmp_path / f"{role}.log", node.process)  # type: ignore[misc]
         yield address, log
     finally:
         for node in reversed(nodes):

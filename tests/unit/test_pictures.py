@@ -19,7 +19,7 @@ def test_images_stand_in_rows_of_cells() -> None:
 
 def test_a_transparent_ground_is_left_between_images() -> None:
     picture = picture_grid(ROWS, 8, gap_px=2, margin_px=0, transparent=True)
-    assert [picture.getpixel(place)[3] for place in ((0, 0), (9, 0), (17, 10))] == [255, 0, 255]
+    assert [picture.getpixel(place)[3] for place in ((0, 0), (9, 0), (17, 10))] == [255, 0, 255]  # type: ignore[index]
 
 
 def test_words_stand_beside_above_and_below_their_images() -> None:

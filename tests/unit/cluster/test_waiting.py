@@ -1,5 +1,6 @@
 import logging
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -13,7 +14,7 @@ LLM = Demand("prompts.llm.min_replicas", "llm", {"CPU": 1, "GPU": 1})
 
 
 @pytest.fixture
-def nodes(monkeypatch):
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the nodes of a cluster, to which a test may add."""
     there = [{"Alive": True, "Labels": {"role": "render"}, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: there)
@@ -21,7 +22,7 @@ def nodes(monkeypatch):
     return there
 
 
-def test_what_a_role_lacks_is_said_with_its_label(nodes):
+def test_what_a_role_lacks_is_said_with_its_label(nodes: Any) -> None:
     assert missing_demands([LLM], JOINED) == ["role=llm, 1 CPU, 1 GPU (prompts.llm.min_replicas)"]
     nodes.append({"Alive": True, "Labels": {"role": "llm"}, "Resources": {"CPU": 8.0, "GPU": 1.0}})
     assert missing_demands([LLM], JOINED) == []
@@ -29,8 +30,8 @@ def test_what_a_role_lacks_is_said_with_its_label(nodes):
     assert missing_demands([two], ClusterConfig(address="auto")) == ["2 GPU (images.min_renderers)"]
 
 
-def test_waiting_is_told_with_growing_pauses_until_the_block_ends(nodes, caplog):
-    told = []
+def test_waiting_is_told_with_growing_pauses_until_the_block_ends(nodes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Any] = []
     with caplog.at_level(logging.WARNING), announced_waits([LLM], JOINED, "generate", told.append, first_after_s=0.05):
         time.sleep(0.6)
     assert 2 <= len(told) <= 4, "after 0.05, 0.15 and 0.35 s"
@@ -41,8 +42,8 @@ def test_waiting_is_told_with_growing_pauses_until_the_block_ends(nodes, caplog)
     assert len(told) == count
 
 
-def test_nothing_is_told_where_nothing_is_lacking_or_the_cluster_is_local(nodes):
+def test_nothing_is_told_where_nothing_is_lacking_or_the_cluster_is_local(nodes: Any) -> None:
     nodes.append({"Alive": True, "Labels": {"role": "llm"}, "Resources": {"CPU": 8.0, "GPU": 1.0}})
     for config in (JOINED, ClusterConfig(use_labels=True)):
-        with announced_waits([LLM], config, "generate", pytest.fail, first_after_s=0.01):
+        with announced_waits([LLM], config, "generate", pytest.fail, first_after_s=0.01):  # type: ignore[arg-type]
             time.sleep(0.1)

@@ -82,7 +82,7 @@ def test_only_the_row_at_fault_has_an_error_and_is_tried_again() -> None:
     assert isinstance(last, Image.Image)
     assert (good.getpixel((0, 0)), last.getpixel((0, 0))) == ((1, 0, 0), (3, 0, 0))
     assert str(bad) == "no such thing"
-    assert bad.__traceback__ is None
+    assert bad.__traceback__ is None  # type: ignore[union-attr]
     assert calls == [["good", "bad", "last"], ["good"], ["bad"], ["bad"], ["last"]]
 
 

@@ -1,6 +1,7 @@
 """What stages take of a cluster, counted before anything runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -23,7 +24,7 @@ def taken(recipe: Recipe, stage: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that makes Ray believe in a machine of so many GPUs, and sixteen CPUs for each."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -33,14 +34,14 @@ def machine(monkeypatch):
     return make
 
 
-def test_a_process_that_does_two_things_takes_the_larger_share():
+def test_a_process_that_does_two_things_takes_the_larger_share() -> None:
     evaluation = taken(load("sdxl", "evaluation.judge.num_gpus=0.25"), "evaluate")
     assert evaluation == {"evaluation.renderers": {"CPU": 1, "GPU": 1}}
     chosen = load("demo", "images.num_gpus=1", "images.selection.judge.num_cpus=2")
     assert taken(chosen, "generate")["images.min_renderers"] == {"CPU": 2, "GPU": 1}
 
 
-def test_judges_of_their_own_and_writers_of_questions_are_parts_of_their_own():
+def test_judges_of_their_own_and_writers_of_questions_are_parts_of_their_own() -> None:
     chosen = load("sdxl", "images.per_prompt=2", "images.selection.judge={name: owner/judge, num_gpus: 0.5}")
     parts = taken(chosen, "generate")
     assert parts["images.min_renderers"] == {"CPU": 1, "GPU": 1}
@@ -54,19 +55,19 @@ def test_judges_of_their_own_and_writers_of_questions_are_parts_of_their_own():
 
 @pytest.mark.parametrize("recipe", LARGE)
 @pytest.mark.parametrize("gpus", [1, 8])
-def test_every_recipe_fits_one_gpu_and_eight(machine, recipe, gpus):
+def test_every_recipe_fits_one_gpu_and_eight(machine: Any, recipe: Any, gpus: int) -> None:
     machine(gpus)
     check_stages_fit(load(recipe), [*STAGES, SERVE])
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_every_recipe_is_refused_in_one_line_without_a_gpu(machine, recipe):
+def test_every_recipe_is_refused_in_one_line_without_a_gpu(machine: Any, recipe: Any) -> None:
     machine(0)
     with pytest.raises(ConfigError, match=r"must fit the local cluster's 0 GPU, needs 1; lower it$"):
         check_stages_fit(load(recipe), list(STAGES))
 
 
-def test_what_evaluation_lacks_is_refused_before_training_is_paid_for(machine):
+def test_what_evaluation_lacks_is_refused_before_training_is_paid_for(machine: Any) -> None:
     machine(1)
     with pytest.raises(
         ConfigError, match=r"evaluation\.renderers needs 1 and evaluation\.judges needs 1, .* they work at once"

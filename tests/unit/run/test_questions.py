@@ -124,7 +124,7 @@ def test_nothing_is_written_where_no_question_is_needed(run: Any, monkeypatch: p
             pass
 
 
-def test_a_run_that_judges_none_of_its_prompts_serves_the_question_about_the_whole_prompt(run):
+def test_a_run_that_judges_none_of_its_prompts_serves_the_question_about_the_whole_prompt(run: Any) -> None:
     made = run(
         prompts={"per_skill": 4, "dev_fraction": 0.25, "llm": {"engine": "free"}}, questions={"source": "written"}
     )
