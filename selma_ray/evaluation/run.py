@@ -262,7 +262,7 @@ class WorkOnChunks:
         self._steps: list[Callable[[Chunk], None]] = []
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Errors of ours travel as rows: Ray would hand on their traceback alone. A chunk with an error is passed on as it is."""
+        """Our own errors travel as rows, because Ray passes on nothing but their traceback. A chunk with an error is passed on as it is."""
         rows: dict[str, list[Any]] = {"chunk": [], "error_class": [], "error": []}
         for place, index in enumerate(batch["chunk"]):
             failed = [str(batch[key][place]) if key in batch else "" for key in ("error_class", "error")]

@@ -1,4 +1,4 @@
-"""DSG-1k's own files: annotations, released VQA answers of any judge, and their dirt, read as the reference readers do."""
+"""DSG-1k's own files: annotations, released VQA answers of any judge, read with their flaws as the reference readers do."""
 
 import csv
 from collections.abc import Iterable, Mapping

@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What methods are told beside experts and weights; each reads what it needs."""
+    """Settings of the methods; each reads those that it needs."""
 
     scale: float = 1.0
     """Factor on the merged delta."""

@@ -1,4 +1,4 @@
-"""Search of merge weights by CMA-ES (Hansen 2016, arXiv 1604.00772): weights and scale are one question, asked of a score alone.
+"""Search of merge weights by CMA-ES (Hansen 2016, arXiv 1604.00772): weights and scale are searched together, from scores alone.
 
 A weight is searched in units of 1/K, from 1: all ones is the plain mean, and the sum of an expert's weights is the scale. Who scores
 candidates, on what and where, is the caller's: this module holds no model and no Ray.
@@ -68,8 +68,7 @@ def search_weights(
     """Return the weights of `skills` in each of `groups` that score best: no worse than the mean, no worse than one expert alone.
 
     Every score is recorded in `directory` as it comes, under `key`, which names all that scores depend on: a search that was stopped
-    goes on and ends with what one that was not ends with; of another key nothing is kept. Raises AdapterError for a record that does
-    not continue.
+    goes on and finds the same weights; a record of another key is deleted. Raises AdapterError for a record that does not continue.
     """
     record = _Record(folder, directory, key)
     strategy = _strategy(len(skills) * len(groups), config, seed)

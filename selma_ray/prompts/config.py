@@ -10,7 +10,7 @@ __all__ = ["FreeConfig", "LLMConfig", "PromptsConfig", "RemoteConfig"]
 
 
 class FreeConfig(StrictModel):
-    """The stand-in that takes no model and no computation: for measuring and rehearsing a pipeline."""
+    """A stand-in without a model, for measuring a pipeline and trying out a recipe."""
 
     latency_s: Placement[float] = Field(default=0.0, ge=0)
     """Seconds that one replica waits for each request, one request after another."""

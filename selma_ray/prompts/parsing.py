@@ -13,7 +13,7 @@ _END_OF_THOUGHT = "</think>"  # reasoning models think aloud before they answer
 
 @dataclass(frozen=True)
 class ListItem:
-    """One line of an answer: an item of the list, or a line that is none (`parsed` is false)."""
+    """One line of an answer; `parsed` is false where it is no item of the list."""
 
     text: str
     parsed: bool

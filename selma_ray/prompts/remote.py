@@ -48,7 +48,7 @@ def remote_stage(
 
 
 class _OpenSession:
-    """Opens HTTP sessions that bear the API key, which stands in no recipe, no address and no message."""
+    """Opens HTTP sessions that send the API key; the key is never written into a recipe, an address or a message."""
 
     def __init__(self, api_key_env: str | None, timeout_s: float) -> None:
         self._key = os.environ[api_key_env] if api_key_env else None

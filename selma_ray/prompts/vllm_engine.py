@@ -120,7 +120,7 @@ def _template_stage(llm: LLMConfig) -> dict[str, Any]:
 
 
 def build_quietly(config: Any, **options: Any) -> Any:
-    """Build a processor without its remarks, and undo that it sets Ray's log level."""
+    """Build a processor without its log messages, and restore Ray's log level, which it changes."""
     from ray.data.llm import build_processor
 
     level = logging.getLogger("ray").level
