@@ -1,13 +1,15 @@
 """A text-to-image pipeline that renders rows: one prompt and one seed each, whatever batch they come in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 
-from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
+from selma_ray.errors import ConfigError, ModelNotFoundError, RenderError, first_line
 from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
@@ -43,7 +45,7 @@ class Renderer:
 
     The image of a row depends on its prompt and its seed alone. In fp32 on the CPU that holds to the byte: rows are denoised
     `CPU_LANES` at a time, the last ones filled up, because kernels round differently for other batch sizes (by up to one
-    step of 255). On GPUs, and in bf16 and fp16, it holds up to rounding.
+    step of 255). On GPUs, and in bf16 and fp16, it holds up to rounding. A safety checker of the pipeline is taken out.
     """
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
@@ -51,6 +53,8 @@ class Renderer:
         self.sampling = sampling
         self._batches = HalvingBatches()
         use_scheduler(pipeline, sampling.scheduler)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            pipeline.safety_checker = None  # it answers with black images, which would be learnt from and scored
 
     @property
     def scheduler(self) -> str:
@@ -83,6 +87,17 @@ class Renderer:
 
     @torch.inference_mode()
     def _render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Return images; raises RenderError where one is not finite, which a conversion to pixels would make black."""
+        with _autoencoder_restored(self.pipeline):
+            images_NHW3 = self._draw(prompts, seeds)
+        if not np.isfinite(images_NHW3).all():
+            raise RenderError(
+                f"the decoded image is not finite; the model's dtype may overflow: set it to bf16 or fp32 (now {self.pipeline.dtype})"
+            )
+        return self.pipeline.numpy_to_pil(images_NHW3)
+
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+        """Return images (NHW3, 0 to 1)."""
         negative = (
             {"negative_prompt": [self.sampling.negative_prompt] * len(prompts)} if self.sampling.negative_prompt else {}
         )
@@ -94,8 +109,21 @@ class Renderer:
             height=self.sampling.height_px,
             # Noise is drawn on the CPU, so that a seed gives the same latents on every device.
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="np",
             **negative,
         ).images
+
+
+@contextmanager
+def _autoencoder_restored(pipeline: Any) -> Iterator[None]:
+    """Give the autoencoder its precision back: diffusers leaves one that it upcasts in fp32 where decoding runs out of memory."""
+    autoencoder = getattr(pipeline, "vae", None)
+    dtype = autoencoder.dtype if autoencoder is not None else None
+    try:
+        yield
+    finally:
+        if autoencoder is not None and autoencoder.dtype != dtype:
+            autoencoder.to(dtype=dtype)
 
 
 def use_scheduler(pipeline: Any, name: str | None) -> None:

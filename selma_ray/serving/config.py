@@ -127,6 +127,14 @@ class ServingConfig(StrictModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_evaluator_has_the_gpus(self) -> Self:
+        if self.judge and self.judge.num_gpus:
+            raise ValueError(
+                f"judge.num_gpus must be left out, got {self.judge.num_gpus:g}; serving.evaluator_num_gpus gives the judge's replica its GPUs"
+            )
+        return self
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the scores that are served, the default first; none without an evaluator."""

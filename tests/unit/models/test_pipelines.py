@@ -1,10 +1,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from selma_ray.errors import ConfigError
+from selma_ray.errors import ConfigError, RenderError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import CPU_LANES, Renderer, load_pipeline
 from tests.tiny_models import save_tiny_sdxl
@@ -70,3 +71,55 @@ def test_other_errors_and_single_rows_are_not_halved(renderer: Renderer, monkeyp
     fail_with(torch.OutOfMemoryError("no"))
     with pytest.raises(torch.OutOfMemoryError):
         renderer.render(["a"], [1])
+
+
+def test_images_are_those_of_the_pipeline_itself(tiny_pipeline_dir: Path) -> None:
+    pipeline: Any = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(CPU_LANES)]
+    theirs = pipeline(
+        prompt=list("abcd"), num_inference_steps=2, guidance_scale=2.0, width=64, height=64, generator=generators
+    ).images
+    ours = Renderer(pipeline, SAMPLING).render(list("abcd"), range(CPU_LANES))
+    assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
+
+
+def test_an_image_that_is_not_finite_is_an_error_and_no_black_image(
+    tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu"), SAMPLING)
+    decode = renderer.pipeline.vae.decode
+    monkeypatch.setattr(
+        renderer.pipeline.vae, "decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0] * torch.nan,)
+    )
+    with pytest.raises(RenderError, match=r"the decoded image is not finite; .* set it to bf16 or fp32"):
+        renderer.render(["a"], [0])
+
+
+def test_no_safety_checker_blackens_what_is_learnt_from(tiny_pipeline_dir: Path) -> None:
+    pipeline: Any = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
+    before = Renderer(pipeline, SAMPLING).render(["a"], [0])[0].tobytes()
+
+    def flag_all(images: Any, clip_input: Any) -> Any:
+        return images * 0, [True] * len(images)
+
+    pipeline.safety_checker, pipeline.feature_extractor = flag_all, lambda images, return_tensors: None
+    assert Renderer(pipeline, SAMPLING).render(["a"], [0])[0].tobytes() == before
+    assert any(before), "it is not black"
+
+
+def test_an_autoencoder_that_was_upcast_when_memory_ran_out_gets_its_precision_back(
+    tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir), dtype="bf16"), "cpu"), SAMPLING)
+    rows = []
+
+    def draw(prompts: Any, seeds: Any) -> Any:
+        rows.append((len(prompts), renderer.pipeline.vae.dtype))
+        if len(rows) == 1:
+            renderer.pipeline.vae.to(dtype=torch.float32)
+            raise torch.OutOfMemoryError("while decoding")
+        return np.zeros((len(prompts), 8, 8, 3))
+
+    monkeypatch.setattr(renderer, "_draw", draw)
+    renderer.render(list("abcd"), range(4))
+    assert rows == [(4, torch.bfloat16), (2, torch.bfloat16), (2, torch.bfloat16)]
