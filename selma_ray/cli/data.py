@@ -36,7 +36,7 @@ def execute(options: argparse.Namespace) -> None:
 def status_of(run: Run) -> dict[str, Any]:
     """Return what the folder tells of prompts and images: counts and reasons from its files, rates from the latest start."""
     from selma_ray.images.progress import read_progress
-    from selma_ray.images.shards import image_summary
+    from selma_ray.images.shards import count_candidates, image_summary
     from selma_ray.prompts.progress import read_prompt_progress
     from selma_ray.prompts.store import prompt_summary
 
@@ -47,6 +47,7 @@ def status_of(run: Run) -> dict[str, Any]:
         "prompts_wanted": run.recipe.prompts.per_skill * len(run.skills),
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),
+        "images_unjudged": count_candidates(run.folder),
     }
     if progress is not None:
         silent_s = time.time() - progress.updated_at
@@ -84,6 +85,8 @@ def _show(status: dict[str, Any]) -> None:
     totals = prompts["kept"], prompts["rejected"], images["rendered"], images["rejected"], images["failed"]
     table.add_row("all", *map(str, totals), style="bold")
     console.print(table, soft_wrap=False)
+    if status["images_unjudged"]:
+        console.print(f"{status['images_unjudged']} images wait for the judge")
     for what, reasons in (("Prompts rejected", prompts["reasons"]), ("Images failed", images["reasons"])):
         if reasons:
             listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -22,6 +22,7 @@ __all__ = [
     "WriteImages",
     "candidate_shards",
     "check_failures",
+    "count_candidates",
     "drop_duplicates",
     "existing_ids",
     "forget_failures",
@@ -78,6 +79,12 @@ def write_candidates(folder: RunFolder, rows: pa.Table) -> None:
 def candidate_shards(folder: RunFolder) -> list[str]:
     """Return the paths of all shards that a judge is yet to choose from."""
     return folder.files(_CANDIDATES, suffix=".parquet")
+
+
+def count_candidates(folder: RunFolder) -> int:
+    """Return how many rendered images a judge is yet to choose from."""
+    paths = candidate_shards(folder)
+    return folder.read_table(paths, columns=["id"]).num_rows if paths else 0
 
 
 def shards_of(folder: RunFolder, skill: str) -> list[str]:

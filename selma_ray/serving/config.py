@@ -131,7 +131,7 @@ class ServingConfig(StrictModel):
     def _the_evaluator_has_the_gpus(self) -> Self:
         if self.judge and self.judge.num_gpus:
             raise ValueError(
-                f"judge.num_gpus must be left out, got {self.judge.num_gpus:g}; serving.evaluator_num_gpus gives the judge's replica its GPUs"
+                f"judge.num_gpus must be left out, got {self.judge.num_gpus:g}; set serving.evaluator_num_gpus, its replica's"
             )
         return self
 

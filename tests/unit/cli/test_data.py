@@ -8,7 +8,7 @@ import pytest
 from selma_ray.cli import commands as cli
 from selma_ray.images.in_flight import begin_batch
 from selma_ray.images.progress import follow
-from selma_ray.images.shards import write_shards
+from selma_ray.images.shards import write_candidates, write_shards
 from selma_ray.prompts.progress import PromptProgress, write_prompt_progress
 from selma_ray.prompts.store import PromptCandidate, write_decided
 from selma_ray.run.opening import open_run
@@ -92,3 +92,9 @@ def test_bad_input_is_one_line(run_dir: str, words: Any, message: str, capsys: p
 def test_overrides_are_for_recipes_alone(run_dir: str) -> None:
     with pytest.raises(SystemExit):
         cli.main(["data", "status", run_dir, "seed=1"])
+
+
+def test_images_that_wait_for_the_judge_are_counted(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_candidates(RunFolder(run_dir), table(row("c", "common"), row("d", "common")))
+    assert cli.main(["data", "status", run_dir]) == 0
+    assert "2 images wait for the judge" in capsys.readouterr().out
