@@ -17,9 +17,9 @@ __all__ = [
     "RELATIONS",
     "STYLES",
     "Group",
-    "Placement",
     "Relation",
     "Scene",
+    "Spot",
     "paint_scene",
     "place_objects",
     "render_scene",
@@ -58,7 +58,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Spot:
     """Where one object of a group lies: its centre and side in pixels."""
 
     group: Group
@@ -84,7 +84,7 @@ _TALL: dict[int, _Layout] = {
 _WIDE: dict[int, _Layout] = {count: (size, tuple((y, x) for x, y in spots)) for count, (size, spots) in _TALL.items()}
 
 
-def place_objects(scene: Scene, rng: random.Random) -> list[Placement]:
+def place_objects(scene: Scene, rng: random.Random) -> list[Spot]:
     """Choose a centre and a size for every object of a scene."""
     size = IMAGE_SIZE_PX
     if len(scene.groups) == 1:
@@ -102,11 +102,11 @@ def place_objects(scene: Scene, rng: random.Random) -> list[Placement]:
 
 def _place(
     group: Group, layouts: dict[int, _Layout], cell: tuple[int, int, int, int], rng: random.Random
-) -> list[Placement]:
+) -> list[Spot]:
     size_px, spots = layouts[group.count]
     left, top, width, height = cell
     return [
-        Placement(
+        Spot(
             group,
             left + x * width + rng.uniform(-1.5, 1.5),
             top + y * height + rng.uniform(-1.5, 1.5),
@@ -121,7 +121,7 @@ def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
     return paint_scene(scene, place_objects(scene, rng), rng)
 
 
-def paint_scene(scene: Scene, spots: list[Placement], rng: random.Random) -> Image.Image:
+def paint_scene(scene: Scene, spots: list[Spot], rng: random.Random) -> Image.Image:
     """Draw a scene whose objects are placed already."""
     canvas = _BACKGROUND_PAINTERS[scene.background](rng)
     for spot in spots:
