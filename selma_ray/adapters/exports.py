@@ -18,31 +18,41 @@ EXPORT_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya
 
 
 def write_diffusers(
-    path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], denoiser: str, metadata: Mapping[str, str]
+    path: Path,
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, int]],
+    denoiser: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `adapter` as the one file that a pipeline's `load_lora_weights` reads; `denoiser` is unet or transformer.
 
     `shapes` maps each module to (O, I), `metadata` goes into the file's header. Scales are folded into B, as diffusers takes alpha to be
-    the rank.
+    the rank. Raises AdapterError where a value is too large for `dtype`.
     """
     specs = []
     for module, (rows, columns) in shapes.items():
         specs += [
-            TensorSpec(f"{denoiser}.{module}.lora_A.weight", torch.float32, (adapter.rank, columns)),
-            TensorSpec(f"{denoiser}.{module}.lora_B.weight", torch.float32, (rows, adapter.rank)),
+            TensorSpec(f"{denoiser}.{module}.lora_A.weight", dtype, (adapter.rank, columns)),
+            TensorSpec(f"{denoiser}.{module}.lora_B.weight", dtype, (rows, adapter.rank)),
         ]
     factors = map(adapter.factors, shapes)
-    tensors = (tensor for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
+    tensors = (_fitting(tensor, dtype, path) for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
     write_safetensors(path, specs, tensors, metadata)
 
 
 def write_kohya(
-    path: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, int]], metadata: Mapping[str, str]
+    path: Path,
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a UNet's `adapter` under kohya's names, each module with its alpha.
 
     Modules keep diffusers' names (`lora_unet_down_blocks_0_…`), which ComfyUI, A1111 and diffusers map to theirs. alpha says the
-    scale: without it some programs take 1, others 1 / R. Raises AdapterError where two modules would bear one name.
+    scale: without it some programs take 1, others 1 / R. Raises AdapterError where two modules would bear one name, or a value is too
+    large for `dtype`.
     """
     specs = []
     owners: dict[str, str] = {}
@@ -53,13 +63,17 @@ def write_kohya(
                 f"{adapter.folder}: {owners[name]} and {module} are both {name} to kohya; leave kohya out of merging.exports"
             )
         specs += [
-            TensorSpec(f"{name}.lora_down.weight", torch.float32, (adapter.rank, columns)),
-            TensorSpec(f"{name}.lora_up.weight", torch.float32, (rows, adapter.rank)),
+            TensorSpec(f"{name}.lora_down.weight", dtype, (adapter.rank, columns)),
+            TensorSpec(f"{name}.lora_up.weight", dtype, (rows, adapter.rank)),
             TensorSpec(f"{name}.alpha", torch.float32, ()),
         ]
     alpha = torch.tensor(adapter.scale * adapter.rank)
     factors = map(adapter.factors, shapes)
-    tensors = (tensor for each in factors for tensor in (each.A_RI, each.B_OR, alpha))
+    tensors = (
+        tensor
+        for each in factors
+        for tensor in (_fitting(each.A_RI, dtype, path), _fitting(each.B_OR, dtype, path), alpha)
+    )
     described = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
@@ -67,3 +81,9 @@ def write_kohya(
         "ss_sd_model_name": adapter.base_model or "",
     }
     write_safetensors(path, specs, tensors, {**metadata, **described})
+
+
+def _fitting(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> torch.Tensor:
+    if tensor.abs().max() > torch.finfo(dtype).max:
+        raise AdapterError(f"{path.name}: a value is too large for {dtype}; set merging.export_dtype to bf16 or fp32")
+    return tensor

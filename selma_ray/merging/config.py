@@ -49,6 +49,8 @@ class MergingConfig(StrictModel):
     """Share of each expert's entries that `ties`, `dare` and `knots` keep."""
     exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")
     """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`, `kohya` in ComfyUI and A1111."""
+    export_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of those files: the 16-bit ones are half as large, and loaders convert either to their model's."""
     export_experts: bool = False
     """Write the same files for every expert too, to experts/<skill>/ in the merged model's folder."""
     search: SearchConfig = SearchConfig()

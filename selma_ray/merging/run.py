@@ -183,10 +183,12 @@ def _export(
     metadata = {"base_model": adapter.base_model or "", "base_revision": adapter.revision or "", **described}
     target.mkdir(parents=True, exist_ok=True)
     if "diffusers" in config.exports:
-        write_diffusers(target / EXPORT_FILES["diffusers"], adapter, shapes, denoiser, metadata)
+        write_diffusers(
+            target / EXPORT_FILES["diffusers"], adapter, shapes, denoiser, metadata, DTYPES[config.export_dtype]
+        )
     if "kohya" in config.exports:
         if denoiser == "unet":
-            write_kohya(target / EXPORT_FILES["kohya"], adapter, shapes, metadata)
+            write_kohya(target / EXPORT_FILES["kohya"], adapter, shapes, metadata, DTYPES[config.export_dtype])
         else:
             logger.warning("merging.exports: kohya is written for a unet alone, this model has a %s", denoiser)
 

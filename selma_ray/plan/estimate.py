@@ -83,7 +83,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
             f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints",
         ),
         StagePlan(
-            "merging", None, None, weights + 4 * (1 + len(recipe.merging.exports)) * cost.lora_parameters * num_skills,
+            "merging", None, None, weights + _adapter_bytes(recipe) * cost.lora_parameters * num_skills,
             "adapter, its exports and the baked pipeline",
         ),
         StagePlan(
@@ -124,6 +124,11 @@ def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
     activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
     images = micro_batch * (2 if config.dpo else 1)
     return weights + gradients + optimizer + images * activations * width / 4
+
+
+def _adapter_bytes(recipe: Recipe) -> int:
+    """Return the bytes of a merged weight in all files that hold it: the adapter in fp32 and its exports."""
+    return 4 + len(recipe.merging.exports) * _BYTES[recipe.merging.export_dtype]
 
 
 def _encoded_per_prompt(recipe: Recipe) -> int:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from selma_ray.adapters.exports import EXPORT_FILES, write_kohya
+from selma_ray.adapters.exports import EXPORT_FILES, _fitting, write_kohya
 from selma_ray.adapters.peft_format import Adapter, open_adapter, shapes_of
 from selma_ray.config import validate
 from selma_ray.errors import AdapterError, ConfigError
@@ -193,3 +193,33 @@ def test_exports_of_experts_without_a_format_are_refused() -> None:
 @pytest.mark.parametrize("base_dir", TRANSFORMERS[:1], indirect=True)
 def test_a_transformer_has_no_kohya_file(merged_dir: Path) -> None:
     assert not (merged_dir / EXPORT_FILES["kohya"]).exists()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
+@pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
+def test_files_of_half_the_size_hold_the_same_adapter(
+    base_dir: Path, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    for seed, skill in enumerate(SKILLS):
+        save_random_adapter(base_dir, tmp_path / "experts" / skill, seed, rank=4, lora_alpha=3)
+    files = {}
+    for name, precision in (("whole", "fp32"), ("half", dtype)):
+        config = MergingConfig.model_validate({"name": name, "export_dtype": precision})
+        merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(base_dir)), config)
+        files[name] = tmp_path / "merged" / name
+    for export in EXPORT_FILES.values():
+        whole, half = (load_file(files[name] / export) for name in ("whole", "half"))
+        assert whole.keys() == half.keys()
+        weights = [key for key in half if not key.endswith("alpha")]
+        assert {half[key].dtype for key in weights} == {{"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]}
+        for key in whole:
+            torch.testing.assert_close(half[key].float(), whole[key].float(), rtol=tolerance, atol=tolerance)
+        assert (files["half"] / export).stat().st_size < 0.7 * (files["whole"] / export).stat().st_size
+
+
+def test_a_value_that_a_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    assert _fitting(torch.tensor([6e4]), torch.float16, tmp_path).item() == 6e4
+    with pytest.raises(
+        AdapterError, match=r"a value is too large for torch\.float16; set merging\.export_dtype to bf16"
+    ):
+        _fitting(torch.tensor([1.0, -7e4]), torch.float16, tmp_path)
