@@ -23,8 +23,8 @@ class PipelineEncoders:
     def __init__(self, pipeline: Any, encode_texts: EncodeTexts) -> None:
         self._pipeline = pipeline
         self._encode_texts = encode_texts
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # its activations overflow in fp16
+        # Encoded once and learnt from many times: half precision loses what the denoiser is to match, and SDXL's overflows in fp16.
+        pipeline.vae.to(torch.float32)
 
     @torch.inference_mode()
     def encode_images(self, images_NHW3: np.ndarray) -> dict[str, torch.Tensor]:
