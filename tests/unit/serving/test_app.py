@@ -62,7 +62,10 @@ def test_a_run_is_served_as_its_recipe_says_but_for_what_is_given(
 
 
 def test_what_cannot_be_served_is_refused_before_any_replica_starts(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="selma merge"):
+    with pytest.raises(ConfigError, match=r"must be a run's folder, it has no recipe\.yaml"):
+        build(arguments(run_dir=str(tmp_path)))
+    (tmp_path / "recipe.yaml").write_text(f"run_dir: {tmp_path}\nskills: [coco]\n")
+    with pytest.raises(ConfigError, match="holds no merged model; run `selma merge` first"):
         build(arguments(run_dir=str(tmp_path)))
     with pytest.raises(ModelNotFoundError):
         build(arguments(model={"name": "/nowhere"}))
