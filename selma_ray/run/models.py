@@ -36,10 +36,6 @@ def named_models(recipe: Recipe) -> Iterator[NamedModel]:
         yield _pipeline("data.model.name", recipe.data.model)
     for name, other in recipe.evaluation.models.items():
         yield _pipeline(f"evaluation.models.{name}.model.name", other.model)
-    if recipe.prompts.llm.engine == "vllm" and recipe.data.prompts == "llm":
-        yield NamedModel("prompts.llm.name", "language", recipe.prompts.llm.name, recipe.prompts.llm.revision)
-    if splits_judged(recipe) and source_name(recipe) == "written" and (writer := writer_of(recipe).llm):
-        yield NamedModel("questions.writer.llm.name", "language", writer.name, writer.revision)
     yield from _judge("evaluation.judge", recipe.evaluation.judge)
     if recipe.images.selection:
         yield from _judge("images.selection.judge", recipe.images.selection.judge)
@@ -48,6 +44,11 @@ def named_models(recipe: Recipe) -> Iterator[NamedModel]:
             yield from _judge("serving.judge", recipe.serving.judge)
         for metric, name in recipe.serving.score_models.items():
             yield NamedModel(f"serving.score_models.{metric}", "judge", name)
+    # Last, as the miniature's is unpacked when it is first asked for.
+    if recipe.prompts.llm.engine == "vllm" and recipe.data.prompts == "llm":
+        yield NamedModel("prompts.llm.name", "language", recipe.prompts.llm.name, recipe.prompts.llm.revision)
+    if splits_judged(recipe) and source_name(recipe) == "written" and (writer := writer_of(recipe).llm):
+        yield NamedModel("questions.writer.llm.name", "language", writer.name, writer.revision)
 
 
 def check_models(recipe: Recipe) -> None:
