@@ -96,9 +96,9 @@ def test_results_and_progress_tell_what_was_done(run: Any) -> None:
         "counting": (40, 7),
         "mixed": (40, 14),
     }
-    done = [progress.done_steps for progress in told]
+    done = [progress.done for progress in told]
     assert done == sorted(done)
-    assert (done[-1], told[-1].total_steps) == (80, 80)
+    assert (done[-1], told[-1].total) == (80, 80)
     names = {Path(path).name for path in folder.files("experts", "mixed")}
     assert {name for name in names if not name.startswith("events.out.tfevents")} == {
         "adapter_config.json", "adapter_model.safetensors", "curve.json", "result.json"
