@@ -1,5 +1,6 @@
 """What each role may take from the cluster, and where it is placed."""
 
+import gc
 import logging
 import os
 import time
@@ -137,6 +138,7 @@ def wait_until_free(demands: Sequence[Demand], config: ClusterConfig, timeout_s:
                 f"{demands[0].key} needs {names}, which something else on this cluster kept for {timeout_s:g} s; end it and run the same "
                 "command again"
             )
+        gc.collect()  # an actor lives while a handle does, and handles of a finished pool stay in cycles until Python looks for them
         time.sleep(_POLL_S)
 
 
