@@ -29,18 +29,6 @@ def judge_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return request.param(tmp_path_factory.mktemp("judges") / "judge")
 
 
-@pytest.fixture(scope="module")
-def judge(judge_dir: Any) -> Any:
-    return open_judge(JudgeConfig(name=str(judge_dir), batch_size=4))
-
-
-@pytest.fixture(scope="module")
-def images() -> Any:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(image.numpy()) for image in pixels]
-
-
 def assert_same(left: Any, right: Any) -> None:
     assert [each.text for each in left] == [each.text for each in right]
     assert [each.p_yes for each in left] == pytest.approx([each.p_yes for each in right], abs=1e-5)

@@ -29,18 +29,6 @@ def judge_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return request.param(tmp_path_factory.mktemp("judges") / "judge")
 
 
-@pytest.fixture(scope="module")
-def judge(judge_dir: Path) -> Any:
-    return open_judge(JudgeConfig(name=str(judge_dir), batch_size=4))
-
-
-@pytest.fixture(scope="module")
-def images() -> Any:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(image.numpy()) for image in pixels]
-
-
 def test_answers_depend_neither_on_the_batch_nor_on_its_order(judge: Any, judge_dir: Path, images: Any) -> None:
     together = score_images(judge, images, QUESTIONS)
     alone = [score_images(judge, [image], [asked])[0] for image, asked in zip(images, QUESTIONS, strict=True)]
