@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from selma_ray.config import Placement, StrictModel
+from selma_ray.models.thinking import NO_THINKING
 
 __all__ = ["FreeConfig", "LLMConfig", "PromptsConfig", "RemoteConfig"]
 
@@ -25,6 +26,9 @@ class RemoteConfig(StrictModel):
     """Name of the environment variable that holds the API key; default: no key is sent."""
     grammars: bool = True
     """Send the grammars of skills, as `structured_outputs`; vLLM's server understands them."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=lambda: dict(NO_THINKING))
+    """Arguments of the model's chat template, sent with chats; default: those that switch thinking off. vLLM's and SGLang's servers
+    understand them; `{}` sends none, for a server that refuses them, such as OpenAI's own."""
     timeout_s: Placement[float] = Field(default=600, gt=0)
     """Seconds after which a request without an answer is tried again."""
     max_retries: Placement[int] = Field(default=6, ge=0)

@@ -2,12 +2,12 @@
 
 Too similar means that the ROUGE-L F-measure exceeds a threshold. ROUGE-L is computed as the `rouge-score` package does
 without a stemmer: F = 2PR / (P + R) with P = LCS / n, R = LCS / m, where n and m count the tokens of the two prompts and
-LCS is the length of their longest common subsequence. The LCS is at most the number of tokens the two share, so most kept
+LCS is the length of their longest common subsequence. Tokens are rouge-score's for Latin text; it sees no other script, of
+which words or characters are tokens here. The LCS is at most the number of tokens the two share, so most kept
 prompts are ruled out by counting shared tokens in an inverted index.
 """
 
 import math
-import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-__all__ = ["DiversityFilter", "Match", "tokens_of"]
+from selma_ray.words import tokens_of
 
-_TOKEN = re.compile(r"[a-z0-9]+")
+__all__ = ["DiversityFilter", "Match"]
+
 _UNKNOWN = chr(0x10FFFF)
 _UNREACHABLE = np.iinfo(np.int32).max
 _COMMON = 1 / 16  # share of the prompts that makes a token common: measured to cost least from 1,000 to 100,000 prompts
@@ -30,11 +31,6 @@ class Match:
 
     prompt: str
     score: float
-
-
-def tokens_of(text: str) -> list[str]:
-    """Split a text as rouge-score does: lower case, runs of letters a-z and digits."""
-    return _TOKEN.findall(text.lower())
 
 
 class DiversityFilter:

@@ -1,52 +1,164 @@
 """Reading an LLM's answer: a numbered list that goes on from the request's examples."""
 
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from selma_ray.models.thinking import split_thoughts
+from selma_ray.words import has_letter_or_digit
 
 __all__ = ["ListItem", "parse_numbered_list"]
 
-# "4.", "4)", "(4)", "4:", "#4.", "4.)", each perhaps in bold, or a bullet, and what follows it; never the 4 of "4.5 litres".
-_MARKED = re.compile(r"^\s*(?:(?:\*\*)?#?\(?\d{1,4}(?:\*\*)?[.):]+(?!\d)|[-•–]|\*(?!\*))(?P<text>.*)$")
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`"}
-_END_OF_THOUGHT = "</think>"  # reasoning models think aloud before they answer
+_GAP = r"[\s\u200b\u2060\ufeff]*"
+# "4.", "4)", "(4)", "4:", "#4.", "### 4.", "4.)", "4 -", "4、", "（4）", each perhaps in bold; never the 4 of "4.5 litres".
+_NUMBER = r"(?:\#{1,6}\s+)?(?:\*\*|__)?\#?[(\[（【]?\d{1,4}(?:\*\*|__)?(?:[.):\]、．。：）】]+(?!\d)|\s+[-–—]\s|\ufe0f?\u20e3)"
+_BULLET = r"[-•–‣▪●○◦・⁃]|[+—](?=\s)|\*(?!\*)"
+_MARKED = re.compile(rf"{_GAP}(?:(?P<number>{_NUMBER})|{_BULLET})(?P<text>.*)$")
+_TITLE = re.compile(r"\s*(\*\*|__)(?P<title>(?:(?!\1).)+)\1\s*:?\s*")
+# Words before a colon that begin a remark about the list, in the languages that models answer in most.
+_NOTE = re.compile(
+    r"(?:notes?|remarks?|disclaimer|p\.?\s?s\.?|n\.?b\.?|hinweis|anmerkung|nota|remarque|aviso|observação|примечание|注意?|备注|備註|説明|说明|참고)"
+    r"\s*[:：]",
+    re.IGNORECASE,
+)
+# What stands around an item: quotation marks of all styles, and emphasis.
+_ENCLOSING = [
+    '""', "''", "``", "“”", "”“", "””", "‘’", "’’", "„“", "„”", "‚‘", "‚’", "«»", "»«", "‹›", "›‹", "「」", "『』", "｢｣", "＂＂", "＇＇",
+    "〝〞", "〝〟", "❝❞", "❛❜", "**", "__", ("``", "''"), ("__", "__"),
+]  # fmt: skip
+_APOSTROPHES = "'’"
+_SENTENCE_ENDS = ".!?…。！？।۔"
+_OPENS_TEXT = "\"'“„«‹「『(（"
 
 
 @dataclass(frozen=True)
 class ListItem:
-    """One line of an answer; `parsed` is false where it is no item of the list."""
+    """One item of an answer, or one line of what is no item: `parsed` is false there."""
 
     text: str
     parsed: bool
 
 
+@dataclass
+class _Entry:
+    """A line with the lines that belong to it; `text` is the first without its marker."""
+
+    line: str
+    text: str
+    is_item: bool
+    is_numbered: bool = False
+    tail: list[str] = field(default_factory=list)
+
+    @property
+    def is_title(self) -> bool:
+        """Tell whether what the item says is yet to come: a number alone, or a title in bold."""
+        return self.is_numbered and (not self.text.strip() or _TITLE.fullmatch(self.text) is not None)
+
+
 def parse_numbered_list(answer: str) -> list[ListItem]:
-    """Return the lines of an answer to a request that ended in the number of the first item.
+    """Return the items of an answer to a request that ended in the number of the first, and the lines that are none.
 
-    The first line is the first item, whether or not the LLM wrote its number again; an answer that begins on a line of
-    its own has none. Blank lines are skipped; bullets, `4)` and restarted numbers are items like any others. A line
-    without a marker (a preamble, a remark), a heading (it ends in a colon), a line without text and what a reasoning
-    model thought are returned as not parsed, so that nothing is lost unseen.
+    The first line is the first item, whether or not the LLM wrote its number again; an answer that begins on a line of its own has
+    none. Blank lines are skipped; bullets, `4)` and restarted numbers are items like any others. The lines into which an item is
+    wrapped are one text, as are a title in bold and the description below it. A line without a marker (a preamble, a remark), a
+    heading (it ends in a colon), a note, a line without a letter or digit and what a reasoning model thought are returned as not
+    parsed, so that nothing is lost unseen.
     """
-    thoughts, end, rest = answer.rpartition(_END_OF_THOUGHT)
-    first, *lines = ("\n" + rest if end else answer).split("\n")
-    remarks = [ListItem(line.strip(), parsed=False) for line in (thoughts + end).split("\n") if line.strip()]
-    items = [_item(first, is_item=True)] if first.strip() else []
-    items += [_item(line, is_item=False) for line in lines if line.strip()]
-    return remarks + items
+    thoughts, said = split_thoughts(answer)
+    remarks = [ListItem(line.strip(), parsed=False) for line in thoughts.split("\n") if line.strip()]
+    return remarks + [_item(entry) for entry in _entries(said)]
 
 
-def _item(line: str, is_item: bool) -> ListItem:
-    """Read one line; `is_item` says that it is an item even without a marker."""
+def _entries(said: str) -> Iterator[_Entry]:
+    entry: _Entry | None = None
+    is_apart = False
+    for number, line in enumerate(said.split("\n")):
+        if not line.strip():
+            is_apart = True
+            continue
+        if entry and _belongs(line, entry, is_apart):
+            entry.tail.append(line.strip())
+        else:
+            if entry:
+                yield entry
+            entry = _entry(line, is_first=number == 0)
+        is_apart = False
+    if entry:
+        yield entry
+
+
+def _entry(line: str, is_first: bool) -> _Entry:
     marked = _MARKED.match(line)
-    text = _bare(marked["text"] if marked else line)
-    parsed = bool(marked or is_item) and bool(text) and not text.endswith(":")
-    return ListItem(text if parsed else line.strip(), parsed)
+    if marked is None:
+        return _Entry(line, line, is_item=is_first)
+    return _Entry(line, _without_odd_bold(marked), is_item=True, is_numbered=marked["number"] is not None)
+
+
+def _without_odd_bold(marked: re.Match[str]) -> str:
+    """Return the text after a marker; bold that opens before the number, as in "**4. a cat**", opens before the text instead."""
+    number, text = marked["number"] or "", marked["text"]
+    return next((mark + text.lstrip() for mark in ("**", "__") if number.count(mark) == 1), text)
+
+
+def _belongs(line: str, entry: _Entry, is_apart: bool) -> bool:
+    """Tell whether a line goes on with an entry; `is_apart` says that blank lines stand between them."""
+    text = line.strip()
+    if not entry.is_item or _MARKED.match(line) or _NOTE.match(_bare(text)) or not _may_go_on(text):
+        return False
+    said = entry.tail[-1] if entry.tail else entry.text.strip()
+    is_indented = _indent(line) >= max(2, _indent(entry.line) + 1)
+    if entry.is_title and not entry.tail:
+        return is_indented or not is_apart
+    if is_apart or (not entry.is_numbered and said.endswith((":", "："))):
+        return False
+    if is_indented or said.endswith((",", "，", "、", ";", "；")):
+        return True
+    return unicodedata.category(text[0]) in ("Ll", "Lo") and not said.endswith(tuple(_SENTENCE_ENDS))
+
+
+def _may_go_on(text: str) -> bool:
+    return has_letter_or_digit(text) and (text[0].isalnum() or text[0] in _OPENS_TEXT)
+
+
+def _indent(line: str) -> int:
+    expanded = line.expandtabs(4)
+    return len(expanded) - len(expanded.lstrip())
+
+
+def _item(entry: _Entry) -> ListItem:
+    text = _bare(_joined(entry))
+    parsed = entry.is_item and has_letter_or_digit(text) and not text.endswith((":", "：")) and not _NOTE.match(text)
+    return ListItem(text if parsed else " ".join([entry.line.strip(), *entry.tail]), parsed)
+
+
+def _joined(entry: _Entry) -> str:
+    """Return the lines of an entry as one; a title and its description are put together as models do on one line."""
+    text = entry.text.strip()
+    if entry.is_title and entry.tail and text:
+        title = _TITLE.fullmatch(text)
+        text = title["title"].strip() if title else text
+        text = text if text.endswith((*_SENTENCE_ENDS, ":", "：")) else f"{text}:"
+    for line in entry.tail:
+        is_cjk = unicodedata.east_asian_width(text[-1:] or " ") == unicodedata.east_asian_width(line[0]) == "W"
+        text += line if is_cjk or re.search(r"\w-$", text) else f" {line}"
+    return text
 
 
 def _bare(text: str) -> str:
-    """Return a text without emphasis, repeated spaces and the quotation marks around it."""
-    text = " ".join(text.replace("**", "").split())
-    for opening, closing in _QUOTES.items():
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
-            return text[len(opening) : -len(closing)].strip()
+    """Return a text without emphasis, repeated spaces and the quotation marks that enclose it as a whole."""
+    text = " ".join(text.replace("**", "").strip("\u200b\u2060\ufeff").split())
+    whole = text.removesuffix(",")
+    for opening, closing in _ENCLOSING:
+        inside = whole.removeprefix(opening).removesuffix(closing)
+        is_enclosed = len(whole) == len(opening) + len(inside) + len(closing)
+        if is_enclosed and inside and not _marks_in(inside, opening + closing):
+            return _bare(inside)
     return text
+
+
+def _marks_in(text: str, marks: str) -> bool:
+    """Tell whether a text has one of the marks in it; an apostrophe between letters is none."""
+    if set(marks) & set(_APOSTROPHES):
+        text = re.sub(rf"(?<=\w)[{_APOSTROPHES}](?=\w)", "", text)
+    return any(mark in text for mark in marks)

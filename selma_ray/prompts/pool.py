@@ -13,7 +13,7 @@ from typing import Any
 
 from selma_ray.errors import PromptYieldError
 from selma_ray.prompts.config import PromptsConfig
-from selma_ray.prompts.diversity import DiversityFilter, tokens_of
+from selma_ray.prompts.diversity import DiversityFilter
 from selma_ray.prompts.parsing import ListItem, parse_numbered_list
 from selma_ray.prompts.requests import PromptRequest
 from selma_ray.prompts.splits import split_of
@@ -21,6 +21,7 @@ from selma_ray.prompts.store import PromptCandidate, forget_from, prompt_rows, r
 from selma_ray.records import seed_of
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
+from selma_ray.words import count_words, normal_form
 
 __all__ = ["PromptPool", "WrittenAnswer"]
 
@@ -66,13 +67,13 @@ class PromptPool:
         self._states = {
             skill.name: _SkillState(skill, DiversityFilter(config.rouge_l_threshold), [0]) for skill in skills
         }
-        self._excluded = {_normal_form(prompt) for prompt in excluded}
+        self._excluded = {normal_form(prompt) for prompt in excluded}
         self._seen: set[str] = set()
         self._waiting: dict[tuple[str, int], WrittenAnswer] = {}
         for state in self._states.values():
             for prompt in state.skill.seeds:
                 state.diversity.add(prompt)
-                self._seen.add(_normal_form(prompt))
+                self._seen.add(normal_form(prompt))
         self._replay()
 
     @property
@@ -189,9 +190,9 @@ class PromptPool:
             return PromptCandidate(item.text, "cut off")
         if index >= self._config.per_skill:
             return PromptCandidate(item.text, "surplus")
-        if len(item.text.split()) > state.skill.max_words:
+        if count_words(item.text) > state.skill.max_words:
             return PromptCandidate(item.text, "too long")
-        normal = _normal_form(item.text)
+        normal = normal_form(item.text)
         if normal in self._excluded:
             return PromptCandidate(item.text, "held out")
         if normal in self._seen:
@@ -204,7 +205,7 @@ class PromptPool:
     def _keep(self, state: _SkillState, prompt: str) -> None:
         state.kept.append(prompt)
         state.diversity.add(prompt)
-        self._seen.add(_normal_form(prompt))
+        self._seen.add(normal_form(prompt))
 
     def _close(self, state: _SkillState, candidates: Sequence[PromptCandidate]) -> None:
         state.kept_after.append(len(state.kept))
@@ -230,8 +231,3 @@ class PromptPool:
 def _share(state: _SkillState) -> str:
     candidates = len(state.kept) + state.rejected.total()
     return f"{len(state.kept) / candidates:.1%}" if candidates else "none"
-
-
-def _normal_form(prompt: str) -> str:
-    """Return what exact duplicates share."""
-    return " ".join(tokens_of(prompt)) or " ".join(prompt.casefold().split())

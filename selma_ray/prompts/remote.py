@@ -65,6 +65,7 @@ class _Preprocess:
     def __init__(self, skills: Sequence[Skill], config: PromptsConfig, chat: bool) -> None:
         self._sampling = RequestSampling(skills, config, chat, grammars=config.llm.remote.grammars)
         self._model = config.llm.name
+        self._template_kwargs = config.llm.remote.chat_template_kwargs
         self._num_prompts = config.per_request
         self._chat = chat
 
@@ -73,6 +74,8 @@ class _Preprocess:
         if self._chat:
             message = chat_message(row["text"], row["first_number"], self._num_prompts)
             payload["messages"] = [{"role": "user", "content": message}]
+            if self._template_kwargs:
+                payload["chat_template_kwargs"] = self._template_kwargs
         else:
             payload["prompt"] = row["text"]
         return {"skill": row["skill"], "request": row["request"], "payload": payload}

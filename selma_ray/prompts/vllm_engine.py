@@ -14,6 +14,7 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
 from selma_ray.models.locate import locate_llm
+from selma_ray.models.thinking import NO_THINKING
 from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.requests import chat_message
@@ -114,8 +115,7 @@ def _template_stage(llm: LLMConfig) -> dict[str, Any]:
         "num_cpus": 0,
         "concurrency": (1, 1),
         "chat_template": chat_template_of(llm),
-        # A model that may think first is told not to: thoughts are no prompts. Other templates do not know the word.
-        "chat_template_kwargs": {"enable_thinking": False},
+        "chat_template_kwargs": NO_THINKING,
     }
 
 

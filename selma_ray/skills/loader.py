@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from selma_ray.config import StrictModel, read_yaml, validate
 from selma_ray.errors import ConfigError, SkillError
+from selma_ray.words import count_words, has_letter_or_digit
 
 __all__ = ["Skill", "SkillSampling", "load_skill", "load_skills", "packaged_skills"]
 
@@ -38,12 +39,12 @@ class SkillSampling(StrictModel):
 class Skill(StrictModel):
     """One skill to teach: what its prompts are like."""
 
-    name: str = Field(pattern=r"[a-z][a-z0-9_]*")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)
     """Name of the skill, and of its expert."""
     description: str
     """What the skill teaches, in one sentence."""
     max_words: int = Field(ge=1)
-    """Longest prompt, in words."""
+    """Longest prompt, in words; a character of Chinese or Japanese counts as one."""
     rules: tuple[str, ...] = ()
     """Rules the LLM is told."""
     grammar: str | None = None
@@ -65,12 +66,10 @@ class Skill(StrictModel):
     def _seeds_fit(cls, seeds: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         cap = info.data.get("max_words")
         for number, seed in enumerate(seeds, start=1):
-            if not seed.strip():
+            if not has_letter_or_digit(seed):
                 raise ValueError(f"seed {number} must not be empty; delete it")
-            if cap and len(seed.split()) > cap:
-                raise ValueError(
-                    f"seed {number} must have at most max_words={cap} words, has {len(seed.split())}; shorten it"
-                )
+            if cap and (count := count_words(seed)) > cap:
+                raise ValueError(f"seed {number} must have at most max_words={cap} words, has {count}; shorten it")
         return seeds
 
 

@@ -11,6 +11,7 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.interface import YES_OR_NO, Answer, Choices, regroup
 from selma_ray.judging.judges.words import AnswerTokens, p_yes, spoken
 from selma_ray.models.locate import LocatedModel
+from selma_ray.models.thinking import NO_THINKING
 from selma_ray.models.vllm_engine import engine_options, in_process_environment
 
 __all__ = ["PROMPT_VERSION", "VllmJudge", "compose_question"]
@@ -68,7 +69,12 @@ class VllmJudge:
             for image, asked, of_image in zip(map(_in_rgb, images), questions, choices, strict=True)
             for question, of_question in zip(asked, of_image, strict=True)
         ]
-        outputs = self._llm.chat(conversations, list(map(self._sampling, offered)), use_tqdm=False) if offered else []
+        outputs = []
+        if offered:
+            # A thought would stand where the answer's first token is read.
+            outputs = self._llm.chat(
+                conversations, list(map(self._sampling, offered)), use_tqdm=False, chat_template_kwargs=NO_THINKING
+            )
         return regroup(list(map(self._answer, outputs, offered)), questions)
 
     def _sampling(self, choices: Sequence[str]) -> Any:

@@ -26,7 +26,8 @@ class Engine:
         self.conversations: list[Any] = []
         self.sampling: list[Any] = []
 
-    def chat(self, conversations: Any, sampling: Any, use_tqdm: Any) -> Any:
+    def chat(self, conversations: Any, sampling: Any, use_tqdm: Any, chat_template_kwargs: Any) -> Any:
+        assert chat_template_kwargs["enable_thinking"] is False
         self.conversations, self.sampling = conversations, sampling
         return [self._output(each) for each in sampling]
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from selma_ray.prompts.diversity import DiversityFilter, tokens_of
+from selma_ray.prompts.diversity import DiversityFilter, Match
 from selma_ray.prompts.free import invent_caption
+from selma_ray.words import tokens_of
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
 # Few words, so that prompts overlap; some that the tokenizer splits, drops or lowers.
@@ -39,7 +40,12 @@ def filter_flags(candidates: list[str], threshold: float) -> list[bool]:
     return flags
 
 
-@given(st.text(max_size=40), st.text(max_size=40))
+LATIN = st.text(
+    st.characters(max_codepoint=0x24F, exclude_categories=["Cc", "Cs"], exclude_characters="µ"), max_size=40
+)
+
+
+@given(LATIN, LATIN)
 def test_score_is_that_of_rouge_score_to_the_last_bit(first: str, second: str) -> None:
     diversity = DiversityFilter(0.01)  # below every score of texts so short that share a token
     diversity.add(first)
@@ -101,6 +107,25 @@ def test_prompts_without_tokens_match_nothing() -> None:
     diversity.add("—")
     assert tokens_of("—") == []
     assert diversity.match("—") is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "candidate", "score"),
+    [
+        ("3 кота на столе", "3 собаки на траве", 0.5),
+        ("три кота сидят на столе", "три кота стоят на столе", 0.8),
+        ("一只猫坐在垫子上", "一只狗坐在垫子上", 7 / 8),
+        ("一只猫坐在垫子上", "一只猫坐在垫子上。", 1.0),
+        ("قطتان على السرير", "قطتان على الكرسي", 2 / 3),
+    ],
+)
+def test_other_scripts_have_tokens_too(kept: str, candidate: str, score: float) -> None:
+    diversity = DiversityFilter(score - 0.01)
+    diversity.add(kept)
+    assert diversity.match(candidate) == Match(kept, pytest.approx(score))
+    stricter = DiversityFilter(min(score + 0.01, 1.0))
+    stricter.add(kept)
+    assert stricter.match(candidate) is None
 
 
 def test_filter_agrees_with_rouge_score_on_long_captions_with_common_words() -> None:

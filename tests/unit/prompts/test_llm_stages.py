@@ -116,11 +116,15 @@ def test_a_remote_request_is_what_openais_api_takes() -> None:
     chat = remote._Preprocess([PLAIN, STRICT], CONFIG, chat=True)(request(PLAIN))["payload"]
     assert chat["model"] == "writer"
     assert chat["messages"][0]["content"].endswith("Answer with the list alone.")
+    assert chat["chat_template_kwargs"]["enable_thinking"] is False
     text = remote._Preprocess([PLAIN, STRICT], CONFIG, chat=False)(request(STRICT))["payload"]
     assert text["prompt"].endswith("\n3.")
     assert "structured_outputs" in text
     without = CONFIG.model_copy(update={"llm": LLMConfig(remote=RemoteConfig(grammars=False))})
     payload = remote._Preprocess([STRICT], without, chat=False)(request(STRICT))["payload"]
+    assert "chat_template_kwargs" not in payload
+    openai = CONFIG.model_copy(update={"llm": LLMConfig(remote=RemoteConfig(chat_template_kwargs={}))})
+    assert "chat_template_kwargs" not in remote._Preprocess([PLAIN], openai, chat=True)(request(PLAIN))["payload"]
     assert "structured_outputs" not in payload
 
 

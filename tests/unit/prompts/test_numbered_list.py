@@ -1,3 +1,4 @@
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,8 +21,12 @@ def test_list_that_goes_on_from_the_request() -> None:
 
 
 @pytest.mark.parametrize(
-    "marker", ["5.", "5)", "(5)", "5:", "#5.", "5.)", "**5.**", "**5**.", "-", "*", "•", "  5. ", "12."]
-)
+    "marker",
+    [
+        "5.", "5)", "(5)", "5:", "#5.", "5.)", "**5.**", "**5**.", "-", "*", "•", "  5. ", "12.", "### 5.", "[5]", "5 -", "5️⃣", "+",
+        "5、", "５．", "（5）", "5：", "٥.", "・", "\u200b5.",
+    ],
+)  # fmt: skip
 def test_markers(marker: str) -> None:
     assert texts(f" a cat\n{marker} a dog") == ["a cat", "a dog"]
 
@@ -69,10 +74,127 @@ def test_empty_answers(answer: str) -> None:
     assert parse_numbered_list(answer) == []
 
 
-@given(st.text())
-def test_no_line_is_lost(answer: str) -> None:
-    lines = [line for line in answer.split("\n") if line.strip()]
-    assert len(parse_numbered_list(answer)) == len(lines)
+def letters(text: str) -> Counter[str]:
+    return Counter(character for character in text if character.isalpha())
+
+
+@given(st.text() | st.text("ab A4.*-_\"'「」：:<>/think \n", max_size=80))
+def test_no_letter_is_lost(answer: str) -> None:
+    assert sum((letters(item.text) for item in parse_numbered_list(answer)), Counter()) == letters(answer)
+
+
+@given(st.text() | st.text("ab A4.*-_\"'「」：: \n—…🐈", max_size=80))
+def test_every_prompt_says_something_on_one_line(answer: str) -> None:
+    for text in texts(answer):
+        assert any(character.isalnum() for character in text)
+        assert "\n" not in text
+        assert text == text.strip()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "---",
+        "* * *",
+        "***",
+        "- - -",
+        "_ _ _",
+        "===",
+        '4. ""',
+        "5. ...",
+        "4. “”",
+        "6. **",
+        "7. —",
+        "- 🐈",
+        "4. 。",
+        "```",
+        "4. \u200b",
+    ],
+)
+def test_a_line_without_a_letter_or_digit_is_no_prompt(line: str) -> None:
+    assert texts(f" a cat\n{line}\n5. a dog") == ["a cat", "a dog"]
+    assert unparsed(f" a cat\n{line}\n5. a dog") == [line.strip()]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "- Note: all differ",
+        "Note: all differ",
+        "* **Note**: all differ",
+        "**Notes:** all differ",
+        "7. P.S.: all",
+        "- 注意：全部",
+        "- Hinweis: alle",
+    ],
+)
+def test_a_closing_note_is_no_prompt(note: str) -> None:
+    assert texts(f" a cat\n5. a dog\n\n{note}") == ["a cat", "a dog"]
+    assert unparsed(f" a cat\n5. a dog\n{note}") == [note]
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ("4. **The Harbour**\n   A boat rests.", "The Harbour: A boat rests."),
+        ("4. **The Harbour**\nA boat rests.", "The Harbour: A boat rests."),
+        ("4. **The Harbour**\n\n   A boat rests.", "The Harbour: A boat rests."),
+        ("4. **The Harbour:**\n   A boat rests\n   at dawn.", "The Harbour: A boat rests at dawn."),
+        ("**4. The Harbour**\n   A boat rests.", "The Harbour: A boat rests."),
+        ("4. __The Harbour__\nA boat rests.", "The Harbour: A boat rests."),
+        ("4. **The Harbour**: A boat rests.", "The Harbour: A boat rests."),
+        ("4.\nA boat rests.", "A boat rests."),
+        ("4. A boat rests at\nthe pier", "A boat rests at the pier"),
+        ("4. A boat rests at\n   the pier\n   In the sun", "A boat rests at the pier In the sun"),
+        ("4. A boat,\nMary and a well-\nlit pier", "A boat, Mary and a well-lit pier"),
+        ("- A boat rests at\n  the pier", "A boat rests at the pier"),
+        ("4、一只猫坐在\n垫子上", "一只猫坐在垫子上"),
+        ("4. Лодка стоит\nу причала", "Лодка стоит у причала"),
+    ],
+)
+def test_the_lines_of_an_item_are_one_text(lines: str, text: str) -> None:
+    assert texts(f"\n{lines}\n5. a dog") == [text, "a dog"]
+    assert texts(f"\n3. a cow\n{lines}\n\nI hope that these help!") == ["a cow", text]
+
+
+@pytest.mark.parametrize(
+    "remark", ["I hope that these help!", "Let me know.", "\nlet me know", "## Animals", "</list>"]
+)
+def test_a_remark_is_no_part_of_the_item_before_it(remark: str) -> None:
+    assert texts(f" a cat\n5. a dog\n{remark}\n6. a cow") == ["a cat", "a dog", "a cow"]
+
+
+QUOTES = [
+    '""', "''", "“”", "‘’", "„“", "«»", "»«", "‹›", "「」", "『』", "``", "＂＂", "❝❞", "**", "__", "”“", "’’",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("quotes", QUOTES)
+@given(words=st.lists(st.sampled_from(["a", "stop", "sign", "猫", "the dog's"]), min_size=1, max_size=4))
+def test_quotation_marks_go_only_where_they_enclose_the_whole(quotes: str, words: list[str]) -> None:
+    opening, closing = quotes
+    text = " ".join(words)
+    assert texts(f"\n4. {opening}{text}{closing}") == [text]
+    if "_" not in quotes and "*" not in quotes:
+        partly = f"{opening}{text}{closing} beside {opening}open{closing}"
+        assert texts(f"\n4. {partly}") == [partly]
+        assert texts(f"\n4. {text} beside {opening}open{closing}") == [f"{text} beside {opening}open{closing}"]
+
+
+def test_a_sign_between_quoted_names_keeps_its_marks() -> None:
+    assert texts('\n4. "Stop" sign beside a shop named "Open"') == ['"Stop" sign beside a shop named "Open"']
+    assert texts("\n4. 'Stop' beside 'Open'\n5. \"a 'red' sign\"") == ["'Stop' beside 'Open'", "a 'red' sign"]
+
+
+def test_thoughts_are_never_prompts() -> None:
+    for opening in ("<think>", "[THINK]", "<thought>", "<seed:think>"):
+        assert texts(f"{opening}\nThe list:\n4. a draft\n5. a draft of a dog") == []
+    assert texts("4. a cat\n5. a robot says </think>\n6. a cow") == ["a cat", "a robot says </think>", "a cow"]
+    assert texts("<think>x</think>\n4. a cat\n5. a sign </think> here\n6. a cow") == [
+        "a cat",
+        "a sign </think> here",
+        "a cow",
+    ]
 
 
 @given(st.lists(st.text("abc xyz.,'", min_size=1).map(str.strip).filter(lambda text: text[:1].isalpha()), min_size=1))

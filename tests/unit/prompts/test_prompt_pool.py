@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from selma_ray.errors import PromptYieldError, StorageError
 from selma_ray.prompts.config import PromptsConfig
-from selma_ray.prompts.diversity import tokens_of
 from selma_ray.prompts.pool import PromptPool, WrittenAnswer
 from selma_ray.prompts.requests import PromptRequest
 from selma_ray.prompts.splits import dev_count, split_of
 from selma_ray.prompts.store import prompt_summary, read_decided, read_prompts
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
+from selma_ray.words import tokens_of
 
 WORDS = (
     "red",
@@ -170,6 +170,21 @@ def test_each_rejection_has_its_reason(folder: RunFolder) -> None:
     similar = (read_decided(folder, "one", 0) or [])[5]
     assert similar.nearest == "two blue cups"
     assert similar.score == pytest.approx(6 / 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "decisions"),
+    [
+        (" 3 кота на столе\n5. 3 собаки на траве", ["kept", "kept"]),
+        (" 一只猫坐在垫子上\n5、一只猫坐在垫子上。\n6、一只 猫坐在垫子上", ["kept", "duplicate", "duplicate"]),
+        (" 一只猫坐在垫子上，旁边是一只狗", ["too long"]),
+        (" a cafe\u0301\n5. a CAFÉ\n6. ａ\u200b ｃａｆé", ["kept", "duplicate", "duplicate"]),
+        (" Три Кота\n5. три  кота!", ["kept", "duplicate"]),
+        (" ---\n5. ...\n6. a boat", ["unparsed", "unparsed", "kept"]),
+    ],
+)
+def test_prompts_of_every_script_are_decided_alike(folder: RunFolder, text: str, decisions: list[str]) -> None:
+    assert decide(folder, text) == decisions
 
 
 def test_a_caption_that_the_token_limit_cut_off_is_not_kept(folder: RunFolder) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,41 @@ def test_faulty_skill_files_say_what_is_wrong(tmp_path: Path, content: str, mess
         load_skill(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../escaped",
+        "Base",
+        "base",
+        "merged",
+        "a/b",
+        "a.b",
+        "",
+        "a b",
+        "a\n",
+        "1a",
+        "_a",
+        "кот",
+        "a" * 65,
+        "..",
+        "a\\b",
+    ],
+)
+def test_a_name_is_the_whole_name_of_a_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"name": name, "description": "x", "max_words": 3, "seeds": ["one two"]}))
+    with pytest.raises(SkillError, match=r"mine\.yaml: name ") as caught:
+        load_skill(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_words_of_seeds_are_counted_in_any_script(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ndescription: x\nmax_words: 7\nseeds: [一只猫坐在垫子上]\n", encoding="utf-8")
+    with pytest.raises(SkillError, match="at most max_words=7 words, has 8"):
+        load_skill(str(path))
 
 
 @pytest.mark.parametrize("name", MINIATURE)
