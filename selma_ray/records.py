@@ -80,7 +80,7 @@ ANSWER_SCHEMA = pa.schema(
         pa.field("p_yes", pa.float32()),
         pa.field("reason", pa.string()),
         pa.field("judge", pa.string(), nullable=False),
-        pa.field("gold", pa.string()),  # the right choice of a question with choices, null for a yes/no question
+        pa.field("gold", pa.string()),  # the right answer, null where that is a yes to a yes/no question
     ]
 )
 

@@ -152,7 +152,7 @@ class JudgeChunk:
                 "model": chunk.model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": seed,
                 "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
                 "answer": each.answer, "p_yes": each.p_yes, "reason": fault or each.reason, "judge": score.judge,
-                "gold": asked.answer if asked.choices else None,
+                "gold": asked.answer if asked.choices or asked.answer != "yes" else None,
             }
             for prompt, seed, score, fault in zip(chunk.prompts, chunk.seeds, scores, faults, strict=True)
             for each, asked in zip(score.questions, prompt.questions, strict=True)

@@ -19,7 +19,7 @@ def images_scored(
 
 
 def question_scores(answers: Iterable[Mapping[str, Any]], scorer: str) -> QuestionScores:
-    """Score the answer rows of one image; a question with choices counts by its gold answer."""
+    """Score the answer rows of one image; a question counts by its gold answer."""
     return SCORERS[scorer]([Answered(row["question_id"], _as_yes_or_no(row), row["parents"]) for row in answers])
 
 

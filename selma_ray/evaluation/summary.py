@@ -18,7 +18,7 @@ from selma_ray.evaluation.scores import images_scored
 from selma_ray.evaluation.statistics import Difference, Figure, Floats, figure, holm, paired_difference
 from selma_ray.judging.dsg import SCORERS
 from selma_ray.judging.questions import PromptWithQuestions
-from selma_ray.judging.soft import soft_dsg
+from selma_ray.judging.soft import gold_chance, soft_dsg
 
 __all__ = [
     "BASE",
@@ -102,7 +102,9 @@ def model_scores(answers: Iterable[Mapping[str, Any]], scorer: str) -> ModelScor
     for key, scored in by_scorer[scorer].items():
         unreadable += sum(score is None for _, score in scored)
         parts = {("metric", name): _of_image(name, of_scorer[key]) for name, of_scorer in by_scorer.items()}
-        parts[("metric", SOFT_DSG)] = _mean_part(soft_dsg(row.get("p_yes") for row, _ in scored))
+        parts[("metric", SOFT_DSG)] = _mean_part(
+            soft_dsg(gold_chance(row.get("gold") or "yes", row.get("p_yes")) for row, _ in scored)
+        )
         for category in {row["category"] for row, _ in scored}:
             parts[("category", category)] = _sum_part(score for row, score in scored if row["category"] == category)
         images[key] = {measure: part for measure, part in parts.items() if part.count}

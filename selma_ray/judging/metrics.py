@@ -2,7 +2,7 @@
 
     from a judge's answers to a prompt's questions (`metrics_of_answers` gives all of them from one pass)
         dsg, dsg_dpg, dsg_selma     DSG's scorers `official`, `dpg` and `selma`
-        soft_dsg                    geometric mean of P(yes)
+        soft_dsg                    geometric mean of P(gold answer), of yes/no questions
         tifa                        share of questions whose choice is the gold answer
         soft_tifa_am, soft_tifa_gm  arithmetic and geometric mean of the gold answers' probabilities
     from a judge and the prompt alone
@@ -14,18 +14,19 @@ Every value may be None, with a reason: an image or an answer that cannot be rea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
 
 from selma_ray.errors import JudgeError, named_line
+from selma_ray.judging.answers import choice_of
 from selma_ray.judging.dsg import SCORERS, mean_score
 from selma_ray.judging.judges.asking import as_yes_or_no, ask_images, image_fault
 from selma_ray.judging.judges.interface import Answer, Judge
 from selma_ray.judging.questions import Question
 from selma_ray.judging.scoring import answered
-from selma_ray.judging.soft import soft_dsg, soft_tifa_am, soft_tifa_gm, vqascore_question
+from selma_ray.judging.soft import gold_chance, soft_dsg, soft_tifa_am, soft_tifa_gm, vqascore_question
 from selma_ray.models.batches import spare_others
 from selma_ray.models.device import device_of
 
@@ -77,9 +78,9 @@ def _dsg(scorer: str) -> _OfAnswers:
 
 
 def _gold_chances(questions: Sequence[Question], answers: Sequence[Answer]) -> list[float | None]:
-    """Return P of each gold answer as the judge's first word; against no alone where a judge tells no more of yes."""
+    """Return P of each gold answer as the judge's first word; of yes against no alone where a judge tells no more of them."""
     return [
-        (answer.probabilities or {}).get(each.answer, answer.p_yes if each.answer == "yes" else None)
+        (answer.probabilities or {}).get(each.answer, gold_chance(each.answer, answer.p_yes))
         for each, answer in zip(questions, answers, strict=True)
     ]
 
@@ -88,7 +89,9 @@ ANSWER_METRICS: Mapping[str, _OfAnswers] = {
     "dsg": _dsg("official"),
     "dsg_dpg": _dsg("dpg"),
     "dsg_selma": _dsg("selma"),
-    "soft_dsg": lambda _, answers: soft_dsg(answer.p_yes for answer in answers),
+    "soft_dsg": lambda questions, answers: soft_dsg(
+        gold_chance(each.answer, answer.p_yes) for each, answer in zip(questions, answers, strict=True)
+    ),
     "tifa": lambda questions, answers: mean_score(
         None if answer.text is None else float(answer.text == each.answer)
         for each, answer in zip(questions, answers, strict=True)
@@ -205,5 +208,13 @@ def _metric_score(score: float | Exception) -> MetricScore:
 
 
 def _read(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Answer]:
-    """Return answers to yes/no questions as yes, no or null; those to questions with choices as they are."""
-    return [answer if each.choices else as_yes_or_no(answer) for each, answer in zip(questions, answers, strict=True)]
+    """Return answers to yes/no questions as yes, no or null; those to questions with choices as the choices they name."""
+    return [
+        _spelled(answer, each.choices) if each.choices else as_yes_or_no(answer)
+        for each, answer in zip(questions, answers, strict=True)
+    ]
+
+
+def _spelled(answer: Answer, choices: Sequence[str]) -> Answer:
+    choice = None if answer.text is None else choice_of(answer.text, choices)
+    return answer if choice is None else replace(answer, text=choice)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
+from selma_ray.judging.answers import choice_of
+from selma_ray.judging.judges.interface import YES_OR_NO
 
 __all__ = [
     "PromptWithQuestions",
@@ -24,7 +26,8 @@ __all__ = [
 class Question:
     """A question about an image; `parents` are the questions it depends on, 0 stands for the root.
 
-    It is a yes/no question unless it has `choices`, one of which is the gold `answer`.
+    It is a yes/no question unless it has `choices`. The gold `answer` is one of them, or yes or no, and is spelled as they are
+    however it was given.
     """
 
     id: int
@@ -33,6 +36,10 @@ class Question:
     parents: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
     answer: str = "yes"
+
+    def __post_init__(self) -> None:
+        gold = choice_of(self.answer, self.choices or YES_OR_NO)
+        object.__setattr__(self, "answer", self.answer if gold is None else gold)
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,9 @@ def _faults_of(prompt: PromptWithQuestions, seen: set[str]) -> Iterator[tuple[st
     for question in prompt.questions:
         if not question.question.strip():
             yield "empty question", f"{prompt.id} question {question.id}"
-        if question.choices and question.answer not in question.choices:
-            yield "answer that is no choice", f"{prompt.id} question {question.id}"
+        if question.answer not in (question.choices or YES_OR_NO):
+            kind = "answer that is no choice" if question.choices else "answer that is neither yes nor no"
+            yield kind, f"{prompt.id} question {question.id}"
     graph = {question.id: {parent for parent in question.parents if parent != 0} for question in prompt.questions}
     missing = {parent for parents in graph.values() for parent in parents} - set(ids)
     if missing:

@@ -1,10 +1,11 @@
 """Images judged and scored: the one path for offline evaluation and for the service, so that both give the same figures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from selma_ray.judging.answers import choice_of
 from selma_ray.judging.dsg import SCORERS, Answered, mean_score
 from selma_ray.judging.judges.asking import as_yes_or_no, ask_images
 from selma_ray.judging.judges.interface import Answer, Judge
@@ -28,7 +29,7 @@ class ScoredQuestion:
     p_yes: float | None
     reason: str | None
     counted: bool | None
-    """Whether it counts: a yes, with a yes to what it depends on; None where the answer could not be read."""
+    """Whether it counts: the gold answer, with the gold answers to what it depends on; None where the answer could not be read."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,18 @@ def score_images(
 
 
 def answered(question: Question, answer: str | None) -> Answered:
-    """Return an answer as DSG's scorers take it: a gold answer to a question with choices counts as a yes."""
-    if question.choices and answer is not None:
+    """Return an answer as DSG's scorers take it: the gold answer counts as a yes, whatever it is."""
+    if answer is not None:
         answer = "yes" if answer == question.answer else "no"
     return Answered(question.id, answer, question.parents)
 
 
 def _as_choice(answer: Answer, choices: Sequence[str]) -> Answer:
-    if answer.text is None or answer.text in choices:
+    if answer.text is None:
         return answer
+    choice = choice_of(answer.text, choices)
+    if choice is not None:
+        return replace(answer, text=choice)
     reason = f"the judge answered {answer.text[:_REASON_CHARS]!r}, none of the choices; set evaluation.judge.embedder"
     return Answer(None, answer.p_yes, reason, answer.probabilities)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from selma_ray.judging.dsg import mean_score
 
-__all__ = ["geometric_mean", "soft_dsg", "soft_tifa_am", "soft_tifa_gm", "vqascore_question"]
+__all__ = ["geometric_mean", "gold_chance", "soft_dsg", "soft_tifa_am", "soft_tifa_gm", "vqascore_question"]
 
 _VQASCORE = 'Does this figure show "{}"? Please answer yes or no.'
 
@@ -28,9 +28,16 @@ def soft_tifa_gm(probabilities: Iterable[float | None]) -> float | None:
     return geometric_mean(probabilities)
 
 
-def soft_dsg(p_yes: Iterable[float | None]) -> float | None:
-    """Return the geometric mean of P(yes) over a prompt's questions, whatever they depend on."""
-    return geometric_mean(p_yes)
+def soft_dsg(probabilities: Iterable[float | None]) -> float | None:
+    """Return the geometric mean of the gold answers' probabilities over a prompt's yes/no questions, whatever they depend on."""
+    return geometric_mean(probabilities)
+
+
+def gold_chance(gold: str, p_yes: float | None) -> float | None:
+    """Return the probability of a gold answer from P(yes) against P(no); None where it is neither."""
+    if p_yes is None or gold not in ("yes", "no"):
+        return None
+    return p_yes if gold == "yes" else 1 - p_yes
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:

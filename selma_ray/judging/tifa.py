@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from selma_ray.judging.answers import choice_of
 from selma_ray.judging.dsg import mean_score
+from selma_ray.judging.judges.interface import YES_OR_NO
 from selma_ray.judging.numerals import numeral_of
 from selma_ray.judging.questions import Question
 
@@ -46,9 +48,10 @@ class CaptionAnswerer(Protocol):
 
 def choose(answer: str | None, choices: Sequence[str], finder: ChoiceFinder) -> str | None:
     """Return the choice that a free-form answer stands for: itself, or the nearest; None for no answer."""
-    if answer is None or answer in choices:
-        return answer
-    return finder.nearest(answer, choices)
+    if answer is None:
+        return None
+    named = choice_of(answer, choices)
+    return finder.nearest(answer, choices) if named is None else named
 
 
 def tifa(questions: Sequence[Question], answers: Sequence[str | None], finder: ChoiceFinder) -> list[float | None]:
@@ -105,8 +108,8 @@ def filter_questions(questions: Sequence[Question], caption: str, answerer: Capt
         if each.question in seen:
             continue
         seen.add(each.question)
-        if answerer.choose(each.question, caption, each.choices) == each.answer and (
-            each.answer in ("yes", "no") or _answered_freely(each, caption, answerer)
+        if choice_of(answerer.choose(each.question, caption, each.choices), each.choices) == each.answer and (
+            each.answer.lower() in YES_OR_NO or _answered_freely(each, caption, answerer)
         ):
             kept.append(each)
     return kept
@@ -130,4 +133,4 @@ def _answered_freely(question: Question, caption: str, answerer: CaptionAnswerer
     if question.answer.isnumeric():
         numeral = numeral_of(answer)
         answer = answer if numeral is None else str(numeral)
-    return token_f1(question.answer, answer) > MIN_F1
+    return token_f1(question.answer.lower(), answer) > MIN_F1

@@ -122,7 +122,7 @@ class _Dsg:
 
     def read(self, draft: Draft, call: Call, answer: str) -> None:
         """Keep the answer of a call; of several answers to one call the one that fits the most tuples stays."""
-        parsed: Parsed = parse_json(answer) if self._config.format == "json" else parse_lines(answer)
+        parsed: Parsed = parse_json(answer, call) if self._config.format == "json" else parse_lines(answer)
         draft.repaired.update(parsed.ignored)
         if call == "tuple":
             if parsed.texts:

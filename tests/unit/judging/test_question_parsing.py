@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,99 @@ def test_json() -> None:
     assert parse_json("{}").ignored == {"no items": 1}
     for broken in ('["a", "b', "no list", "", "[" * 5000, '"text"'):
         assert parse_json(broken).ignored == {"no JSON": 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "call", "texts"),
+    [
+        ('[{"id": 1, "tuple": "a"}, {"id": 2, "tuple": "b"}]', "tuple", {1: "a", 2: "b"}),
+        ('[{"tuple": "a"}, {"tuple": "b"}]', "tuple", {1: "a", 2: "b"}),
+        (
+            '[{"id": "2.", "Question": " is it  red? "}, {"id": 1.0, "question": "b?"}]',
+            "question",
+            {2: "is it red?", 1: "b?"},
+        ),
+        ('[{"id": 2, "tuple": "a", "dependencies": [1]}, {"id": 1, "parents": []}]', "dependency", {2: "1", 1: "0"}),
+        ('[{"id": 2, "dependencies": "1, 3"}, {"id": 1, "dependency": 0}]', "dependency", {2: "1, 3", 1: "0"}),
+        ('[{"1": "a"}, {"2": "b"}]', "tuple", {1: "a", 2: "b"}),
+        ('{"tuples": ["a", "b"]}', "tuple", {1: "a", 2: "b"}),
+        ('{"tuples": {"1": "a"}}', "tuple", {1: "a"}),
+        ('{"1": {"question": "a?"}, "2": {"text": "b?"}}', "question", {1: "a?", 2: "b?"}),
+        ('{"1": 0, "2": [0], "3": 1}', "dependency", {1: "0", 2: "0", 3: "1"}),
+        ('```json\n["a"]\n```', "tuple", {1: "a"}),
+        ('As said [above] {see there}: ["a"]', "tuple", {1: "a"}),
+        ('<think>maybe ["draft"] or {"1": "draft"}</think>["a"]', "tuple", {1: "a"}),
+        ('["draft"]?\n</think>\n["a"]', "tuple", {1: "a"}),
+        ('<think>maybe ["draft"]', "tuple", {}),
+        ('{"1": "a", "2": ["b", "c"], "3": "d', "tuple", {}),
+        ('["a [1, 2]', "tuple", {}),
+        ('["a", NaN]', "tuple", {}),
+        ('[{"id": 1, "category": "x", "kind": "y"}]', "tuple", {}),
+    ],
+)
+def test_json_of_other_shapes(answer: str, call: Any, texts: dict[int, str]) -> None:
+    parsed = parse_json(answer, call)
+    assert parsed.texts == texts
+    assert parsed.texts or parsed.ignored
+
+
+THOUGHTS = st.lists(
+    st.sampled_from(["1 | a thought", "2. another", "output: 3 | x", "input: y", '["z"]', "A: yes"])
+).map("\n".join)
+
+
+@given(
+    THOUGHTS,
+    st.sampled_from([("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("", "</think>"), ("◁think▷", "◁/think▷")]),
+)
+def test_thoughts_are_no_tuples_and_no_questions(thoughts: str, tags: tuple[str, str]) -> None:
+    opening, closing = tags
+    before = f"{opening}Let me see\n{thoughts}\n{closing}\n"
+    assert parse_lines(before + GOOD_LINES) == parse_lines(GOOD_LINES)
+    assert parse_json(before + GOOD_JSON) == parse_json(GOOD_JSON)
+    assert parse_tifa_text(before + TIFA_TEXT) == parse_tifa_text(TIFA_TEXT)
+    if opening:
+        assert parse_lines(f"{opening}Let me see\n{thoughts}").texts == {}
+        assert parse_json(f"{opening}Let me see\n{thoughts}").texts == {}
+
+
+def test_parents_as_models_write_them() -> None:
+    assert parse_parents({1: "None.", 2: "[1]", 3: "1, 2.", 4: "1、3", 5: "(0)"}, [1, 2, 3, 4, 5]) == (
+        {1: (0,), 2: (1,), 3: (1, 2), 4: (1, 3), 5: (0,)},
+        Counter(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "gold"),
+    [
+        (["yes", "no"], "Yes", "yes"),
+        (["yes", "no"], "no.", "no"),
+        (["yes", "no"], False, "no"),
+        (["Red", "Blue"], "red", "Red"),
+        (["0", "1", "2"], "0", "0"),
+        ([0, 1, 2], 0, "0"),
+        (["1", "2"], "two", "2"),
+        ("red, blue.", "Blue", "blue"),
+        ({"A": "red", "B": "blue"}, "blue", "blue"),
+        (["yes", "no"], None, None),
+        (["yes", "no"], "", None),
+        (["yes", "no"], "maybe", None),
+        (["yes"], "yes", None),
+        (7, "yes", None),
+    ],
+)
+def test_gold_answers_as_models_write_them(choices: Any, answer: Any, gold: str | None) -> None:
+    row = {"type": "Counting", "question": "how many?", "choices": choices, "answer": answer}
+    for value in ([row], {"questions": [row]}):
+        questions, ignored = parse_tifa_json(json.dumps(value))
+        assert [each.answer for each in questions] == ([] if gold is None else [gold])
+        assert ignored.total() == (gold is None)
+        assert all(each.category == "counting" and gold in each.choices for each in questions)
+    if isinstance(choices, list) and not isinstance(answer, bool) and answer is not None:
+        listed = ", ".join(map(str, choices))
+        text = f"About x (counting):\n**Q:** how many?\nChoices: {listed}.\nA: {answer}"
+        assert [each.answer for each in parse_tifa_text(text)[0]] == ([] if gold is None else [gold])
 
 
 def test_parents() -> None:
