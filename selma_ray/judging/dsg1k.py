@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from selma_ray.errors import JudgeError
+from selma_ray.json_lines import ENCODING
 from selma_ray.judging.dsg import Answered
 
 __all__ = ["annotation_rows", "complete", "parse_parents", "read_answers", "read_parents"]
@@ -86,7 +87,7 @@ def _question_id(text: str, path: Path, line: int) -> int:
 
 def _rows(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
+        with path.open(newline="", encoding=ENCODING) as stream:
             rows = list(csv.DictReader(stream, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise JudgeError(f"{path} cannot be read ({error}); name a file of DSG-1k's release") from None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
-from selma_ray.judging.answers import choice_of
+from selma_ray.json_lines import numbered_lines, parse_json
+from selma_ray.judging.answers import choice_of, text_of
 from selma_ray.judging.judges.interface import YES_OR_NO
 
 __all__ = [
@@ -60,7 +61,7 @@ def read_suite(path: Path) -> list[PromptWithQuestions]:
     without questions, missing parents, cycles and answers that are no choice.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(
             f"evaluation.suite {path} cannot be read ({error}); name miniature or a JSON Lines file"
@@ -68,11 +69,9 @@ def read_suite(path: Path) -> list[PromptWithQuestions]:
     suite: list[PromptWithQuestions] = []
     faults: list[tuple[int, str, str]] = []
     seen: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            prompt = _prompt_of(json.loads(line))
+            prompt = _prompt_of(parse_json(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             faults.append((number, "unreadable", f"{type(error).__name__} {error}"))
             continue
@@ -109,16 +108,37 @@ def spread_over_skills(suite: Sequence[PromptWithQuestions], count: int) -> list
 def _prompt_of(row: Mapping[str, Any]) -> PromptWithQuestions:
     questions = tuple(
         Question(
-            int(each["id"]),
-            str(each["category"]),
-            str(each["question"]),
-            tuple(int(parent) for parent in each.get("parents", ())),
-            tuple(map(str, each.get("choices", ()))),
-            str(each.get("answer", "yes")),
+            _integer(each, "id"),
+            _text(each, "category"),
+            _text(each, "question"),
+            tuple(_integer({"parent": parent}, "parent") for parent in _list(each, "parents")),
+            tuple(map(text_of, _list(each, "choices"))),
+            text_of(each.get("answer")) or "yes",
         )
         for each in row["questions"]
     )
-    return PromptWithQuestions(str(row["id"]), str(row["skill"]), str(row["prompt"]), questions)
+    prompt_id = row["id"] if isinstance(row["id"], int) and not isinstance(row["id"], bool) else _text(row, "id")
+    return PromptWithQuestions(str(prompt_id), _text(row, "skill"), _text(row, "prompt"), questions)
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key} must be a text, got {json.dumps(row[key])}")
+    return row[key]
+
+
+def _integer(row: Mapping[str, Any], key: str) -> int:
+    value = text_of(row[key])
+    if isinstance(row[key], bool) or not value.isdecimal():
+        raise ValueError(f"{key} must be a whole number, got {json.dumps(row[key])}")
+    return int(value)
+
+
+def _list(row: Mapping[str, Any], key: str) -> list[Any]:
+    value = row.get(key)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{key} must be a list, got {json.dumps(value)}")
+    return value or []
 
 
 def _faults_of(prompt: PromptWithQuestions, seen: set[str]) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from selma_ray.config import StrictModel
 from selma_ray.errors import ConfigError, JudgeError
+from selma_ray.json_lines import numbered_lines, parse_json
 from selma_ray.judging import geneval, t2i_compbench
 from selma_ray.judging.dsg import SCORERS, mean_score, overall_score
 from selma_ray.judging.dsg1k import complete, read_answers, read_parents
@@ -221,19 +222,19 @@ def _source(item: str) -> str:
 
 def _rows(path: Path, row: type[_Row]) -> list[_Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(f"{path} cannot be read ({error}); name a JSON Lines file") from None
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            rows.append(row.model_validate_json(line))
+            rows.append(row.model_validate(parse_json(line)))
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             key = ".".join(map(str, fault["loc"])) or "the whole"
             raise JudgeError(f"{path} line {number}: {key}: {fault['msg']}; fix the file") from None
+        except ValueError as error:
+            raise JudgeError(f"{path} line {number}: the whole: Invalid JSON: {error}; fix the file") from None
     if not rows:
         raise JudgeError(f"{path} must have at least one line, got none; name another file")
     return rows

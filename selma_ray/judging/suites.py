@@ -10,7 +10,6 @@ The last two bring no questions for a judge: each prompt is asked VQAScore's one
 """
 
 import csv
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
+from selma_ray.json_lines import ENCODING, numbered_lines, parse_json
+from selma_ray.judging.answers import text_of
 from selma_ray.judging.downloads import SuiteFile, fetch
 from selma_ray.judging.dsg1k import annotation_rows, read_parents
 from selma_ray.judging.questions import PromptWithQuestions, Question, read_suite, spread_over_skills
@@ -104,9 +105,9 @@ def _read_tifa(text_inputs: Path, question_answers: Path) -> list[PromptWithQues
     asked: dict[str, list[Question]] = {}
     for row in _json(question_answers):
         of_caption = asked.setdefault(row["id"], [])
-        choices = tuple(str(choice) for choice in row["choices"])
+        choices = tuple(map(text_of, row["choices"]))
         of_caption.append(
-            Question(len(of_caption) + 1, row["element_type"], row["question"], (), choices, str(row["answer"]))
+            Question(len(of_caption) + 1, row["element_type"], row["question"], (), choices, text_of(row["answer"]))
         )
     return [
         PromptWithQuestions(row["id"], row["id"].rpartition("_")[0], row["caption"], tuple(asked[row["id"]]))
@@ -116,12 +117,12 @@ def _read_tifa(text_inputs: Path, question_answers: Path) -> list[PromptWithQues
 
 
 def _read_geneval(metadata: Path) -> list[PromptWithQuestions]:
-    rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
+    rows = [parse_json(line) for _, line in numbered_lines(metadata)]
     return [_asked_for_the_whole(row["prompt"], row["tag"], row["tag"]) for row in rows]
 
 
 def _read_parti(prompts: Path) -> list[PromptWithQuestions]:
-    with prompts.open(newline="", encoding="utf-8") as stream:
+    with prompts.open(newline="", encoding=ENCODING) as stream:
         rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     by_prompt = {row["Prompt"]: row for row in rows if row["Prompt"].strip()}
     return [_asked_for_the_whole(prompt, row["Category"], row["Challenge"]) for prompt, row in by_prompt.items()]
@@ -133,7 +134,7 @@ def _asked_for_the_whole(prompt: str, skill: str, category: str) -> PromptWithQu
 
 
 def _json(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding=ENCODING))
 
 
 SUITES: Mapping[str, Suite] = {

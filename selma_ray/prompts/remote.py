@@ -98,11 +98,12 @@ class _Postprocess:
                 "fix prompts.llm.name, the API key or the settings that it names"
             )
         choice = choices[0]
-        text = choice["message"]["content"] if self._chat else choice["text"]
+        text = (choice["message"]["content"] if self._chat else choice["text"]) or ""
+        text = text.encode(errors="replace").decode()  # an emoji cut in half at the token limit cannot be written
         return {
             "skill": row["skill"],
             "request": row["request"],
             # A chat's answer begins on a line of its own.
-            "answer": f"\n{text or ''}" if self._chat else text,
+            "answer": f"\n{text}" if self._chat else text,
             "truncated": choice["finish_reason"] == "length",
         }

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ConfigError, ModelNotFoundError, first_line
+from selma_ray.json_lines import ENCODING
 from selma_ray.models.locate import locate_llm
 from selma_ray.models.thinking import NO_THINKING
 from selma_ray.models.vllm_engine import engine_bundle, engine_environment, engine_options
@@ -103,7 +104,7 @@ def chat_template_of(llm: LLMConfig) -> str | None:
     if llm.chat_template is None:
         return None
     try:
-        return Path(llm.chat_template).expanduser().read_text()
+        return Path(llm.chat_template).expanduser().read_text(encoding=ENCODING)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"prompts.llm.chat_template {llm.chat_template} cannot be read ({error}); name a text file"

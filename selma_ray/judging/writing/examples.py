@@ -1,13 +1,13 @@
 """In-context examples of questions: a few of our own, or a file of the user's."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
+from selma_ray.json_lines import ENCODING, numbered_lines, parse_json
 from selma_ray.judging.writing.config import WriterConfig
 
 __all__ = ["DsgExample", "TifaExample", "load_dsg_examples", "load_tifa_examples"]
@@ -78,7 +78,7 @@ def _from_csv(path: Path) -> list[DsgExample]:
     columns = ("text", "tuple", "question_natural_language", "dependency")
     items: dict[str, list[tuple[str, ...]]] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
+        with path.open(newline="", encoding=ENCODING) as stream:
             for row in csv.DictReader(stream):
                 items.setdefault(row["item_id"], []).append(tuple(row[column] for column in columns))
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
@@ -91,7 +91,7 @@ def _from_csv(path: Path) -> list[DsgExample]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [parse_json(line) for _, line in numbered_lines(path)]
     except (OSError, ValueError) as error:
         raise JudgeError(f"examples {path} cannot be read as JSON Lines ({error}); name another file") from None
 

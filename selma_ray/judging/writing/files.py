@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from selma_ray.errors import JudgeError
+from selma_ray.json_lines import json_lines, numbered_lines, parse_json
 from selma_ray.judging.tifa import CaptionAnswerer, filter_questions
 from selma_ray.judging.writing.config import QuestionLLMConfig, WriterConfig
 from selma_ray.judging.writing.rounds import Ask, Draft, draft_questions
 from selma_ray.models.locate import locate_llm
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
+from selma_ray.words import has_letter_or_digit
 
 __all__ = [
     "DraftLines",
@@ -125,22 +127,28 @@ def read_prompts(path: Path) -> list[PromptToAsk]:
     Raises JudgeError, with the line, for one that cannot be read.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(f"{path} cannot be read ({error}); name a text or JSON Lines file of prompts") from None
     if not lines:
         raise JudgeError(f"{path} must hold at least one prompt, holds none; add some")
-    if path.suffix == ".txt":
-        lines = [json.dumps({"prompt": line.strip()}) for line in lines]
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            text = str(row["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise JudgeError(f"{path} line {number} must be a JSON object with a prompt ({error}); fix it") from None
-        prompts.append(PromptToAsk(str(row.get("id", content_id(prompt=text))), str(row.get("skill", path.stem)), text))
-    return prompts
+    is_text = path.suffix == ".txt"
+    return [_prompt_to_ask({"prompt": line} if is_text else line, path, number) for number, line in lines]
+
+
+def _prompt_to_ask(line: str | dict[str, Any], path: Path, number: int) -> PromptToAsk:
+    try:
+        row = parse_json(line) if isinstance(line, str) else line
+        text = row["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise JudgeError(f"{path} line {number} must be a JSON object with a prompt ({error}); fix it") from None
+    names = {"id": content_id(prompt=text), "skill": path.stem}
+    values = {"prompt": text} | {name: row[name] for name in names if row.get(name) is not None}
+    for name, value in values.items():
+        fits = isinstance(value, str) or (name == "id" and type(value) is int)
+        if not fits or (name == "prompt" and not has_letter_or_digit(value)):
+            raise JudgeError(f"{path} line {number}: {name} must be a text, got {json.dumps(value)}; fix it")
+    return PromptToAsk(**{name: str(value) for name, value in (names | values).items()})
 
 
 def _drop_unanswered(draft: Draft, answerer: CaptionAnswerer) -> None:
@@ -173,7 +181,7 @@ def _read(path: Path, generator: str) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [parse_json(line) for _, line in numbered_lines(path)]
         others = {line["generator"] for line in lines} - {generator}
         found = {line["id"]: line for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -184,5 +192,4 @@ def _read(path: Path, generator: str) -> dict[str, dict[str, Any]]:
 
 
 def _write(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    RunFolder(str(path.absolute().parent)).write_bytes(content.encode(), path.name)
+    RunFolder(str(path.absolute().parent)).write_bytes(json_lines(lines), path.name)

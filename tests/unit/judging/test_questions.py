@@ -57,12 +57,53 @@ def test_max_prompts_spreads_over_skills_and_keeps_the_order(tmp_path: Path) -> 
         ([line(questions=[]), line("b", prompt="")], "2 faults .no questions 1, empty prompt 1."),
         ([{"id": "a"}], "unreadable, KeyError 'questions'"),
         ([], "must hold at least one prompt"),
+        ([line(prompt=None)], "line 1: unreadable, ValueError prompt must be a text, got null"),
+        ([line(prompt=7)], "prompt must be a text, got 7"),
+        ([line(prompt_id=None)], "id must be a text, got null"),
+        ([line(skill=None)], "skill must be a text, got null"),
+        ([line(questions=[{**question(1), "question": None}])], "question must be a text, got null"),
+        ([line(questions=[question(1.5)])], "id must be a whole number, got 1.5"),
+        ([line(questions=[question(True)])], "id must be a whole number, got true"),
+        ([line(questions=[question(1, None)])], "parent must be a whole number, got null"),
+        ([line(questions=[{**question(1), "parents": "1"}])], 'parents must be a list, got "1"'),
+        ([line(questions=[{**question(1), "choices": "red", "answer": "red"}])], 'choices must be a list, got "red"'),
+        ([line(questions=[{**question(1), "answer": "maybe"}])], "answer that is neither yes nor no, a question 1"),
+        ([line(questions=[{**question(1), "weight": float("nan")}])], "unreadable, ValueError NaN is no JSON"),
+        ([line(prompt="\ud83d")], "half of a surrogate pair"),
     ],
 )
 def test_faults_are_counted_and_the_first_is_named(tmp_path: Path, lines: Any, message: str) -> None:
     with pytest.raises(JudgeError, match=message) as caught:
         open_suite(write(tmp_path / "suite.jsonl", lines))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ({}, "yes"),
+        ({"answer": None}, "yes"),
+        ({"answer": "no"}, "no"),
+        ({"answer": "No."}, "no"),
+        ({"answer": False}, "no"),
+        ({"answer": True, "choices": None}, "yes"),
+        ({"answer": "red", "choices": ["Red", "Blue"]}, "Red"),
+        ({"answer": 0, "choices": [0, 1]}, "0"),
+        ({"answer": "two", "choices": [1, 2.0]}, "2"),
+        ({"answer": False, "choices": [True, False]}, "no"),
+    ],
+)
+def test_gold_answers_as_files_have_them(tmp_path: Path, given: Any, answer: str) -> None:
+    (prompt,) = open_suite(write(tmp_path / "suite.jsonl", [line(questions=[{**question(1), **given}])]))
+    assert prompt.questions[0].answer == answer
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r", "\ufeff"])
+def test_a_prompt_keeps_the_separators_that_end_no_line(tmp_path: Path, separator: str) -> None:
+    prompt = f"a red{separator}cup"
+    path = tmp_path / "suite.jsonl"
+    path.write_text(f"\ufeff{json.dumps(line(prompt=prompt), ensure_ascii=False)}\n", encoding="utf-8", newline="")
+    assert [each.prompt for each in open_suite(str(path))] == [prompt]
 
 
 def test_missing_file_is_one_line(tmp_path: Path) -> None:

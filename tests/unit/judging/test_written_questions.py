@@ -171,6 +171,16 @@ def test_a_written_file_is_a_suite_and_is_not_written_twice(config: WriterConfig
     assert by_id["b"].prompt == "three cups"
 
 
+@pytest.mark.parametrize("awkward", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\ufeff", '"', "\\", "\n", "🐈"])
+def test_a_file_about_any_prompt_is_read_again(config: WriterConfig, tmp_path: Path, awkward: str) -> None:
+    prompts = [PromptToAsk("a", "s", f"a{awkward}cup"), PromptToAsk("b", "s", f"{awkward} b cup")]
+    path = tmp_path / "questions.jsonl"
+    assert write(prompts, config, path, Script(config)).prompts == 2
+    again = write(prompts, config, path, Script(config))
+    assert (again.prompts, again.reused, again.failed) == (2, 2, 0)
+    assert [each.prompt for each in open_suite(str(path))] == [each.prompt for each in prompts]
+
+
 def test_tifa_files_keep_choices_and_answers(tmp_path: Path) -> None:
     config = WriterConfig(style="tifa")
     write(PROMPTS[:1], config, tmp_path / "questions.jsonl", Script(config))
@@ -247,3 +257,36 @@ def test_prompts_are_read_from_text_and_from_lines(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(JudgeError, match="at least one prompt"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_bytes("\ufeffa cat\r\n\r\na dog\u2028of two lines\n".encode())
+    assert [each.prompt for each in read_prompts(tmp_path / "mine.txt")] == ["a cat", "a dog\u2028of two lines"]
+    (tmp_path / "mine.jsonl").write_bytes('\ufeff{"prompt": "a cat", "id": null, "skill": null}\n'.encode())
+    (prompt,) = read_prompts(tmp_path / "mine.jsonl")
+    assert (prompt.prompt, prompt.skill) == ("a cat", "mine")
+    assert prompt.id not in ("None", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"prompt": null}', "prompt must be a text, got null"),
+        ('{"prompt": 5}', "prompt must be a text, got 5"),
+        ('{"prompt": " - "}', 'prompt must be a text, got " - "'),
+        ('{"prompt": ["a"]}', r'prompt must be a text, got \["a"\]'),
+        ('{"prompt": "a", "id": 1.5}', "id must be a text, got 1.5"),
+        ('{"prompt": "a", "id": true}', "id must be a text, got true"),
+        ('{"prompt": "a", "skill": 3}', "skill must be a text, got 3"),
+        ('{"prompt": "a", "weight": NaN}', "NaN is no JSON"),
+        (r'{"prompt": "\ud83d"}', "half of a surrogate pair"),
+        ("null", "must be a JSON object with a prompt"),
+        ('["a"]', "must be a JSON object with a prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_its_line(tmp_path: Path, line: str, fault: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a cat"}\n\n' + line + "\n")
+    with pytest.raises(JudgeError, match=f"mine.jsonl line 3.*{fault}") as caught:
+        read_prompts(path)
+    assert "\n" not in str(caught.value)
