@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     path, *overrides = arguments
     try:
-        config = validate(ScoreFileConfig, apply_overrides({}, overrides), "score_file")
+        config = validate(ScoreFileConfig, apply_overrides({}, overrides, ScoreFileConfig), "score_file")
         figures = score_file(Path(path), config)
     except SelmaError as error:
         sys.stderr.write(f"{error}\n")

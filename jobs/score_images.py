@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     from selma_ray.storage import RunFolder
 
     try:
-        config = validate(ScoreImagesConfig, apply_overrides({}, overrides), "score_images")
+        config = validate(ScoreImagesConfig, apply_overrides({}, overrides, ScoreImagesConfig), "score_images")
         result = score_run(RunFolder(run_dir), open_configured(config), config)
     except SelmaError as error:
         sys.stderr.write(f"{error}\n")

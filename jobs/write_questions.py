@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     prompts_path, questions_path, *overrides = arguments
     try:
-        config = validate(WriterConfig, apply_overrides({}, overrides), "questions")
+        config = validate(WriterConfig, apply_overrides({}, overrides, WriterConfig), "questions")
         prompts = read_prompts(Path(prompts_path))
         cluster = ClusterConfig()
         connect(cluster)

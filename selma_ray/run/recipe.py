@@ -99,7 +99,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     A file that says `extends: OTHER.yaml`, a path relative to its own folder, changes that recipe: mappings are merged key by key,
     everything else replaces what stood there.
     """
-    return validate(Recipe, apply_overrides(_read_recipe(Path(path)), overrides), source=str(path))
+    return validate(Recipe, apply_overrides(_read_recipe(Path(path)), overrides, Recipe), source=str(path))
 
 
 def _read_recipe(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The runs of a study: one for each experiment and seed, each in a folder of its own, sharing what earlier ones have made."""
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selma_ray.config import apply_overrides, identity, validate
+from selma_ray.config import identity, set_values, validate
 from selma_ray.errors import ConfigError
 from selma_ray.run.opening import Run
 from selma_ray.run.recipe import Recipe
@@ -51,11 +50,10 @@ def arm_recipe(study: Study, name: str, seed: int) -> Recipe:
     """Return the recipe of an experiment, without what it does not score; raises ConfigError where its changes do not fit."""
     arm = study.config.arms[name]
     whole = study.recipe.model_dump(mode="json") | {"run_dir": study.place(name, f"seed={seed}")}
-    changes = [f"{key}={json.dumps(value)}" for key, value in arm.changes.items()]
-    fixed = {change.partition("=")[0].partition(".")[0] for change in changes} & {"seed", "run_dir", "cluster"}
+    fixed = {key.partition(".")[0] for key in arm.changes} & {"seed", "run_dir", "cluster"}
     if fixed:
         raise ConfigError(f"arms.{name}.changes must not set {sorted(fixed)[0]}, which the study sets; leave it out")
-    made = validate(Recipe, apply_overrides(whole, [*changes, f"seed={seed}"]), source=f"arms.{name}.changes")
+    made = validate(Recipe, set_values(whole, arm.changes | {"seed": seed}), source=f"arms.{name}.changes")
     missing = [kind for kind in _BASELINES if kind in arm.models and getattr(made.experts, kind) is None]
     if missing:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Which experiments a study makes: a YAML file of its own, that names the recipe that they change."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -10,7 +11,7 @@ __all__ = ["ArmConfig", "Kind", "StudyConfig"]
 
 Kind = Literal["experts", "mixed", "moe", "merged"]
 
-_NAME = r"^[a-z0-9][a-z0-9_-]*$"
+_NAME = r"[a-z0-9][a-z0-9_-]*"
 
 
 class ArmConfig(StrictModel):
@@ -53,9 +54,7 @@ class StudyConfig(StrictModel):
     @field_validator("arms")
     @classmethod
     def _names_fit_folders(cls, arms: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
-        import re
-
-        wrong = next((name for name in arms if not re.match(_NAME, name)), None)
+        wrong = next((name for name in arms if not re.fullmatch(_NAME, name)), None)
         if wrong is not None:
             raise ValueError(f"must have names of lower-case letters, digits, - and _, not {wrong!r}")
         return arms

@@ -48,7 +48,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     if "arms" not in mapping:
         raise ConfigError(f"{path} names no experiments; name a study, such as jobs/recipes/miniature_study.yaml")
     of_study = [each.removeprefix(_PREFIX) for each in overrides if each.startswith(_PREFIX)]
-    config = validate(StudyConfig, apply_overrides(mapping, of_study), source=str(path))
+    config = validate(StudyConfig, apply_overrides(mapping, of_study, StudyConfig), source=str(path))
     place = [f"run_dir={config.run_dir}"] if config.run_dir else []
     of_recipe = [each for each in overrides if not each.startswith(_PREFIX)]
     return Study(config, load_recipe(path.parent / config.recipe, [*place, *of_recipe]))

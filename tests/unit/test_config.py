@@ -1,7 +1,12 @@
+import re
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, BeforeValidator, Field
 
 from selma_ray.config import (
     Placement,
@@ -10,11 +15,13 @@ from selma_ray.config import (
     first_difference,
     identity,
     read_yaml,
+    set_values,
     validate,
 )
 from selma_ray.errors import ConfigError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.images.config import ImagesConfig
+from selma_ray.run.recipe import Recipe
 
 
 class Inner(StrictModel):
@@ -66,6 +73,192 @@ def test_overrides_set_nested_keys_and_leave_the_source_alone() -> None:
         "name": ["a", "b"],
     }
     assert source == {"inner": {"learning_rate": 1.0}}
+
+
+class Setting(StrictModel):
+    name: str = "a"
+
+
+class Fields(StrictModel):
+    text: str = ""
+    maybe: str | None = None
+    path: Path | None = None
+    placed: Placement[str] = ""
+    word: Literal["auto", "1"] = "auto"
+    count: int = 0
+    chance: float = 0.0
+    kind: Literal[0, 1, 2] = 0
+    flag: bool = False
+    flag_or_count: bool | int = 0
+    several: tuple[float, ...] = ()
+    listed: list[int | None] | None = None
+    by_name: dict[str, float] | None = None
+    texts: dict[str, str] = Field(default_factory=dict)
+    setting: Annotated[Setting, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)] = (
+        Setting()
+    )
+    inner: Inner | None = None
+    anything: dict[str, Any] = Field(default_factory=dict)
+
+
+def overridden(*overrides: str) -> Fields:
+    return validate(Fields, apply_overrides({}, overrides, Fields), "r.yaml")
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    ["cartoon #3, text", "a: b", "- a", "[a", "{a", "'a'", '"a"', "010", "1e-4", "no", "true", "2024-01-01", "a=b", " a ", "!a", "&a", "*", "| a", "%"]
+)  # fmt: skip
+
+
+@given(TEXTS)
+def test_a_field_that_holds_a_text_takes_an_override_as_it_stands(text: str) -> None:
+    assert overridden(f"text={text}").text == text
+    assert overridden(f"placed={text}").placed == text
+    assert overridden(f"texts.a={text}").texts == {"a": text}
+    assert overridden(f"setting.name={text}").setting.name == text
+    assert overridden(f"maybe={text}").maybe == (None if text in ("", "null", "~") else text)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("count=010", "count", 10),
+        ("count=0x10", "count", 16),
+        ("count=1_000", "count", 1000),
+        ("count= 3 ", "count", 3),
+        ("chance=1e-4", "chance", 1e-4),
+        ("chance=.5", "chance", 0.5),
+        ("flag=yes", "flag", True),
+        ("flag=false", "flag", False),
+        ("flag_or_count=true", "flag_or_count", True),
+        ("word=1", "word", "1"),
+        ("kind=2", "kind", 2),
+        ("several=[1, 2.5]", "several", (1.0, 2.5)),
+        ("listed=[1, null]", "listed", [1, None]),
+        ("listed=null", "listed", None),
+        ("by_name={a: 1}", "by_name", {"a": 1.0}),
+        ("by_name.a=2", "by_name", {"a": 2.0}),
+        ("setting=x", "setting", Setting(name="x")),
+        ("setting={name: 'x # y'}", "setting", Setting(name="x # y")),
+        ("inner={learning_rate: 1e-4}", "inner", Inner(learning_rate=1e-4)),
+        ("anything.a=010", "anything", {"a": 10}),
+        ("anything.a=10:30", "anything", {"a": "10:30"}),
+        ("anything.a=no", "anything", {"a": "no"}),
+        ("anything.a=x #3", "anything", {"a": "x #3"}),
+        ("anything.a='010'", "anything", {"a": "010"}),
+        ("path=/a #b", "path", Path("/a #b")),
+    ],
+)
+def test_overrides_of_every_kind_of_field(override: str, field: str, value: Any) -> None:
+    found = getattr(overridden(override), field)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "override", ["count=3 # three", "several=[1] # one", "several=[1] 2", "by_name={a: 1, a: 2}", "chance=1 000"]
+)
+def test_nothing_of_an_override_is_dropped(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        overridden(override)
+    assert "\n" not in str(caught.value)
+
+
+NO_NUMBERS = [True, False, float("inf"), float("-inf"), float("nan"), ".inf", "nan", "Infinity", "1e999"]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize(
+    "place", ["count", "chance", "kind", "several", "listed", "by_name", "inner.learning_rate", "setting.name"]
+)
+def test_what_is_no_finite_number_is_refused(value: Any, place: str) -> None:
+    if place == "setting.name" and isinstance(value, str):
+        return
+    wrapped = {"several": [1, value], "listed": [value], "by_name": {"a": value}}.get(place, value)
+    with pytest.raises(ConfigError, match=place) as caught:
+        validate(Fields, set_values({}, {place: wrapped}), "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def numbers_of(model: type[BaseModel], path: str = "") -> list[str]:
+    """Return the key paths of a recipe's plain numbers."""
+    found = []
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            found += numbers_of(nested, f"{path}{name}.")
+        elif nested in (int, float, int | None, float | None):
+            found.append(f"{path}{name}")
+    return found
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "true"])
+def test_every_number_of_a_recipe_is_finite(text: str) -> None:
+    whole = {"run_dir": "x", "skills": ["coco"]}
+    keys = numbers_of(Recipe)
+    assert len(keys) > 60
+    for key in keys:
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            validate(Recipe, apply_overrides(whole, [f"{key}={text}"], Recipe), "r.yaml")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", "'a'", '"b"', "c", "1", "'1'"]), max_size=5), st.integers(0, 3), st.booleans()
+)
+def test_a_key_that_is_set_twice_is_refused_at_every_depth(
+    tmp_path: Path, keys: list[str], depth: int, is_flow: bool
+) -> None:
+    path = tmp_path / "r.yaml"
+    indent = "  " * depth
+    parents = "".join(f"{'  ' * level}level{level}:\n" for level in range(depth))
+    body = (
+        f"{indent}flow: {{{', '.join(f'{key}: 0' for key in keys)}}}\n"
+        if is_flow
+        else "".join(f"{indent}{key}: 0\n" for key in keys)
+    )
+    path.write_text(f"{parents}{body}" or "x: 1\n")
+    meant = [key if key == "'1'" else key.strip("'\"") for key in keys]
+    if len(set(meant)) == len(meant):
+        if body:
+            read_yaml(path)
+        return
+    with pytest.raises(ConfigError, match=r"r\.yaml: .* is set twice, in lines \d+ and \d+; keep one") as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_lines_of_a_second_section_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("experts:\n  steps: 3\nseed: 1\nexperts:\n  steps: 4\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml: experts is set twice, in lines 1 and 4; keep one"):
+        read_yaml(path)
+
+
+def test_merged_keys_may_be_set_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: [*b, *a], y: 3}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 1}, "c": {"x": 2, "y": 3}}
+
+
+def test_a_file_is_read_as_it_looks(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(
+        "\ufeffa: 010\nb: 1e-4\nc: no\nd: 2024-01-01\ne: 10:30\nf: true\ng: ~\nh:\ni: 0x1F\nj: '010'\nk: .inf\n".encode()
+    )
+    assert read_yaml(path) == {
+        "a": 10, "b": 1e-4, "c": "no", "d": "2024-01-01", "e": "10:30", "f": True, "g": None, "h": None, "i": 31, "j": "010",
+        "k": float("inf"),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(tmp_path)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
+def test_a_resolved_recipe_is_read_as_it_was(text: str) -> None:
+    recipe = validate(
+        Recipe, {"run_dir": "x", "skills": ["coco"], "images": {"sampling": {"negative_prompt": text}}}, "r.yaml"
+    )
+    assert validate(Recipe, yaml.safe_load(recipe.as_yaml()), "r.yaml") == recipe
 
 
 @pytest.mark.parametrize("override", ["name", "=3", "name.deeper=1", "inner=[1"])
