@@ -25,6 +25,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline, use_scheduler
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoiser import denoiser_for
+from selma_ray.serving.engine import Engine
 from selma_ray.serving.requests import ImageRequest
 
 BATCH = 8
@@ -90,16 +91,13 @@ def _draw(way: Way, suite: Sequence[PromptWithQuestions]) -> tuple[float, list[I
     use_scheduler(pipeline, way.scheduler)
     batch = StepBatch(denoiser_for(pipeline, cache_interval=way.cache_interval), BATCH, SIZE_PX)
     started_s = time.monotonic()
-    tickets = [
-        batch.submit(ImageRequest(prompt.prompt, seed, way.steps, GUIDANCE, *SIZE_PX))
-        for seed, prompt in enumerate(suite)
-    ]
-    images: dict[int, Image.Image] = {}
-    while len(batch):
-        for outcome in batch.step():
-            assert outcome.image is not None, outcome.error
-            images[outcome.ticket] = outcome.image
-    return time.monotonic() - started_s, [images[ticket] for ticket in tickets]
+    engine = Engine(batch, len(suite))
+    drawn = engine.submit(
+        [ImageRequest(prompt.prompt, seed, way.steps, GUIDANCE, *SIZE_PX) for seed, prompt in enumerate(suite)]
+    )
+    images = [each.result() for each in drawn]
+    engine.close()
+    return time.monotonic() - started_s, images
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.errors import ConfigError, ModelNotFoundError, RenderError
 from selma_ray.models.conditions import Condition, Conditions
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.course import Course
@@ -24,7 +24,7 @@ from selma_ray.models.families import FAMILIES
 from selma_ray.models.hub import hub_file
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
 
-__all__ = ["Batch", "Encoders", "Family", "Predictor", "open_family", "open_predictor"]
+__all__ = ["Batch", "Encoders", "Family", "Predictor", "has_part", "open_family", "open_predictor"]
 
 Batch = Mapping[str, torch.Tensor]
 """Encoded examples by name, N first: `latent_mean` and `latent_std` (NChw) and whatever the family conditions on."""
@@ -97,8 +97,8 @@ class Predictor(Protocol):
     ) -> torch.Tensor:
         """Return the prediction to follow, by the family's own way of guidance; without a negative condition there is one alone."""
 
-    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
-        """Turn finished latents into RGB images."""
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image | RenderError]:
+        """Turn latents into RGB images; one that is not finite is an error in its place."""
 
 
 def open_family(model: ModelConfig) -> Family:
@@ -122,11 +122,22 @@ def open_predictor(pipeline: Any) -> Predictor:
     return getattr(import_module(f"selma_ray.models.{module}"), predictor)(pipeline)
 
 
+def has_part(model: ModelConfig, name: str) -> bool:
+    """Tell whether a pipeline has an optional part, such as a safety_checker, by its `model_index.json` alone."""
+    return any(_index(model, locate_text_to_image(model.name, model.revision)).get(name) or ())
+
+
 def _pipeline_class(model: ModelConfig, located: LocatedModel) -> str:
+    return _index(model, located)["_class_name"]
+
+
+def _index(model: ModelConfig, located: LocatedModel) -> Mapping[str, Any]:
     path = Path(located.path) / "model_index.json"
     if not path.is_file():
         path = hub_file("model.name", located.path, "model_index.json", model.revision)
     try:
-        return json.loads(path.read_text())["_class_name"]
+        index = json.loads(path.read_text())
+        index["_class_name"]
+        return index
     except (ValueError, KeyError, TypeError):
         raise ModelNotFoundError(f"{path} must be a pipeline's index with _class_name; save the model again") from None

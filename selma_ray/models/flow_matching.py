@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from PIL import Image
 
 from selma_ray.errors import ConfigError, DrawingError
 from selma_ray.models.conditions import Condition
@@ -133,13 +132,10 @@ class FlowMatching(ABC):
 class FlowPredictor(PipelinePredictor):
     """What families of flow matching do alike: a velocity's course, and the autoencoder's shift."""
 
-    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
-        """Decode and return RGB images."""
+    def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
         latents_NChw = latents_NChw / vae.config.scaling_factor + vae.config.shift_factor
-        return self._pipeline.image_processor.postprocess(
-            vae.decode(latents_NChw, return_dict=False)[0], output_type="pil"
-        )
+        return vae.decode(latents_NChw, return_dict=False)[0]
 
     def _course(self, drawing: Drawing, channels: int, patch: int, schedule: Mapping[str, Any]) -> Course:
         """Draw the initial noise as diffusers' pipelines do; raises DrawingError for a size that has no whole patches."""

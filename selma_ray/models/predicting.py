@@ -1,6 +1,6 @@
 """A loaded pipeline taken apart, so that the rows of one step may stand at different timesteps.
 
-Shapes: N rows or images, C latent channels, h x w latent pixels.
+Shapes: N rows or images, C latent channels, h x w latent pixels, H x W pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from selma_ray.errors import RenderError
 from selma_ray.models.conditions import Condition, Conditions, Texts, stacked
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
@@ -50,9 +51,20 @@ class PipelinePredictor(ABC):
             return predicted_NChw
         return unconditional_NChw + drawing.guidance_scale * (predicted_NChw - unconditional_NChw)
 
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image | RenderError]:
+        """Turn latents into RGB images; one that is not finite is an error in its place, as a conversion would make it black."""
+        pixels_N3HW = self._decode(latents_NChw)
+        finite_N = torch.isfinite(pixels_N3HW).flatten(1).all(1).cpu()
+        drawn = iter(
+            self._pipeline.image_processor.postprocess(pixels_N3HW[finite_N], output_type="pil")
+            if finite_N.any()
+            else ()
+        )
+        return [next(drawn) if finite else self._not_finite() for finite in finite_N.tolist()]
+
     @abstractmethod
-    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
-        """Turn finished latents into RGB images."""
+    def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
+        """Turn finished latents into pixels (N3HW, -1 to 1)."""
 
     @staticmethod
     @abstractmethod
@@ -65,6 +77,11 @@ class PipelinePredictor(ABC):
         denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
     ) -> torch.Tensor:
         """Call the denoiser with what the family conditions on; returns its prediction (NChw)."""
+
+    def _not_finite(self) -> RenderError:
+        return RenderError(
+            f"the decoded image is not finite; the model's dtype may overflow: set it to bf16 or fp32 (now {self._dtype})"
+        )
 
     def _embed(self, texts: list[str]) -> list[Condition]:
         encoded = self._encode_texts(self._pipeline, texts)

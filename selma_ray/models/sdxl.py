@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from PIL import Image
 
 from selma_ray.models.conditions import Condition, Conditions
 from selma_ray.models.drawing import Drawing
@@ -94,13 +93,13 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
             conditions.append(Conditions({**embedded.positive, **size}, negative))
         return conditions
 
-    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
-        """Decode, in full precision where the autoencoder overflows in half, and return RGB images."""
+    def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
+        """Decode, in full precision where the autoencoder overflows in half; it has its own again whatever fails."""
         pipeline, vae = self._pipeline, self._pipeline.vae
-        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
-        if upcast:
-            vae.to(torch.float32)
+        dtype = vae.dtype
         try:
+            if dtype == torch.float16 and vae.config.force_upcast:
+                vae.to(torch.float32)
             latents_NChw = latents_NChw.to(vae.dtype) / vae.config.scaling_factor
             if vae.config.latents_mean is not None and vae.config.latents_std is not None:
                 std_C = latents_NChw.new_tensor(vae.config.latents_std)
@@ -108,11 +107,10 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
                 latents_NChw = latents_NChw * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
             pixels_N3HW = vae.decode(latents_NChw, return_dict=False)[0]
         finally:
-            if upcast:
-                vae.to(torch.float16)
+            vae.to(dtype)  # where it has that precision this does nothing
         if pipeline.watermark is not None:
             pixels_N3HW = pipeline.watermark.apply_watermark(pixels_N3HW)
-        return pipeline.image_processor.postprocess(pixels_N3HW, output_type="pil")
+        return pixels_N3HW
 
 
 def _zeroed(condition: Condition) -> Condition:

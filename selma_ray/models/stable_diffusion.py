@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
-from PIL import Image
 from transformers import CLIPTextConfig
 
 from selma_ray.errors import ConfigError
@@ -170,10 +169,6 @@ class StableDiffusionPredictor(PipelinePredictor):
         shape_NChw = (1, self.denoiser.config.in_channels, drawing.height_px // scale, drawing.width_px // scale)
         return Course(self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device)
 
-    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
-        """Decode, apply the pipeline's own safety checker where it has one, and return RGB images."""
-        pipeline = self._pipeline
-        pixels_N3HW = pipeline.vae.decode(latents_NChw / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-        pixels_N3HW, flagged = pipeline.run_safety_checker(pixels_N3HW, self._device, self._dtype)
-        denormalized = [True] * len(pixels_N3HW) if flagged is None else [not flag for flag in flagged]
-        return pipeline.image_processor.postprocess(pixels_N3HW, output_type="pil", do_denormalize=denormalized)
+    def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
+        vae = self._pipeline.vae
+        return vae.decode(latents_NChw / vae.config.scaling_factor, return_dict=False)[0]

@@ -37,6 +37,11 @@ class ServingConfig(StrictModel):
     cache_interval: int = Field(default=1, ge=1)
     """Denoising steps from one pass through the whole UNet to the next, with its deep features kept between (DeepCache); 1
     keeps none. It saves time and changes images: measure what it costs with `python -m benchmarks.sampling`."""
+    safety_checker: bool = False
+    """Ask the safety checker that pipelines of Stable Diffusion 1.x come with about every image; a flagged one is answered 400."""
+    content_filter: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """A class of yours, as package.module:Class, that decides which prompts are drawn and which images are shown: see
+    `selma_ray.serving.filters.ContentFilter`; default: all are."""
     max_steps: int = Field(default=100, ge=1, le=1000)
     """Most denoising steps a request may ask for."""
     max_guidance_scale: float = Field(default=30, ge=1)
@@ -55,11 +60,17 @@ class ServingConfig(StrictModel):
     """Most pixels of an image sent to be scored."""
     max_batch_size: int = Field(default=8, ge=1)
     """Images that share a denoising step; larger sizes than the default share fewer."""
+    size_weights: dict[Annotated[str, StringConstraints(pattern=r"^\d+x\d+$")], Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict
+    )
+    """Shares of the time, relative to 1, of sizes (WIDTHxHEIGHT) that are to have more or less of it than others where several are
+    drawn: {1024x1024: 0.5}."""
     max_queued_requests: int = Field(default=64, ge=1)
     """Images that may wait in a replica beyond those in its full batch; as many requests (at least 8) may wait for a replica with
     room, more are answered 429."""
     request_timeout_s: float = Field(default=120, gt=0)
-    """Seconds after which a request is answered 504."""
+    """Seconds after which a request is answered 504; one that would take longer, by the measured time of its images and of what is
+    before them, is refused at once."""
     stall_timeout_s: float = Field(default=120, gt=0)
     """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
     judge: JudgeSetting | None = JudgeConfig()
@@ -134,6 +145,12 @@ class ServingConfig(StrictModel):
                 f"judge.num_gpus must be left out, got {self.judge.num_gpus:g}; set serving.evaluator_num_gpus, its replica's"
             )
         return self
+
+    @property
+    def weights_by_size_px(self) -> dict[tuple[int, int], float]:
+        """Return size_weights by (height, width)."""
+        sizes = {tuple(map(int, size.split("x"))): weight for size, weight in self.size_weights.items()}
+        return {(height_px, width_px): weight for (width_px, height_px), weight in sizes.items()}
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from selma_ray.adapters.mixing import Expert, ExpertLayers, Mix
-from selma_ray.errors import ConfigError, DrawingError
+from selma_ray.errors import ConfigError, DrawingError, RenderError
 from selma_ray.models.conditions import Condition
 from selma_ray.models.course import Course
 from selma_ray.models.family import Predictor, open_predictor
@@ -67,6 +67,7 @@ class Denoiser:
         self, predictor: Predictor, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1
     ) -> None:
         self._predictor = predictor
+        self.device: torch.device = predictor.denoiser.device
         self._deep_features = DeepFeatures(predictor.denoiser, cache_interval) if cache_interval > 1 else None
         self._experts = ExpertLayers(predictor.denoiser, experts or {})
 
@@ -102,8 +103,8 @@ class Denoiser:
         """Return the prediction that a request follows."""
         return self._predictor.guide(request, predicted_NChw, unconditional_NChw)
 
-    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image]:
-        """Turn finished latents into RGB images."""
+    def decode(self, latents_NChw: torch.Tensor) -> list[Image.Image | RenderError]:
+        """Turn latents into RGB images; one that is not finite is an error in its place."""
         return self._predictor.decode(latents_NChw)
 
     def _predict(self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import math
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +26,7 @@ from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full, timed_out, unavailable
 from selma_ray.serving.evaluator import Evaluator, Scorer
+from selma_ray.serving.filters import check_safety_checker
 from selma_ray.serving.generator import Generator, OpenExperts
 from selma_ray.serving.keys import ApiKey, read_keys
 from selma_ray.serving.requests import ImageRequest
@@ -34,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 _ONGOING_API_REQUESTS = 1000
 _BURST = 8  # requests that may arrive at one moment, while a replica with room is looked up for each
-_RETRY_AFTER_S = 2
+_RETRY_AFTER_S = 2  # before anything was measured
+_ANSWERS_REMEMBERED = 15
 _STATS_TIMEOUT_S = 5.0
 _HEALTH_CHECK_PERIOD_S = 5.0
 _ATTEMPTS = 3
@@ -52,8 +57,9 @@ def application(
 
     `open_scorer` opens the judge and models of other scores on the evaluator's replicas, `open_experts` reads the experts
     on the generator's.
-    Raises ConfigError where the keys' file is unusable.
+    Raises ConfigError where the keys' file is unusable, or a safety checker is asked of a model without one.
     """
+    check_safety_checker(config, models.merged)
     keys = read_keys(config.api_keys_file, config.requests_per_minute) if config.api_keys_file else ()
     place = {"num_cpus": config.num_cpus, **role_options("serve", cluster)}
     generator = serve.deployment(
@@ -144,6 +150,7 @@ class Deployments:
         self._generator = generator
         self._evaluator = evaluator
         self._timeout_s = timeout_s
+        self._answered_s: dict[str, deque[float]] = {}
 
     async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
         """Return one encoded image a request."""
@@ -162,6 +169,8 @@ class Deployments:
                     return
         except TimeoutError:
             raise timed_out(self._timeout_s) from None
+        except BackPressureError:
+            raise queue_full(self._retry_after_s("generator")) from None
         except (RayError, RayServeException, RequestError) as error:
             raise _refusal(error, "generator") from None
         finally:
@@ -201,12 +210,16 @@ class Deployments:
 
     async def _answer(self, ask: Callable[[], Any], what: str) -> Any:
         """Await a replica's answer; when time is up or the client goes away, the replica is told to stop."""
-        deadline_s = time.monotonic() + self._timeout_s
+        started_s = time.monotonic()
+        deadline_s = started_s + self._timeout_s
         deaths = 0
         while True:
             response = ask()
             try:
-                return await asyncio.wait_for(response, deadline_s - time.monotonic())
+                answer = await asyncio.wait_for(response, deadline_s - time.monotonic())
+                answered_s = self._answered_s.setdefault(what, deque(maxlen=_ANSWERS_REMEMBERED))
+                answered_s.append(time.monotonic() - started_s)
+                return answer
             except TimeoutError:
                 response.cancel()
                 raise timed_out(self._timeout_s) from None
@@ -220,18 +233,21 @@ class Deployments:
                 if deaths == _ATTEMPTS:
                     raise _refusal(error, what) from None
                 logger.warning("a replica of the %s died with a request, which is asked again", what)
-            except BackPressureError as error:
+            except BackPressureError:
                 if not deaths:
-                    raise _refusal(error, what) from None
+                    raise queue_full(self._retry_after_s(what)) from None
                 await asyncio.sleep(_WAIT_FOR_ROOM_S)  # it had been accepted before its replica died
             except (RayError, RayServeException, RequestError) as error:
                 raise _refusal(error, what) from None
 
+    def _retry_after_s(self, what: str) -> int:
+        """Return the seconds that answers have taken lately: whoever comes back then finds other requests before it."""
+        answered_s = self._answered_s.get(what)
+        return math.ceil(statistics.median(answered_s)) if answered_s else _RETRY_AFTER_S
+
 
 def _refusal(error: Exception, what: str) -> Exception:
     """Return how an error of a replica is answered; a fault of ours stays what it is."""
-    if isinstance(error, BackPressureError):
-        return queue_full(_RETRY_AFTER_S)
     if isinstance(error, RequestError):
         # Ray raises a class of its own that holds the replica's error as `cause`.
         return getattr(error, "cause", error)

@@ -1,5 +1,6 @@
 """Refusals of a request, each with its HTTP status, in the shape of OpenAI's errors."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,15 +8,20 @@ from selma_ray.errors import ServingError
 
 __all__ = [
     "RequestError",
+    "content_refused",
     "error_body",
+    "failed_image",
     "internal_error",
     "invalid_request",
     "metric_not_served",
     "queue_full",
+    "queue_too_long",
     "rate_limited",
     "timed_out",
     "too_large",
+    "too_large_for_memory",
     "too_slow",
+    "too_slow_to_draw",
     "unauthorized",
     "unavailable",
 ]
@@ -74,6 +80,49 @@ def too_slow(timeout_s: float) -> RequestError:
 def unauthorized(message: str) -> RequestError:
     """Return the refusal of a request without a valid key."""
     return RequestError(message, 401, "invalid_api_key")
+
+
+def content_refused(reason: str, param: str | None = None) -> RequestError:
+    """Return the refusal of a prompt or an image that a content filter or a safety checker does not let through."""
+    return invalid_request(f"{reason}; change the prompt or take another seed", param, "content_policy_violation")
+
+
+def failed_image(reason: str) -> RequestError:
+    """Return the answer to a request whose image came out unusable."""
+    return RequestError(reason, 500, "image_failed")
+
+
+def too_large_for_memory(size_px: tuple[int, int]) -> RequestError:
+    """Return the answer to a request of which not even one image, height by width, fits the memory."""
+    height_px, width_px = size_px
+    return RequestError(
+        f"an image of {width_px}x{height_px} does not fit the memory of this service; ask for a smaller size",
+        500,
+        "out_of_memory",
+        "size",
+    )
+
+
+def queue_too_long(estimate_s: float, timeout_s: float) -> RequestError:
+    """Return the refusal of a request that would not be answered in time behind what was accepted before it."""
+    wait_s = max(1, math.ceil(estimate_s - timeout_s))
+    return RequestError(
+        f"the answer would take about {estimate_s:.0f} s behind what is being drawn, more than the {timeout_s:g} s allowed here; "
+        f"try again in {wait_s} s",
+        429,
+        "queue_too_long",
+        retry_after_s=wait_s,
+    )
+
+
+def too_slow_to_draw(estimate_s: float, timeout_s: float) -> RequestError:
+    """Return the refusal of a request that would not be answered in time even by an idle service."""
+    return invalid_request(
+        f"the images would take about {estimate_s:.0f} s to draw, more than the {timeout_s:g} s allowed here; "
+        "ask for a smaller size, fewer steps or fewer images",
+        "size",
+        "too_slow_to_draw",
+    )
 
 
 def queue_full(retry_after_s: int) -> RequestError:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from selma_ray.adapters.mixing import Expert
+from selma_ray.adapters.mixing import Expert, Mix
 from selma_ray.config import StrictModel, validate
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of, see_own_gpus
@@ -19,12 +19,16 @@ from selma_ray.serving.backend import Drawn
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat, encode
 from selma_ray.serving.engine import Engine
-from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.errors import RequestError
+from selma_ray.serving.filters import Filters, open_filters
+from selma_ray.serving.requests import MERGED, ImageRequest
 from selma_ray.serving.served import ServedModels
 
 __all__ = ["Generator", "MergedWeights", "OpenExperts", "engine_for", "use_threads"]
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP_STEPS = 4
 
 OpenExperts = Callable[[Mapping[str, str]], Mapping[str, Expert]]
 """Reads experts from their adapter folders, by name."""
@@ -53,15 +57,20 @@ class Generator:
         self._weights = MergedWeights()
         self._pipeline = load_pipeline(models.merged, device_of(config.num_gpus, "serving.num_gpus"))
         use_scheduler(self._pipeline, config.sampling.scheduler)
+        self._filters = open_filters(config, self._pipeline)
+        if not config.safety_checker and getattr(self._pipeline, "safety_checker", None) is not None:
+            self._pipeline.safety_checker = None  # 1.2 GB that nobody asks
         base = None if models.base is None else _with_denoiser_of(self._pipeline, models.base)
         experts = open_experts(models.experts) if open_experts else {}
-        self._engine = engine_for(self._pipeline, config, base, experts)
+        self._engine = engine_for(self._pipeline, config, base, experts, self._filters)
+        self._warm_up(mixes=[MERGED] if base is None else [MERGED, ()])
         self.start_s = time.monotonic() - started_s
         self.swap_s = 0.0
         logger.info("%s is loaded in %.1f s", models.merged.name, self.start_s)
 
     async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
-        """Return one encoded image a request; raises RequestError (429) where the queue is full."""
+        """Return one encoded image a request; raises RequestError: 429 where the queue is full, 400 for what a filter refuses."""
+        await self._check_prompts(requests)
         futures = [asyncio.wrap_future(future) for future in self._engine.submit(requests)]
         try:
             images = await asyncio.gather(*futures)
@@ -72,7 +81,8 @@ class Generator:
         return await asyncio.to_thread(lambda: [encode(image, output_format) for image in images])
 
     async def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
-        """Yield previews and finished images as they come; raises RequestError (429) where the queue is full."""
+        """Yield previews and finished images as they come; raises RequestError as `generate` does."""
+        await self._check_prompts(requests)
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[tuple[int, int | None, Any]] = asyncio.Queue()
 
@@ -125,6 +135,25 @@ class Generator:
         """Stop the engine after the step in progress."""
         self._engine.close()
 
+    def _warm_up(self, mixes: Sequence[Mix | None]) -> None:
+        """Draw an image of the default size with each denoiser, so that the first request finds kernels prepared and steps measured."""
+        sampling = self._config.sampling
+        for steps in dict.fromkeys((min(_WARM_UP_STEPS, sampling.steps), sampling.steps)):
+            drawings = [
+                ImageRequest("", 0, steps, sampling.guidance_scale, sampling.width_px, sampling.height_px, mix=mix)
+                for mix in mixes
+            ]
+            try:
+                for drawn in self._engine.submit(drawings):
+                    drawn.result()
+                return
+            except RequestError as error:  # some schedulers take no few steps; a filter may refuse anything
+                logger.info("warming up with %d steps failed: %s", steps, error)
+
+    async def _check_prompts(self, requests: Sequence[ImageRequest]) -> None:
+        if self._filters:
+            await asyncio.to_thread(self._filters.check_prompts, [request.prompt for request in requests])
+
     def _merged_denoiser(self, weights: MergedWeights) -> Any:
         from selma_ray.serving.denoiser import denoiser_for
 
@@ -138,7 +167,11 @@ class Generator:
 
 
 def engine_for(
-    pipeline: Any, config: ServingConfig, base: Any = None, experts: Mapping[str, Expert] | None = None
+    pipeline: Any,
+    config: ServingConfig,
+    base: Any = None,
+    experts: Mapping[str, Expert] | None = None,
+    filters: Filters | None = None,
 ) -> Engine:
     """Return a running engine around a loaded pipeline and, where there is one, the base with its experts.
 
@@ -150,8 +183,9 @@ def engine_for(
     full_size_px = (config.sampling.height_px, config.sampling.width_px)
     mixing = None if base is None else denoiser_for(base, experts, config.cache_interval)
     merged = denoiser_for(pipeline, cache_interval=config.cache_interval)
-    batch = StepBatch(merged, config.max_batch_size, full_size_px, mixing)
-    return Engine(batch, config.max_batch_size + config.max_queued_requests)
+    batch = StepBatch(merged, config.max_batch_size, full_size_px, mixing, config.weights_by_size_px)
+    room = config.max_batch_size + config.max_queued_requests
+    return Engine(batch, room, config.request_timeout_s, filters.check_images if filters else None)
 
 
 def use_threads(num_threads: int | None) -> None:

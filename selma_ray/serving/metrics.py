@@ -59,6 +59,7 @@ class _Engines:
         gauges = {
             "in_flight": "Images accepted and not answered",
             "waiting": "Images waiting for their first step",
+            "row_step_s": "Seconds of a denoising step of one row",
             "start_s": "Seconds that loading took",
             "swap_s": "Seconds that the last change of merged weights took",
         }
@@ -66,7 +67,7 @@ class _Engines:
             "steps": "Denoising steps, each of a batch",
             "image_steps": "Denoising steps, counted for each image",
             "images": "Images finished",
-            "busy_s": "Seconds spent in steps",
+            "busy_s": "Seconds spent in denoising steps",
         }
         for field, text in gauges.items():
             yield self._family(GaugeMetricFamily(_name(field), text, labels=["replica"]), field)

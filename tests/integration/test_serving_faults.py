@@ -29,8 +29,9 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import GrammarQuestions
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
-from selma_ray.serving.batch import Outcome, StepBatch
+from selma_ray.serving.batch import Failure, StepBatch
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.decoding import Latents
 from selma_ray.serving.evaluator import Asked
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.run import APPLICATION_NAME, Service, start_service
@@ -68,7 +69,7 @@ def open_experts_beside_a_trap(trap: Path, folders: Mapping[str, str]) -> Mappin
     """Read experts in a replica, and let its engine fall into the trap."""
     step = StepBatch.step
 
-    def step_or_stick(self: StepBatch) -> list[Outcome]:
+    def step_or_stick(self: StepBatch) -> list[Latents | Failure]:
         taken = trap.with_suffix(f".{os.getpid()}")
         with suppress(FileNotFoundError):
             trap.rename(taken)

@@ -21,6 +21,7 @@ from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import RANKS, save_experts
 from tests.tiny_models import save_tiny_sdxl
+from tests.unit.serving.solo import stepped
 
 MIXES: tuple[Mix | None, ...] = (
     None, (), (("counting", 1.0),), (("style", 1.0),), (("counting", 0.6), ("style", 0.4)),
@@ -39,7 +40,7 @@ def drawn_together(batch: StepBatch, requests: list[ImageRequest]) -> list[np.nd
     tickets = [batch.submit(request) for request in requests]
     images = {}
     while len(batch):
-        for outcome in batch.step():
+        for outcome in stepped(batch):
             assert outcome.error is None
             images[outcome.ticket] = np.asarray(outcome.image, dtype=int)
     return [images[ticket] for ticket in tickets]

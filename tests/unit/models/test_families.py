@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from selma_ray.errors import ConfigError, DrawingError
 from selma_ray.models.config import ModelConfig
@@ -82,6 +83,7 @@ def test_one_step_of_its_own_is_one_step_of_the_pipeline(pipeline: DiffusionPipe
         output_type="np",
     ).images  # fmt: skip
     (image,) = predictor.decode(course.latents_NCHW)
+    assert isinstance(image, Image.Image)
     assert image.size == (DRAWING.width_px, DRAWING.height_px)
     assert np.abs(np.asarray(image) / 255 - images[0]).max() < 0.006
 

@@ -1,19 +1,43 @@
 """Requests drawn together by the step-batching engine, and each alone by diffusers' own pipeline."""
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from selma_ray.serving.batch import StepBatch
+from selma_ray.serving.batch import Failure, StepBatch
+from selma_ray.serving.decoding import Decoder, Latents
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.requests import ImageRequest
 
-__all__ = ["FULL_SIZE_PX", "assert_equal_to_solo", "random_request", "run_mix", "solo_image"]
+__all__ = ["FULL_SIZE_PX", "Ended", "assert_equal_to_solo", "random_request", "run_mix", "solo_image", "stepped"]
 
 FULL_SIZE_PX = (64, 64)
 SIZES_PX = ((64, 64), (32, 48), (96, 64))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A request that has left the batch, decoded."""
+
+    ticket: int
+    image: Any = None
+    error: Exception | None = None
+
+
+def stepped(batch: StepBatch) -> list[Ended]:
+    """Take a step and decode what is finished."""
+    ended = []
+    for outcome in batch.step():
+        if isinstance(outcome, Failure):
+            ended.append(Ended(outcome.ticket, error=outcome.error))
+        elif isinstance(outcome, Latents) and outcome.preview is None:
+            (image,) = Decoder().decode([outcome])
+            error = image if isinstance(image, Exception) else None
+            ended.append(Ended(outcome.ticket, None if error else image, error))
+    return ended
 
 
 def random_request(rng: random.Random) -> ImageRequest:
@@ -50,7 +74,7 @@ def run_mix(batch: StepBatch, requests: list[ImageRequest], rng: random.Random) 
         while pending and (not len(batch) or rng.random() < 0.5):
             index, request = pending.pop(0)
             tickets[batch.submit(request)] = index
-        for outcome in batch.step():
+        for outcome in stepped(batch):
             assert outcome.error is None
             images[tickets[outcome.ticket]] = np.asarray(outcome.image, dtype=int)
     return images

@@ -393,7 +393,7 @@ def test_metrics(client: TestClient, backend: Recorder) -> None:
     client.get("/anything/at/all")
     backend.stats = [
         {"replica": "a1", "in_flight": 3, "waiting": 1, "steps": 5, "image_steps": 14, "images": 2, "busy_s": 0.5,
-         "occupancy": {2: 3, 4: 2}, "start_s": 1.5, "swap_s": 0.0}
+         "occupancy": {2: 3, 4: 2}, "row_step_s": 0.1, "start_s": 1.5, "swap_s": 0.0}
     ]  # fmt: skip
     lines = client.get("/metrics").text.splitlines()
     for line in (

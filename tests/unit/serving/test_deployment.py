@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,25 @@ def test_what_a_replica_had_accepted_before_it_died_waits_for_room_at_another() 
     with pytest.raises(RequestError, match="longer than") as refusal:
         asyncio.run(Deployments(full, None, 0.3).generate([], "png"))
     assert refusal.value.status == 504
+
+
+def test_a_full_service_says_when_to_come_back_by_how_long_answers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = iter(range(0, 1000, 7))
+    monkeypatch.setattr("selma_ray.serving.deployment.time", SimpleNamespace(monotonic=lambda: next(now_s)))
+    handle = Handle(Response(lambda: asyncio.sleep(0, [b"image"])), raising(BackPressureError(1, 1)))
+
+    async def ask() -> RequestError:
+        backend = Deployments(handle, None, 60)
+        with pytest.raises(RequestError) as first:
+            await Deployments(Handle(raising(BackPressureError(1, 1))), None, 60).generate([], "png")
+        assert first.value.retry_after_s == 2
+        await backend.generate([], "png")
+        with pytest.raises(RequestError) as refusal:
+            await backend.generate([], "png")
+        return refusal.value
+
+    refusal = asyncio.run(ask())
+    assert (refusal.status, refusal.retry_after_s) == (429, 14)
 
 
 def test_an_error_of_ours_is_not_taken_for_a_replica_that_is_down() -> None:

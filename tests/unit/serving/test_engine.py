@@ -20,6 +20,7 @@ from selma_ray.serving.denoiser import Denoiser, denoiser_for
 from selma_ray.serving.engine import Engine
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.requests import ImageRequest
+from tests.unit.serving.solo import stepped
 
 WAIT_S = 60
 
@@ -32,13 +33,34 @@ class GatedDenoiser(Denoiser):
         self.gate = threading.Event()
         self.reached = threading.Event()
         self.broken = False
+        self.calls = 0
+        self.shut_after = 0
+        self.decoded: list[int] = []
+        self.decoding = threading.Event()
+        self.decoding.set()
+        self.decoding_begun = threading.Event()
+        self.decode_error: Exception | None = None
+        self.most_decoded = 99
 
     def predict(self, *arguments: Any) -> Any:
         self.reached.set()
         assert self.gate.wait(WAIT_S)
+        self.calls += 1
+        if self.shut_after and self.calls % self.shut_after == 0 and self.calls < 8:
+            self.gate.clear()
         if self.broken:
             raise RuntimeError("broken")
         return super().predict(*arguments)
+
+    def decode(self, latents_NChw: torch.Tensor) -> Any:
+        self.decoding_begun.set()
+        assert self.decoding.wait(WAIT_S)
+        self.decoded.append(len(latents_NChw))
+        if self.decode_error:
+            raise self.decode_error
+        if len(latents_NChw) > self.most_decoded:
+            raise torch.OutOfMemoryError("no")
+        return super().decode(latents_NChw)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +123,17 @@ def test_an_error_reaches_its_callers_and_the_engine_goes_on(engine: Engine, den
 
 def test_previews_come_before_the_image_and_are_evenly_spread(engine: Engine, denoiser: GatedDenoiser) -> None:
     shown = []
+
+    def show(*preview: Any) -> None:
+        shown.append(preview)
+        denoiser.gate.set()
+
     previewed = replace(request(steps=8), num_previews=3)
-    (plain, future) = engine.submit([request(), previewed], on_preview=lambda *preview: shown.append(preview))
+    denoiser.shut_after = 2  # steps between previews, so that each is decoded before the next is there
+    (future,) = engine.submit([previewed], on_preview=show)
     denoiser.gate.set()
-    assert plain.result(WAIT_S).size == future.result(WAIT_S).size == (64, 64)
-    assert [(index, preview) for index, preview, _ in shown] == [(1, 0), (1, 1), (1, 2)]
+    assert future.result(WAIT_S).size == (64, 64)
+    assert [(index, preview) for index, preview, _ in shown] == [(0, 0), (0, 1), (0, 2)]
     assert {image.size for _, _, image in shown} == {(64, 64)}
     assert len({image.tobytes() for _, _, image in shown}) == 3
 
@@ -131,7 +159,7 @@ def test_new_weights_are_for_requests_that_come_later(engine: Engine, denoiser: 
     old, new = before.result(WAIT_S), after.result(WAIT_S)
     alone = StepBatch(denoiser_for(pipeline), 2, (64, 64))
     alone.submit(request())
-    (outcome,) = [outcome for _ in range(2) for outcome in alone.step()]
+    (outcome,) = [outcome for _ in range(2) for outcome in stepped(alone)]
     assert old.tobytes() == outcome.image.tobytes() != new.tobytes()
 
 
@@ -165,3 +193,102 @@ def test_closing_cancels_what_is_in_flight(pipeline: Any) -> None:
     assert refusal.value.status == 503
     with pytest.raises(ServingError, match="dead"):
         engine.check_health(stall_s=WAIT_S)
+
+
+def test_decoding_never_holds_up_a_step_and_finished_images_go_before_previews(
+    engine: Engine, denoiser: GatedDenoiser
+) -> None:
+    denoiser.decoding.clear()
+    denoiser.gate.set()
+    order: list[Any] = []
+    previewed = replace(request(seed=1, steps=12), num_previews=4)
+    short, long = engine.submit([request(), previewed], on_preview=lambda index, preview, _: order.append(preview))
+    short.add_done_callback(lambda _: order.append("short"))
+    long.add_done_callback(lambda _: order.append("long"))
+    while engine.stats().image_steps < 14:  # all steps are taken while the first image waits to be decoded
+        threading.Event().wait(0.01)
+    assert not short.done()
+    denoiser.decoding.set()
+    assert long.result(WAIT_S).size == (64, 64)
+    assert order[-1] == "long"
+    assert order in (["short", "long"], [0, "short", "long"]), "of previews that are late none is shown"
+    engine.check_health(stall_s=WAIT_S)
+
+
+def test_a_failed_decoding_ends_its_images_and_no_others(engine: Engine, denoiser: GatedDenoiser) -> None:
+    denoiser.gate.set()
+    denoiser.decode_error = RuntimeError("undecodable")
+    with pytest.raises(RuntimeError, match="undecodable"):
+        engine.submit([request()])[0].result(WAIT_S)
+    denoiser.decode_error = None
+    assert engine.submit([request()])[0].result(WAIT_S).size == (64, 64)
+
+
+def test_an_image_whose_decoding_does_not_fit_is_refused_by_its_size(engine: Engine, denoiser: GatedDenoiser) -> None:
+    denoiser.gate.set()
+    denoiser.most_decoded = 0
+    with pytest.raises(RequestError, match="64x64 does not fit the memory") as refusal:
+        engine.submit([request()])[0].result(WAIT_S)
+    assert (refusal.value.status, refusal.value.code) == (500, "out_of_memory")
+
+
+def test_what_nobody_waits_for_is_not_decoded(engine: Engine, denoiser: GatedDenoiser) -> None:
+    denoiser.gate.set()
+    denoiser.decoding.clear()
+    first, left = engine.submit([request(), request(seed=1, steps=3)])
+    assert denoiser.decoding_begun.wait(WAIT_S)
+    while engine.stats().image_steps < 5:
+        threading.Event().wait(0.01)
+    left.cancel()
+    later = engine.submit([request(seed=2, steps=900)])[0]  # the engine takes in what was cancelled
+    while engine.stats().image_steps < 7:
+        threading.Event().wait(0.01)
+    denoiser.decoding.set()
+    first.result(WAIT_S)
+    later.cancel()
+    while engine.stats().in_flight:
+        threading.Event().wait(0.01)
+    assert sum(denoiser.decoded) == 1
+
+
+def engine_with_pace(denoiser: GatedDenoiser, row_step_s: float, timeout_s: float, size_weights: Any = None) -> Engine:
+    batch = StepBatch(denoiser, 2, (64, 64), size_weights=size_weights)
+    for _ in range(9):
+        batch.pace.note_step((64, 64), 2, 2 * row_step_s)
+    return Engine(batch, max_in_flight=20, timeout_s=timeout_s)
+
+
+def test_what_would_come_too_late_is_refused_at_once_with_the_reason(denoiser: GatedDenoiser) -> None:
+    engine = engine_with_pace(denoiser, row_step_s=0.5, timeout_s=60)  # 1 s a step of an image
+    try:
+        engine.submit([request(steps=40)])
+        with pytest.raises(RequestError, match=r"about 70 s .* more than the 60 s allowed") as refusal:
+            engine.submit([request(steps=30)])
+        assert (refusal.value.status, refusal.value.code, refusal.value.retry_after_s) == (429, "queue_too_long", 10)
+        with pytest.raises(RequestError, match=r"about 61 s to draw.*fewer steps") as refusal:
+            engine.submit([request(steps=61)])
+        assert (refusal.value.status, refusal.value.code) == (400, "too_slow_to_draw")
+        engine.submit([request(steps=19)])
+        with pytest.raises(RequestError):
+            engine.submit([request(steps=2)])
+        # Another size shares the time: it need not wait for all of the 59 s before it.
+        engine.submit([ImageRequest("a red ball", 0, 20, 2.0, 32, 64)])
+    finally:
+        for promise in [*engine._promises.values(), *(promise for _, promise in engine._inbox)]:
+            promise.future.cancel()
+        denoiser.gate.set()
+        engine.close()
+
+
+def test_a_full_queue_says_when_there_is_room_by_what_was_measured(denoiser: GatedDenoiser) -> None:
+    engine = engine_with_pace(denoiser, row_step_s=0.5, timeout_s=1000)
+    try:
+        futures = engine.submit([request(seed, steps=30) for seed in range(20)])
+        with pytest.raises(RequestError, match="queue is full") as refusal:
+            engine.submit([request()])
+        assert refusal.value.retry_after_s == 30
+        for future in futures:
+            future.cancel()
+    finally:
+        denoiser.gate.set()
+        engine.close()

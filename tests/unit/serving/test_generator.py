@@ -67,7 +67,9 @@ def test_a_stream_yields_previews_and_then_images(generator: Generator) -> None:
         return [drawn async for drawn in generator.stream(requests, "webp")]
 
     drawn = asyncio.run(collect())
-    assert [(each.index, each.preview) for each in drawn if each.index == 0] == [(0, 0), (0, 1), (0, None)]
+    *previews, last = [each.preview for each in drawn if each.index == 0]
+    assert last is None
+    assert previews in ([0, 1], [0], [1], []), "of previews that are late none is shown"
     assert [(each.index, each.preview) for each in drawn if each.index == 1] == [(1, None)]
     assert np.abs(pixels(drawn[-1].image) - image(generator, steps=6)).mean() < 20  # WebP loses what is noise
 
@@ -81,6 +83,11 @@ def test_a_stream_that_is_left_frees_its_slots(generator: Generator) -> None:
 
     asyncio.run(leave())
     assert generator.stats()["in_flight"] == 0
+
+
+def test_an_image_can_be_drawn_as_fast_as_the_next(generator: Generator) -> None:
+    # What is measured at the start is there before the first request, so that it can be refused where it would come too late.
+    assert generator.stats()["row_step_s"] > 0
 
 
 def test_merged_weights_are_changed_in_place(generator: Generator, experts: dict[str, str], tmp_path: Path) -> None:

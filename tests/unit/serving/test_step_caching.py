@@ -15,6 +15,7 @@ from selma_ray.models.step_caching import DeepFeatures, RowMemory
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.requests import ImageRequest
+from tests.unit.serving.solo import stepped
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def drawn(batch: StepBatch, requests: list[ImageRequest], rng: random.Random | N
     while pending or len(batch):
         while pending and (rng is None or not len(batch) or rng.random() < 0.4):
             tickets.append(batch.submit(pending.pop(0)))
-        images |= {outcome.ticket: np.asarray(outcome.image, dtype=int) for outcome in batch.step()}
+        images |= {outcome.ticket: np.asarray(outcome.image, dtype=int) for outcome in stepped(batch)}
     return [images[ticket] for ticket in tickets]
 
 
