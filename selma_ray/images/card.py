@@ -5,23 +5,25 @@ from collections.abc import Iterable, Sequence
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from selma_ray.images.config import ImagesConfig
-from selma_ray.images.shards import image_summary
+from selma_ray.images.shards import image_summary, splits_of_shards
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.storage import RunFolder
 
 __all__ = ["card_text", "write_card"]
 
+_SPLITS = ("train", "dev", "test", "rejected")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
 def write_card(
     folder: RunFolder, skills: Sequence[str], config: ImagesConfig, model: ModelConfig, llm: str, stage: str = "images"
 ) -> None:
-    """Write images/README.md, with which `datasets.load_dataset` opens the folder as it stands."""
+    """Write images/README.md, with which `datasets.load_dataset` opens the folder as it stands, each split apart."""
+    splits = sorted(splits_of_shards(folder, skills), key=_SPLITS.index)
     layout: dict[str, object] = {
         "config_name": "default",
-        "data_files": [{"split": "train", "path": "skill=*/*.parquet"}],
+        "data_files": [{"split": split, "path": f"skill=*/{split}-*.parquet"} for split in splits],
     }
     folder.write_bytes(card_text(folder, skills, config, model, llm, [layout]).encode(), stage, "README.md")
 

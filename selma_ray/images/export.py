@@ -8,6 +8,7 @@ from typing import Any
 
 from selma_ray.errors import ConfigError
 from selma_ray.images.shards import shards_of
+from selma_ray.json_lines import json_lines
 from selma_ray.storage import RunFolder
 
 __all__ = ["LAYOUTS", "export_images"]
@@ -42,14 +43,18 @@ def _rows(folder: RunFolder, skills: Sequence[str], split: str) -> Iterator[dict
 
 
 def _write_imagefolder(rows: Iterator[dict[str, Any]], target: RunFolder, split: str) -> int:
-    """Write <split>/<skill>/<id>.png and one <split>/metadata.jsonl, which comes last and makes the export whole."""
+    """Write <split>/<skill>/<id>.png, its prompt beside it as .txt, and one <split>/metadata.jsonl, which makes the export whole.
+
+    kohya's scripts and ai-toolkit read the captions from the .txt files, `datasets` from the metadata.
+    """
     lines = []
     for row in rows:
         name = f"{row['skill']}/{row['image']['path']}"
         target.write_bytes(row["image"]["bytes"], split, *name.split("/"))
-        lines.append(json.dumps({"file_name": name, **_described(row)}, ensure_ascii=False) + "\n")
+        target.write_bytes(row["prompt"].encode(), split, *f"{name.rpartition('.')[0]}.txt".split("/"))
+        lines.append({"file_name": name, **_described(row)})
     if lines:
-        target.write_bytes("".join(lines).encode(), split, "metadata.jsonl")
+        target.write_bytes(json_lines(lines), split, "metadata.jsonl")
     return len(lines)
 
 

@@ -1,8 +1,8 @@
 """The image dataset in a run's folder: Parquet shards by skill, each written whole, each row named by its content.
 
-images/skill=<skill>/<hash>.parquet       rendered rows; those of split `rejected` were not chosen
-candidates/skill=<skill>/<hash>.parquet   rendered rows of whole prompts that a judge is yet to choose from
-failures/skill=<skill>/<hash>.parquet     rows that failed, with their error; the next start tries them again
+images/skill=<skill>/<split>-<hash>.parquet   rendered rows of one split; those of `rejected` were not chosen
+candidates/skill=<skill>/<hash>.parquet       rendered rows of whole prompts that a judge is yet to choose from
+failures/skill=<skill>/<hash>.parquet         rows that failed, with their error; the next start tries them again
 """
 
 from collections import Counter
@@ -29,6 +29,7 @@ __all__ = [
     "image_summary",
     "read_images",
     "shards_of",
+    "splits_of_shards",
     "too_many_failures",
     "write_candidates",
     "write_shards",
@@ -54,13 +55,16 @@ class WriteImages:
 
 
 def write_shards(folder: RunFolder, rows: pa.Table) -> None:
-    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill; the same rows always make the same shard."""
-    rows = pa.table([rows[name] for name in IMAGE_SCHEMA.names], schema=IMAGE_SCHEMA)
+    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill and split; the same rows always make the same shards."""
+    rows = _image_rows(rows)
     for skill in rows["skill"].unique().to_pylist():
         of_skill = rows.filter(pc.equal(rows["skill"], skill))
         # A failed image among others of its prompt, of which some were chosen, is rejected for good.
         failed = pc.and_(pc.is_valid(of_skill["error"]), pc.not_equal(of_skill["split"], _REJECTED))
-        _write_shard(folder, _IMAGES, skill, of_skill.filter(pc.invert(failed)))
+        rendered = of_skill.filter(pc.invert(failed))
+        # Rejected rows first: what was chosen is rendered and chosen again by a start after a kill in between, what was not would be.
+        for split in sorted(rendered["split"].unique().to_pylist(), key=lambda split: split != _REJECTED):
+            _write_shard(folder, _IMAGES, skill, rendered.filter(pc.equal(rendered["split"], split)), f"{split}-")
         _write_shard(folder, _FAILURES, skill, of_skill.filter(failed))
 
 
@@ -96,6 +100,19 @@ def existing_ids(folder: RunFolder) -> frozenset[str]:
     """Return the ids of all rows that need not be rendered any more."""
     paths = folder.files(_IMAGES, suffix=".parquet") + candidate_shards(folder)
     return frozenset(folder.read_table(paths, columns=["id"])["id"].to_pylist()) if paths else frozenset()
+
+
+def splits_of_shards(folder: RunFolder, skills: Sequence[str]) -> list[str]:
+    """Return the splits of which there are rendered rows, and write shards that hold several, as earlier versions did, one by one."""
+    found = set()
+    for path in (path for skill in skills for path in shards_of(folder, skill)):
+        name = path.rpartition("/")[2]
+        splits = set(folder.read_table([path], columns=["split"])["split"].to_pylist())
+        if len(splits) != 1 or not name.startswith(f"{min(splits)}-"):
+            write_shards(folder, folder.read_table([path]))
+            folder.delete(path)
+        found |= splits
+    return sorted(found)
 
 
 def drop_duplicates(folder: RunFolder) -> int:
@@ -164,7 +181,14 @@ def too_many_failures(failed: int, total: int, reasons: Mapping[str, int], confi
     )
 
 
-def _write_shard(folder: RunFolder, kind: str, skill: str, rows: pa.Table) -> None:
+def _image_rows(rows: pa.Table) -> pa.Table:
+    """Return rows with the columns of IMAGE_SCHEMA; those that an earlier version did not have are null."""
+    missing = {name: pa.nulls(rows.num_rows, IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names}
+    columns = [rows[name] if name in rows.column_names else missing[name] for name in IMAGE_SCHEMA.names]
+    return pa.table(columns, schema=IMAGE_SCHEMA)
+
+
+def _write_shard(folder: RunFolder, kind: str, skill: str, rows: pa.Table, prefix: str = "") -> None:
     if rows.num_rows:
         name = content_id(ids=sorted(rows["id"].to_pylist()))
-        folder.write_table(rows, kind, f"skill={skill}", f"{name}.parquet")
+        folder.write_table(rows, kind, f"skill={skill}", f"{prefix}{name}.parquet")

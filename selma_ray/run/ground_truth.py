@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from selma_ray.errors import CaptionError, ConfigError
 from selma_ray.images.config import ImagesConfig
+from selma_ray.images.shards import write_shards
 from selma_ray.miniature import world
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.splits import split_of
@@ -53,10 +54,7 @@ def draw_images(
         if prompt["split"] != "train":
             continue
         rows = [_drawn(prompt, index, seed) for index in range(config.per_prompt)]
-        name = content_id(ids=[row["id"] for row in rows])
-        path = ("images", f"skill={prompt['skill']}", f"{name}.parquet")
-        if not folder.exists(*path):
-            folder.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), *path)
+        write_shards(folder, pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
         yield prompt
 
 

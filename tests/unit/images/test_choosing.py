@@ -83,7 +83,7 @@ def test_a_stage_that_was_killed_while_it_chose_goes_on_with_the_same_rows(folde
     write(folder, rows)  # as if the process had been killed before it deleted them
     choose(folder)
     assert chosen(folder) == before
-    assert len(folder.files("images", suffix=".parquet")) == 1
+    assert len(folder.files("images", suffix=".parquet")) == 2  # one of each split
 
 
 def test_rendered_rows_wait_for_the_judge_where_images_are_chosen_later(folder: RunFolder) -> None:

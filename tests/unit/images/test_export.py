@@ -13,7 +13,7 @@ from selma_ray.images import export
 from selma_ray.images.card import card_text, write_card
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.export import export_images
-from selma_ray.images.shards import write_shards
+from selma_ray.images.shards import read_images, write_shards
 from selma_ray.images.sheet import contact_sheet, random_rows
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
@@ -49,6 +49,24 @@ def test_an_imagefolder_is_opened_by_datasets(folder: RunFolder, target: RunFold
     assert sorted(by_id) == ["a", "b", "c"]
     assert by_id["b"]["image"].getpixel((0, 0)) == (0, 0, 255)
     assert (by_id["c"]["prompt"], by_id["c"]["skill"], by_id["c"]["seed"]) == ("prompt of c", "two", 7)
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "3 кота на столе", "一只猫\u2028坐着", 'a "red" sign, no. 5'])
+def test_every_exported_image_has_its_caption_beside_it(
+    folder: RunFolder, tmp_path: Path, card: str, prompt: str
+) -> None:
+    write_shards(folder, table({**row("p"), "prompt": prompt}))
+    images = RunFolder(str(tmp_path / "images"))
+    assert export_images(folder, SKILLS, "imagefolder", images, card) == 4
+    pictures = [Path(images.uri, path) for path in images.files("train", suffix=".png")]
+    captions = {picture.stem: picture.with_suffix(".txt").read_bytes().decode() for picture in pictures}
+    assert captions == {"a": "prompt of a", "b": "prompt of b", "c": "prompt of c", "p": prompt}
+    metadata = map(json.loads, images.read_bytes("train", "metadata.jsonl").decode().splitlines())
+    assert {line["file_name"].split("/")[-1].split(".")[0]: line["prompt"] for line in metadata} == captions
+    archive = RunFolder(str(tmp_path / "archive"))
+    assert export_images(folder, SKILLS, "webdataset", archive, card) == 4
+    samples = webdataset.WebDataset(archive.path("train-000000.tar"), shardshuffle=False)
+    assert {sample["__key__"]: sample["txt"].decode() for sample in samples} == captions
 
 
 def test_a_webdataset_is_opened_by_webdataset_and_by_datasets(
@@ -102,9 +120,29 @@ def test_the_shards_and_their_card_are_opened_as_one_folder(
     folder: RunFolder, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
     write_card(folder, SKILLS, ImagesConfig(license="mit"), ModelConfig(name=str(tiny_pipeline_dir)), "some-llm")
-    opened = datasets.load_dataset(folder.path("images"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert sorted(opened["id"]) == ["a", "b", "c", "r"]
-    assert isinstance(opened.features["image"], datasets.Image)
+    opened = datasets.load_dataset(folder.path("images"), cache_dir=str(tmp_path / "cache"))
+    assert {split: sorted(rows["id"]) for split, rows in opened.items()} == {
+        "train": ["a", "b", "c"],
+        "rejected": ["r"],
+    }
+    assert isinstance(opened["train"].features["image"], datasets.Image)
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "dev"), ("rejected", "dev", "train"), ("rejected",)])
+def test_splits_are_opened_apart_whatever_shards_held_them(
+    folder: RunFolder, tiny_pipeline_dir: Path, tmp_path: Path, splits: tuple[str, ...]
+) -> None:
+    """Shards of an earlier version held rows of all splits, and no scores."""
+    folder = RunFolder(str(tmp_path / "mixed"))
+    rows = table(*(row(f"{split}{number}", split=split) for split in splits for number in range(3)))
+    folder.write_table(rows.drop_columns(["score"]), "images", "skill=one", "0123abcd.parquet")
+    write_shards(folder, table(*(row(f"new-{split}", "two", split=split) for split in splits)))
+    write_card(folder, SKILLS, ImagesConfig(), ModelConfig(name=str(tiny_pipeline_dir)), "some-llm")
+    opened = datasets.load_dataset(folder.path("images"), cache_dir=str(tmp_path / "cache"))
+    assert {split: sorted(each["id"]) for split, each in opened.items()} == {
+        split: sorted([f"new-{split}", *(f"{split}{number}" for number in range(3))]) for split in splits
+    }
+    assert read_images(folder, "one").num_rows == 3 * len(splits)
 
 
 def test_the_card_says_what_the_images_are(card: str) -> None:
