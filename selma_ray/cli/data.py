@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from selma_ray.cli.show import console
@@ -65,7 +66,7 @@ def status_of(run: Run) -> dict[str, Any]:
 
 def _show(status: dict[str, Any]) -> None:
     prompts, images, start = status["prompts"], status["images"], status.get("latest_start")
-    console.print(f"[bold]{status['run']}[/bold]: {status['state']}")
+    console.print(f"[bold]{escape(status['run'])}[/bold]: {status['state']}")
     if start:
         rates = [f"{start[f'{what}_per_s']:.3g} {what}/s" for what in ("prompts", "images") if start[f"{what}_per_s"]]
         rate = ", ".join(rates) or "no rate yet"
@@ -102,7 +103,7 @@ def _write_sheet(run: Run, out: str | None, per_skill: int, seed: int) -> None:
     sheet = contact_sheet(run.folder, run.skill_names, per_skill, seed, name.suffix)
     place = RunFolder(str(Path(out).absolute().parent)) if out else run.folder
     place.write_bytes(sheet, name.name)
-    console.print(f"Contact sheet: [bold]{place.path(name.name)}[/bold]")
+    console.print(f"Contact sheet: [bold]{escape(place.path(name.name))}[/bold]")
 
 
 def _export(run: Run, layout: str, out: str | None) -> None:
@@ -114,4 +115,4 @@ def _export(run: Run, layout: str, out: str | None) -> None:
     model = recipe.data.model or recipe.model
     card = card_text(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     count = export_images(run.folder, run.skill_names, layout, target, card)
-    console.print(f"{count} images exported to [bold]{target.uri}[/bold]")
+    console.print(f"{count} images exported to [bold]{escape(target.uri)}[/bold]")

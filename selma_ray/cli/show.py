@@ -61,7 +61,7 @@ def run_all(run: Run) -> None:
     show_evaluation(run)
     _fetch_one_image(run)
     console.print(
-        f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {run.folder.path('recipe.yaml')}"
+        f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {escape(run.folder.path('recipe.yaml'))}"
     )
 
 
@@ -75,7 +75,7 @@ def fetch(recipe: Recipe) -> None:
 def run_one(run: Run, name: str) -> None:
     """Run one stage with a progress display; a finished stage says so."""
     if finished(run, name) is not None:
-        console.print(f"[dim]✓ {_TITLES[name]}: finished before, in {run.folder.uri}[/dim]")
+        console.print(f"[dim]✓ {_TITLES[name]}: finished before, in {escape(run.folder.uri)}[/dim]")
         return
     console.print(f"[bold]{_TITLES[name]}[/bold]")
     started_s = time.monotonic()
@@ -93,11 +93,11 @@ def run_study(study: Study) -> None:
     steps = study_steps(study)
     for number, step in enumerate(steps, start=1):
         started_s = time.monotonic()
-        console.print(f"[bold]Study {number}/{len(steps)}: {step.title}[/bold]")
+        console.print(f"[bold]Study {number}/{len(steps)}: {escape(step.title)}[/bold]")
         with _progress_display() as report:
             step.do(report)
-        console.print(f"[green]✓[/green] {step.title} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
-    console.print(f"Tables: [bold]{study.place('tables.md')}[/bold]")
+        console.print(f"[green]✓[/green] {escape(step.title)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
+    console.print(f"Tables: [bold]{escape(study.place('tables.md'))}[/bold]")
 
 
 def write_report(run: Run) -> None:
@@ -106,7 +106,7 @@ def write_report(run: Run) -> None:
 
     if run.folder.done("evaluate") is None:
         raise ConfigError(f"report needs the finished stage evaluate in {run.folder.uri}; run `selma evaluate` first")
-    console.print(f"Report: [bold]{write(run.folder, run.skill_names)}[/bold]")
+    console.print(f"Report: [bold]{escape(write(run.folder, run.skill_names))}[/bold]")
 
 
 def show_evaluation(run: Run) -> None:
@@ -128,7 +128,7 @@ def export_pairs(run: Run, count: int) -> None:
     if count < 1:
         raise ConfigError(f"--pairs must be at least 1, got {count}")
     page = export(run.folder, run.folder.done("evaluate") or {}, count, run.recipe.seed)
-    console.print(f"Pairs for raters: [bold]{page}[/bold]; keep key.json beside it to yourself")
+    console.print(f"Pairs for raters: [bold]{escape(page)}[/bold]; keep key.json beside it to yourself")
 
 
 def show_ratings(run: Run, files: Sequence[str]) -> None:
@@ -175,7 +175,7 @@ def _fetch_one_image(run: Run) -> None:
         image = service.generate(prompt=prompt, seed=run.recipe.seed)
         run.folder.write_bytes(image, "served.png")
         console.print(
-            f"[green]✓[/green] POST {service.url}/v1/images/generations “{escape(prompt)}” → {run.folder.path('served.png')}"
+            f"[green]✓[/green] POST {service.url}/v1/images/generations “{escape(prompt)}” → {escape(run.folder.path('served.png'))}"
         )
     finally:
         service.stop()

@@ -2,6 +2,7 @@
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from selma_ray.plan.estimate import plan_recipe, study_hours
@@ -19,13 +20,13 @@ def show_plan(recipe: Recipe, tflops: float) -> None:
     plan = plan_recipe(recipe)
     console = Console(highlight=False, soft_wrap=True)
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
-    console.print(f"{recipe.model.name}: {_count(sum(plan.parameters.values()))} weights ({parts})")
+    console.print(f"{escape(recipe.model.name)}: {_count(sum(plan.parameters.values()))} weights ({parts})")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for heading in ("stage", "memory, GB", "GPU-hours", "storage, GB", ""):
         table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
     for stage in plan.stages:
         hours = None if stage.pflop is None else stage.pflop * 1e3 / tflops / 3600
-        table.add_row(stage.name, _gb(stage.memory_bytes), _number(hours), _gb(stage.storage_bytes), stage.note)
+        table.add_row(stage.name, _gb(stage.memory_bytes), _number(hours), _gb(stage.storage_bytes), escape(stage.note))
     known = [stage for stage in plan.stages if stage.pflop is not None]
     hours = sum(stage.pflop or 0 for stage in known) * 1e3 / tflops / 3600
     table.add_row("all", "", _number(hours), _gb(sum(stage.storage_bytes or 0 for stage in plan.stages)), "")
