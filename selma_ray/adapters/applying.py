@@ -9,19 +9,20 @@ from peft import PeftModel
 from selma_ray.adapters.mixture_of_experts import is_mixture, load_mixture
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.parts import denoiser_name, denoiser_of
-from selma_ray.models.rendering import load_pipeline
+from selma_ray.models.placing import place_pipeline
+from selma_ray.models.rendering import open_pipeline
 
 __all__ = ["load_adapted_pipeline"]
 
 
 def load_adapted_pipeline(model: ModelConfig, adapter_dir: str | Path | None, device: torch.device | str) -> Any:
     """Load a pipeline onto a device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
-    pipeline = load_pipeline(model, device)
-    if adapter_dir is None:
-        return pipeline
-    if is_mixture(adapter_dir):
+    pipeline: Any = open_pipeline(model)
+    if model.card.offload == "none":
+        pipeline.to(device)  # where folding is fastest; what is kept in the host's memory is folded there
+    if adapter_dir is not None and is_mixture(adapter_dir):
         load_mixture(denoiser_of(pipeline), adapter_dir)
-        return pipeline
-    adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
-    pipeline.register_modules(**{denoiser_name(pipeline): adapted})
-    return pipeline
+    elif adapter_dir is not None:
+        adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
+        pipeline.register_modules(**{denoiser_name(pipeline): adapted})
+    return place_pipeline(pipeline, model, device)

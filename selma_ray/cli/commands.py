@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--tflops", type=_positive, default=28.0, help="sustained TFLOP/s of a GPU (default: 28, an L40)"
             )
+            command.add_argument(
+                "--gpu-memory", type=_positive, metavar="GB", help="tell whether everything fits GPUs of this size"
+            )
         if name == "evaluate":
             _add_rating_options(command)
     _add_data_commands(commands)
@@ -140,7 +143,7 @@ def _execute(options: argparse.Namespace) -> None:
     if options.command == "plan":
         from selma_ray.cli.show_plan import show_plan
 
-        show_plan(recipe, options.tflops)
+        show_plan(recipe, options.tflops, options.gpu_memory)
         return
     from selma_ray.cli import show as console
 
@@ -175,7 +178,7 @@ def _executed_of_study(options: argparse.Namespace) -> bool:
     if options.command == "plan":
         from selma_ray.cli.show_plan import show_study_plan
 
-        show_study_plan(study, options.tflops)
+        show_study_plan(study, options.tflops, options.gpu_memory)
     else:
         from selma_ray.cli.show import run_study
 

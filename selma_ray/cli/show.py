@@ -19,6 +19,7 @@ from selma_ray.cluster.connection import connect
 from selma_ray.errors import ConfigError
 from selma_ray.progress import Progress, Report
 from selma_ray.run.demands import SERVE, check_stages_fit
+from selma_ray.run.memory import check_cards
 from selma_ray.run.models import check_trainable
 from selma_ray.run.opening import Run
 from selma_ray.run.recipe import Recipe
@@ -54,7 +55,9 @@ def run_all(run: Run) -> None:
     """Run every stage, show the table, and fetch one image from the served merged model."""
     check_trainable(run.recipe)
     connect(run.recipe.cluster)
-    check_stages_fit(run.recipe, [*(name for name in STAGES if finished(run, name) is None), SERVE])
+    ahead = [*(name for name in STAGES if finished(run, name) is None), SERVE]
+    check_stages_fit(run.recipe, ahead)
+    check_cards(run.recipe, ahead)
     started_s = time.monotonic()
     for name in STAGES:
         run_one(run, name)

@@ -1,12 +1,17 @@
 """What the command line shows of a plan."""
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from selma_ray.plan.estimate import plan_recipe, study_hours
+from selma_ray.run.demands import SERVE
+from selma_ray.run.memory import CUDA_BYTES, Need, check_memory
 from selma_ray.run.recipe import Recipe
+from selma_ray.run.stages import STAGES
 from selma_ray.study.plan import plan_study
 from selma_ray.study.study import Study
 
@@ -15,9 +20,9 @@ __all__ = ["show_plan", "show_study_plan"]
 _GB = 1e9
 
 
-def show_plan(recipe: Recipe, tflops: float) -> None:
-    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s."""
-    plan = plan_recipe(recipe)
+def show_plan(recipe: Recipe, tflops: float, gpu_gb: float | None = None) -> None:
+    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s, and whether it fits cards of `gpu_gb`."""
+    plan = plan_recipe(recipe, gpu_gb and gpu_gb * _GB)
     console = Console(highlight=False, soft_wrap=True)
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
     console.print(f"{escape(recipe.model.name)}: {_count(sum(plan.parameters.values()))} weights ({parts})")
@@ -32,14 +37,42 @@ def show_plan(recipe: Recipe, tflops: float) -> None:
     table.add_row("all", "", _number(hours), _gb(sum(stage.storage_bytes or 0 for stage in plan.stages)), "")
     console.print(table, soft_wrap=False)
     console.print(
-        f"Hours at {tflops:g} TFLOP/s sustained (--tflops). Memory of rendering and encoding is that of the weights; images are counted\n"
-        "uncompressed; the language model and the judge are left out."
+        f"Hours at {tflops:g} TFLOP/s sustained (--tflops), without those of the language model and the judge; images are counted\n"
+        "uncompressed."
     )
+    if plan.needs:
+        console.print(_memory_table(plan.needs, gpu_gb), soft_wrap=False)
+        console.print(
+            f"Beside these, CUDA takes about {CUDA_BYTES / _GB:g} GB of a card in each process; judges of transformers are left out."
+        )
+    if gpu_gb:
+        check_memory(recipe, [*STAGES, SERVE], gpu_gb * _GB)
 
 
-def show_study_plan(study: Study, tflops: float) -> None:
+def _memory_table(needs: Sequence[Need], gpu_gb: float | None) -> Table:
+    """Return what each process holds of one GPU, and of what it may take."""
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title="Memory of one GPU, GB", title_justify="left"
+    )
+    for heading in ("stage", "process", "holds", "may take", ""):
+        table.add_column(heading, justify="right" if heading in ("holds", "may take") else "left")
+    for need in needs:
+        allowed = _gb(need.share * gpu_gb * _GB) if gpu_gb else f"{100 * need.share:.0f}%"
+        fits = gpu_gb is None or need.fits(gpu_gb * _GB)
+        parts = ", ".join(f"{name} {_gb(amount)}" for name, amount in need.parts.items())
+        table.add_row(
+            need.stage,
+            need.what,
+            _gb(need.total_bytes),
+            allowed,
+            parts if fits else f"[red]does not fit[/red]: {parts}",
+        )
+    return table
+
+
+def show_study_plan(study: Study, tflops: float, gpu_gb: float | None = None) -> None:
     """Print the plan of a study's recipe, and in one line what the study makes in all."""
-    show_plan(study.recipe, tflops)
+    show_plan(study.recipe, tflops, gpu_gb)
     made = plan_study(study)
     scored = f"{sum(count for count, _ in made.scored):,}" if made.scored else "an unknown number of"
     Console(highlight=False, soft_wrap=True).print(

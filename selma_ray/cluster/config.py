@@ -24,5 +24,7 @@ class ClusterConfig(StrictModel):
     """Place each role on nodes labelled role=llm, render, train or serve, as cluster.yaml's worker groups are."""
     logical_gpus: bool = False
     """GPUs exist for scheduling alone, as in a rehearsal (RAY_OVERRIDE_RESOURCES): roles that ask for some compute on the CPU."""
+    gpu_memory_gb: float | None = Field(default=None, gt=0)
+    """Memory of a GPU, which the recipe must fit; default: the nodes with GPUs are asked."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     """Level of the logs of workers and of selma_ray itself."""

@@ -34,6 +34,8 @@ __all__ = ["EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
 
 logger = logging.getLogger(__name__)
 
+_DECODED = 32  # images in memory at once
+
 _LAYOUT = 2  # raise it whenever what a shard holds changes, so that older caches are not read
 
 
@@ -142,19 +144,21 @@ class EncodeExamples:
             self._folder.write_bytes(save(self._encoders.encode_no_caption()), shard)
             return 0
         rows = _rows_to_encode(self._folder.read_table([source]), self._ids).to_pylist()
-        examples = [self._encode_row(row) for row in rows]
-        tensors = {name: torch.cat([example[name] for example in examples]).contiguous() for name in examples[0]}
+        parts = [self._encode_rows(rows[first : first + _DECODED]) for first in range(0, len(rows), _DECODED)]
+        tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
         ids = json.dumps([row["id"] for row in rows])
         self._folder.write_bytes(save(tensors, metadata={"ids": ids}), shard)
         return len(rows)
 
-    def _encode_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the examples of images of one size."""
         from PIL import Image
 
-        image_HW3 = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
-        height_px, width_px = image_HW3.shape[:2]
-        return self._encoders.encode_images(image_HW3[None]) | self._encoders.encode_prompts(
-            [row["prompt"]], height_px, width_px
+        images = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows]
+        height_px, width_px = images[0].shape[:2]
+        prompts = [row["prompt"] for row in rows]
+        return self._encoders.encode_images(np.stack(images)) | self._encoders.encode_prompts(
+            prompts, height_px, width_px
         )
 
 

@@ -82,12 +82,17 @@ class ExpertsConfig(StrictModel):
     """Largest norm of the gradient."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Training precision; auto takes bf16 where the hardware computes faster in it, else fp32. fp16 needs a GPU."""
+    base_weights: Literal["full", "int8", "nf4"] = "full"
+    """What the frozen base is kept in: `full` is the training precision; `int8` and `nf4` (QLoRA) take a half and a quarter of what
+    bf16 takes, and round the weights that the expert is fitted on."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time, the same result."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Min-SNR loss weighting (2303.09556), 5 there; default: all timesteps weigh the same, as in SELMA."""
+    guidance_scale: float = Field(default=3.5, ge=0)
+    """Guidance that a transformer distilled for it (FLUX) is told in training; other models are told none."""
     caption_dropout: float = Field(default=0, ge=0, lt=1)
     """Share of examples whose caption is replaced by the empty one; SELMA drops none."""
     workers_per_expert: int = Field(default=1, ge=1)
@@ -132,6 +137,16 @@ class ExpertsConfig(StrictModel):
             raise ValueError(f"min_snr_gamma must be left out with dpo, got {self.min_snr_gamma:g}")
         if self.dpo and self.moe:
             raise ValueError("moe is fitted by denoising alone and must be left out with dpo")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_weights_stay_whole(self) -> "ExpertsConfig":
+        if self.base_weights == "full":
+            return self
+        if self.zero_stage == 3:
+            raise ValueError(f"zero_stage must be at most 2 with base_weights {self.base_weights}, got 3")
+        if self.moe:
+            raise ValueError(f"moe needs base_weights full, got {self.base_weights}")
         return self
 
     @model_validator(mode="after")

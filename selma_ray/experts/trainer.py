@@ -18,7 +18,9 @@ from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
 from selma_ray.models.device import device_of
-from selma_ray.models.family import Batch, open_family
+from selma_ray.models.family import Batch, LossSettings, open_family
+from selma_ray.models.parts import DTYPES
+from selma_ray.models.quantised import quantise
 from selma_ray.records import seed_of
 
 __all__ = ["Curve", "ExpertTrainer"]
@@ -58,6 +60,9 @@ class ExpertTrainer:
         self._examples = EncodedExamples(job.folder, job.caches)
         self._device = device_of(job.config.gpus_per_worker, "experts.gpus_per_worker")
         self._precision = resolve_precision(job.config.precision, self._device)
+        self._loss = LossSettings(job.config.min_snr_gamma, job.config.guidance_scale)
+        if self._device.type == "cuda" and job.model.card.tf32:
+            torch.set_float32_matmul_precision("high")
         self._engine = self._open_engine()
 
     @property
@@ -126,10 +131,7 @@ class ExpertTrainer:
 
     def _open_engine(self) -> Any:
         config = self.job.config
-        denoiser = self._family.load_denoiser()
-        if config.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-        model = self._adapted(denoiser)
+        model = self._adapted(self._base())
         model.train()
         parameters = list(trainable_parameters(model).values())
         optimizer = torch.optim.AdamW(
@@ -152,6 +154,17 @@ class ExpertTrainer:
             config=deepspeed_config(config, self._precision),
         )
         return engine
+
+    def _base(self) -> Any:
+        """Load the frozen denoiser in what it is kept in; a quantised one is on the device, the others are moved by DeepSpeed."""
+        config, dtype = self.job.config, DTYPES[self._precision]
+        denoiser: Any = self._family.load_denoiser(dtype)
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        if config.base_weights != "full":
+            quantise(denoiser, config.base_weights, dtype)
+            denoiser.to(self._device)
+        return denoiser
 
     def _adapted(self, denoiser: torch.nn.Module) -> torch.nn.Module:
         job = self.job
@@ -183,24 +196,28 @@ class ExpertTrainer:
         dropped = dropped_captions(step, places, self._seed, config.caption_dropout)
         if config.dpo:
             dropped = [*dropped, *(len(places) + row for row in dropped)]
-        batch = {
-            name: tensor.to(self._engine.device) for name, tensor in self._examples.without(batch, dropped).items()
-        }
+        batch = self._on_device(self._examples.without(batch, dropped))
         figures = self._figures(batch, step, places)
         self._engine.backward(figures[0])
         self._engine.step()
         return torch.stack(figures).detach()
 
+    def _on_device(self, batch: Batch) -> Batch:
+        if self._device.type != "cuda":
+            return batch
+        # From pinned memory a copy does not wait for the step before it.
+        return {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
     def _figures(self, batch: Batch, step: int, places: range) -> tuple[torch.Tensor, ...]:
         config = self.job.config
         if config.dpo is None:
             generators = example_generators(step, places, self._seed)
-            return (self._family.errors(self._engine, batch, generators, config.min_snr_gamma).mean(),)
+            return (self._family.errors(self._engine, batch, generators, self._loss).mean(),)
 
         def errors_of_pairs() -> torch.Tensor:
             # Both images of a pair, under both denoisers, at one timestep and with one noise (2311.12908, section 4).
             generators = [each for _ in range(2) for each in example_generators(step, places, self._seed)]
-            return self._family.errors(self._engine, batch, generators)
+            return self._family.errors(self._engine, batch, generators, self._loss)
 
         with torch.no_grad(), self._engine.module.disable_adapter():
             base_errors_2N = errors_of_pairs()

@@ -4,9 +4,25 @@ from typing import Literal
 
 from pydantic import Field
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
-__all__ = ["ModelConfig", "SamplingConfig"]
+__all__ = ["CardConfig", "ModelConfig", "SamplingConfig"]
+
+
+class CardConfig(StrictModel):
+    """How a pipeline is kept on a card: less memory or less time for the same images, up to rounding. On the CPU none of it applies."""
+
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Keep in the host's memory what is not in use: `model` moves a part (text encoder, denoiser, autoencoder) to the card when its
+    turn comes, `sequential` a layer, which takes the least memory and many times the time."""
+    vae_slicing: bool = True
+    """Decode the images of a batch one at a time."""
+    channels_last: bool = False
+    """Lay a UNet's and the autoencoder's weights out as tensor cores read them in convolutions."""
+    compile: bool = False
+    """Compile the denoiser's repeated blocks: the first images wait for the compiler, and so does every new batch size."""
+    tf32: bool = True
+    """Multiply matrices of fp32 in TF32."""
 
 
 class ModelConfig(StrictModel):
@@ -20,6 +36,12 @@ class ModelConfig(StrictModel):
     """Precision of rendering."""
     variant: str | None = None
     """File variant on the hub, such as fp16."""
+    vae: str | None = None
+    """An autoencoder in the place of the model's, a folder or a hub name, such as SDXL's that does not overflow in fp16."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles that are blended: large images in little memory, with faint seams."""
+    card: Placement[CardConfig] = CardConfig()
+    """How its pipeline is kept on a card."""
 
 
 class SamplingConfig(StrictModel):

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
-from selma_ray.models.parts import load_config, load_errors
+from selma_ray.models.parts import autoencoder_config, load_config, load_errors
+from selma_ray.models.quantised import quantised_linears
 
-__all__ = ["TrainingCost", "pipeline_parameters", "training_cost"]
+__all__ = ["TrainingCost", "empty_part", "pipeline_parameters", "training_cost"]
 
 _LIBRARIES: dict[str | None, Any] = {"diffusers": diffusers, "transformers": transformers}
 
@@ -34,6 +35,8 @@ class TrainingCost:
     """Weights of the denoiser."""
     lora_parameters: int
     """Weights of the adapter."""
+    block_parameters: int
+    """Weights of the denoiser's that `experts.base_weights` keeps in fewer bits."""
     cached_bytes: int
     """Encoded example: latents and text."""
     activation_bytes: int
@@ -57,6 +60,7 @@ def training_cost(
     with torch.device("meta"):
         denoiser = family.empty_denoiser()
         parameters = _count(denoiser)
+        in_blocks = sum(layer.weight.numel() for layer in quantised_linears(denoiser).values())
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         adapted: Any = get_peft_model(denoiser, config).train()
     batch = {name: torch.empty((1, *shape), device="meta") for name, shape in shapes.items()}
@@ -74,6 +78,7 @@ def training_cost(
     return TrainingCost(
         parameters=parameters,
         lora_parameters=sum(each.numel() for each in adapted.parameters() if each.requires_grad),
+        block_parameters=in_blocks,
         cached_bytes=sum(tensor.numel() * tensor.element_size() for tensor in batch.values()),
         activation_bytes=kept.total_bytes + gradients_bytes,
         checkpointed_bytes=min(checkpointed.total_bytes + kept.largest_block_bytes, kept.total_bytes) + gradients_bytes,
@@ -86,24 +91,38 @@ def training_cost(
 def pipeline_parameters(model: ModelConfig) -> dict[str, int]:
     """Return the number of weights of each part of a pipeline, from its configurations alone."""
     located = locate_text_to_image(model.name, model.revision)
+    return {
+        name: _count(_empty(model, located, name, part_class))
+        for name, part_class in _part_classes(model, located).items()
+    }
+
+
+def empty_part(model: ModelConfig, located: LocatedModel, name: str) -> torch.nn.Module:
+    """Return a part of a pipeline on the meta device, as its configuration says."""
+    return _empty(model, located, name, _part_classes(model, located)[name])
+
+
+def _part_classes(model: ModelConfig, located: LocatedModel) -> dict[str, Any]:
     with load_errors(model, "the pipeline's index"):
         index = DiffusionPipeline.load_config(located.path, revision=model.revision)
-    counts = {}
+    classes = {}
     for name, entry in index.items():
         library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else ("", "")
         part_class = getattr(_LIBRARIES.get(library), class_name or "", None)
         if isinstance(part_class, type) and issubclass(part_class, torch.nn.Module):
-            counts[name] = _count(_empty_part(model, located, part_class, name))
-    return counts
+            classes[name] = part_class
+    return classes
 
 
-def _empty_part(model: ModelConfig, located: LocatedModel, part_class: Any, name: str) -> torch.nn.Module:
+def _empty(model: ModelConfig, located: LocatedModel, name: str, part_class: Any) -> torch.nn.Module:
     with torch.device("meta"), load_errors(model, f"the configuration of {name}"):
         if issubclass(part_class, transformers.PreTrainedModel):
             config_class: Any = part_class.config_class
             return part_class(
                 config_class.from_pretrained(located.path, subfolder=name, revision=model.revision or "main")
             )
+        if name == "vae":
+            return part_class.from_config(autoencoder_config(model, located, part_class))
         return part_class.from_config(load_config(model, located, part_class, name))
 
 

@@ -7,6 +7,7 @@ Shapes: N examples or rows, H x W pixels, C latent channels, h x w latent pixels
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +25,33 @@ from selma_ray.models.families import FAMILIES
 from selma_ray.models.hub import hub_file
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
 
-__all__ = ["Batch", "Encoders", "Family", "Predictor", "has_part", "open_family", "open_predictor"]
+__all__ = [
+    "DEFAULT_LOSS",
+    "Batch",
+    "Encoders",
+    "Family",
+    "LossSettings",
+    "Predictor",
+    "has_part",
+    "open_family",
+    "open_predictor",
+]
 
 Batch = Mapping[str, torch.Tensor]
 """Encoded examples by name, N first: `latent_mean` and `latent_std` (NChw) and whatever the family conditions on."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What a recipe says about the loss; each family uses what is defined for it."""
+
+    min_snr_gamma: float | None = None
+    """Weight of diffusion's timesteps, by min(SNR, gamma); None weighs all the same."""
+    guidance_scale: float = 3.5
+    """What a transformer distilled for guidance is told."""
+
+
+DEFAULT_LOSS = LossSettings()
 
 
 class Encoders(Protocol):
@@ -50,11 +74,14 @@ class Family(Protocol):
     predictions_per_step: int
     """Calls of the denoiser in a guided sampling step: 2 with classifier-free guidance, 1 where guidance is an input."""
 
+    upcasts_autoencoder: bool
+    """Whether its pipeline decodes in fp32 what it draws in fp16, where the autoencoder's configuration says so."""
+
     def load_encoders(self, device: torch.device | str) -> Encoders:
         """Load the autoencoder and the text encoders in the model's precision, onto a device."""
 
-    def load_denoiser(self) -> torch.nn.Module:
-        """Load the denoiser alone, in fp32."""
+    def load_denoiser(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """Load the denoiser alone, in a precision of its own."""
 
     def empty_denoiser(self) -> Any:
         """Return the denoiser as its configuration says, on the default device, without its weights."""
@@ -67,7 +94,7 @@ class Family(Protocol):
         denoiser: torch.nn.Module,
         batch: Batch,
         generators: Sequence[torch.Generator],
-        min_snr_gamma: float | None = None,
+        settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
         """Return each example's training error (N, fp32), whose mean is the loss of denoising.
 
@@ -80,6 +107,9 @@ class Predictor(Protocol):
 
     denoiser: Any
     """The UNet or transformer; whoever adapts it adapts what is predicted."""
+
+    def tokens(self, text: str) -> tuple[int, int]:
+        """Return how many tokens a text has, and how many of them the model sees."""
 
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the texts of each image; raises DrawingError for what the model cannot draw."""

@@ -17,9 +17,10 @@ from selma_ray.models.conditions import Condition
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
-from selma_ray.models.family import Batch
+from selma_ray.models.family import DEFAULT_LOSS, Batch, LossSettings
 from selma_ray.models.locate import LocatedModel
 from selma_ray.models.parts import (
+    autoencoder_config,
     latent_shape,
     load_config,
     load_denoiser,
@@ -37,6 +38,7 @@ class FlowMatching(ABC):
     """A pipeline whose transformer was trained by rectified flow, at noise levels from a logit-normal distribution."""
 
     predictions_per_step = 2
+    upcasts_autoencoder = False
     transformer_class: ClassVar[Any]
     tokens: ClassVar[int]
     """Length of an encoded prompt."""
@@ -45,9 +47,9 @@ class FlowMatching(ABC):
         self.model = model
         self.located = located
 
-    def load_denoiser(self) -> torch.nn.Module:
-        """Load the transformer alone, in fp32."""
-        return load_denoiser(self.model, self.located, self.transformer_class, "transformer")
+    def load_denoiser(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """Load the transformer alone."""
+        return load_denoiser(self.model, self.located, self.transformer_class, "transformer", dtype)
 
     def empty_denoiser(self) -> Any:
         """Return the transformer as its configuration says, on the default device, without its weights."""
@@ -69,7 +71,7 @@ class FlowMatching(ABC):
 
     @cached_property
     def _autoencoder(self) -> Any:
-        return load_config(self.model, self.located, AutoencoderKL, "vae")
+        return autoencoder_config(self.model, self.located, AutoencoderKL)
 
     @cached_property
     def latent_scale_and_shift(self) -> tuple[float, float]:
@@ -89,16 +91,17 @@ class FlowMatching(ABC):
         denoiser: torch.nn.Module,
         batch: Batch,
         generators: Sequence[torch.Generator],
-        min_snr_gamma: float | None = None,
+        settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
         """Return each example's mean squared error of the velocity noise - latents (N, fp32), every noise level weighed the same.
 
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. Raises
-        ConfigError for `min_snr_gamma`, which is defined for diffusion alone.
+        ConfigError for `settings.min_snr_gamma`, which is defined for diffusion alone.
         """
-        if min_snr_gamma is not None:
+        if settings.min_snr_gamma is not None:
             raise ConfigError(
-                f"experts.min_snr_gamma must be left out for {self.model.name}, which is trained by flow matching, got {min_snr_gamma:g}"
+                f"experts.min_snr_gamma must be left out for {self.model.name}, which is trained by flow matching, "
+                f"got {settings.min_snr_gamma:g}"
             )
         latents_NChw = sample_latents(batch, generators, *self.latent_scale_and_shift)
         noise_NChw = noise_like(latents_NChw, generators)
@@ -108,7 +111,7 @@ class FlowMatching(ABC):
         dtype = next(denoiser.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
         timesteps_N = sigmas_N * self.schedule.config.num_train_timesteps
-        velocity_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, self._told(conditioning))
+        velocity_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, self._told(conditioning, settings))
         return squared_errors(velocity_NChw, noise_NChw - latents_NChw)
 
     @staticmethod
@@ -118,7 +121,7 @@ class FlowMatching(ABC):
     ) -> torch.Tensor:
         """Call the transformer; returns the velocity (NChw)."""
 
-    def _told(self, conditioning: dict[str, torch.Tensor]) -> Condition:
+    def _told(self, conditioning: dict[str, torch.Tensor], settings: LossSettings) -> Condition:
         """Return what the transformer is told in training, given what was encoded."""
         return conditioning
 

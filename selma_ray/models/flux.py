@@ -15,13 +15,13 @@ from selma_ray.models.conditions import Condition, Conditions
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.encoding import PipelineEncoders
+from selma_ray.models.family import LossSettings
 from selma_ray.models.flow_matching import FlowMatching, FlowPredictor
 from selma_ray.models.parts import encoding_pipeline
 
 __all__ = ["Flux", "FluxPredictor"]
 
 _PATCH = 2  # latent pixels on each side of what the transformer sees as one
-_TRAINING_GUIDANCE = 3.5  # what diffusers' LoRA script for FLUX tells a guidance-distilled transformer
 
 
 def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
@@ -67,9 +67,9 @@ class Flux(FlowMatching):
         pipeline = encoding_pipeline(self.model, self.located, FluxPipeline, device, transformer=None)
         return PipelineEncoders(pipeline, _encode_texts)
 
-    def _told(self, conditioning: dict[str, torch.Tensor]) -> Condition:
+    def _told(self, conditioning: dict[str, torch.Tensor], settings: LossSettings) -> Condition:
         pooled_NP = conditioning["pooled_NP"]
-        return conditioning | {"guidance_N": pooled_NP.new_full((len(pooled_NP),), _TRAINING_GUIDANCE)}
+        return conditioning | {"guidance_N": pooled_NP.new_full((len(pooled_NP),), settings.guidance_scale)}
 
 
 class FluxPredictor(FlowPredictor):

@@ -1,19 +1,27 @@
 """What decides the images of a text-to-image model: one identity for image ids, caches, merges and evaluations."""
 
 from pathlib import Path
+from typing import Any
 
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.locate import LocatedModel, locate_part, locate_text_to_image
 
 __all__ = ["model_identity"]
 
 
-def model_identity(model: ModelConfig) -> dict[str, str | None]:
-    """Return the hash of a model's files (of a hub model its name and revision), its precision and its variant.
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """Return the hash of a model's files (of a hub model its name and revision), its precision, its variant and how it decodes.
 
     Raises ModelNotFoundError where it cannot be located.
     """
-    located = locate_text_to_image(model.name, model.revision)
-    is_local = Path(located.path).is_dir()
-    content = {"files": located.revision} if is_local else {"name": located.path, "revision": located.revision}
-    return {**content, "dtype": model.dtype, "variant": model.variant}
+    content = _content(locate_text_to_image(model.name, model.revision))
+    decoding: dict[str, Any] = {"vae_tiling": True} if model.vae_tiling else {}
+    if model.vae is not None:
+        decoding["vae"] = _content(locate_part("model.vae", model.vae))
+    return {**content, "dtype": model.dtype, "variant": model.variant, **decoding}
+
+
+def _content(located: LocatedModel) -> dict[str, str]:
+    if Path(located.path).is_dir():
+        return {"files": located.revision}
+    return {"name": located.path, "revision": located.revision}

@@ -9,7 +9,7 @@ from selma_ray.errors import ModelNotFoundError
 from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
 from selma_ray.models.fingerprint import fingerprint
 
-__all__ = ["MINIATURE", "LocatedModel", "locate_judge", "locate_llm", "locate_text_to_image"]
+__all__ = ["MINIATURE", "LocatedModel", "locate_judge", "locate_llm", "locate_part", "locate_text_to_image"]
 
 MINIATURE = "miniature"
 MINIATURE_WEAK = "miniature-weak"
@@ -40,6 +40,14 @@ def locate_judge(name: str, revision: str | None = None) -> LocatedModel:
     return _locate(name, revision, {MINIATURE: judge_dir}, required_file="config.json")
 
 
+def locate_part(key: str, name: str) -> LocatedModel:
+    """Locate a part of a pipeline that stands for itself; raises ModelNotFoundError where a folder is missing or holds none."""
+    try:
+        return _locate(name, None, {}, required_file="config.json")
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"{key}: {error}") from None
+
+
 def _locate(
     name: str, revision: str | None, shipped: Mapping[str, Callable[[], Path]], required_file: str
 ) -> LocatedModel:
@@ -55,6 +63,6 @@ def _locate(
         return LocatedModel(str(folder), fingerprint(folder))
     if name.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(name):
         raise ModelNotFoundError(
-            f"model folder {name} does not exist; give a folder, a hub name (owner/model) or {' or '.join(shipped)}"
+            f"model folder {name} does not exist; give {' or '.join(['a folder', 'a hub name (owner/model)', *shipped])}"
         )
     return LocatedModel(name, revision or "main")

@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import AutoModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from selma_ray.errors import ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import Batch
-from selma_ray.models.locate import LocatedModel
+from selma_ray.models.locate import LocatedModel, locate_part
 
 __all__ = [
     "DENOISERS",
     "DTYPES",
+    "autoencoder_config",
     "denoiser_name",
     "denoiser_of",
     "encoding_pipeline",
@@ -26,6 +28,7 @@ __all__ = [
     "load_denoiser",
     "load_errors",
     "noise_like",
+    "replaced_autoencoder",
     "sample_latents",
     "squared_errors",
 ]
@@ -47,15 +50,17 @@ def denoiser_of(pipeline: Any) -> torch.nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
-def load_denoiser(model: ModelConfig, located: LocatedModel, denoiser_class: Any, subfolder: str) -> torch.nn.Module:
-    """Load the denoiser alone, in fp32."""
+def load_denoiser(
+    model: ModelConfig, located: LocatedModel, denoiser_class: Any, subfolder: str, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Load the denoiser alone, in a precision of its own."""
     with load_errors(model, f"the {subfolder.replace('unet', 'UNet')}"):
         return denoiser_class.from_pretrained(
             located.path,
             subfolder=subfolder,
             revision=model.revision,
             variant=model.variant,
-            torch_dtype=torch.float32,
+            torch_dtype=dtype,
             use_safetensors=True,
         )
 
@@ -64,6 +69,23 @@ def load_config(model: ModelConfig, located: LocatedModel, part_class: Any, subf
     """Return the configuration of one part; of a hub model nothing else is downloaded."""
     with load_errors(model, f"the configuration of {subfolder}"):
         return part_class.load_config(located.path, subfolder=subfolder, revision=model.revision)
+
+
+def autoencoder_config(model: ModelConfig, located: LocatedModel, autoencoder_class: Any) -> Any:
+    """Return the configuration of the model's autoencoder, or of the one in its place."""
+    if model.vae is None:
+        return load_config(model, located, autoencoder_class, "vae")
+    with load_errors(model, f"the configuration of model.vae {model.vae}"):
+        return autoencoder_class.load_config(locate_part("model.vae", model.vae).path)
+
+
+def replaced_autoencoder(model: ModelConfig) -> dict[str, Any]:
+    """Return the autoencoder in the place of the model's, as `from_pretrained` of its pipeline takes it; nothing where it keeps its own."""
+    if model.vae is None:
+        return {}
+    with load_errors(model, f"model.vae {model.vae}"):
+        place = locate_part("model.vae", model.vae).path
+        return {"vae": AutoModel.from_pretrained(place, torch_dtype=DTYPES[model.dtype], use_safetensors=True)}
 
 
 def latent_shape(autoencoder: Mapping[str, Any], height_px: int, width_px: int) -> tuple[int, int, int]:
@@ -81,6 +103,7 @@ def encoding_pipeline(
             located.path,
             scheduler=None,
             **left_out,
+            **replaced_autoencoder(model),
             revision=model.revision,
             variant=model.variant,
             torch_dtype=DTYPES[model.dtype],

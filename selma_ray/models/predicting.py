@@ -22,12 +22,22 @@ __all__ = ["PipelinePredictor"]
 class PipelinePredictor(ABC):
     """What most families do alike: texts that are remembered, one call of the denoiser, classifier-free guidance."""
 
+    most_tokens = 512
+    """Tokens that diffusers' pipeline cuts a text to, where its tokenizers allow more."""
+
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self.denoiser: Any = denoiser_of(pipeline)
         self._device = pipeline._execution_device
         self._dtype = self.denoiser.dtype
         self._texts = Texts(self._embed)
+
+    def tokens(self, text: str) -> tuple[int, int]:
+        """Return how many tokens a text has, marks included, and how many of them the model sees: those of its longest encoder."""
+        tokenizers = [getattr(self._pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+        limits = {each: min(each.model_max_length, self.most_tokens) for each in tokenizers if each is not None}
+        longest = max(limits, key=lambda each: limits[each])
+        return len(longest(text, truncation=False, verbose=False).input_ids), limits[longest]
 
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the prompts, and the negative prompts where guidance needs them; texts seen lately are remembered."""

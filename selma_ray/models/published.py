@@ -4,11 +4,15 @@ Only what shapes and counts depend on is here, as their authors published it; ev
 """
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PUBLISHED", "write_configuration"]
+from selma_ray.models.config import ModelConfig
+
+__all__ = ["PUBLISHED", "PUBLISHED_AUTOENCODERS", "configured", "write_configuration"]
 
 _CLIP_L = {
     "model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -27,8 +31,9 @@ _T5_XXL = {
 _VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.18215,
+    "sample_size": 512,
 }  # fmt: skip
-_VAE_16 = _VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+_VAE_16 = _VAE | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
 _DIFFUSION = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 1000}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -79,7 +84,7 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
                     "projection_class_embeddings_input_dim": 2816,
                 },
             ),
-            "vae": ("diffusers", "AutoencoderKL", _VAE | {"scaling_factor": 0.13025}),
+            "vae": ("diffusers", "AutoencoderKL", _VAE | {"scaling_factor": 0.13025, "sample_size": 1024}),
             "text_encoder": ("transformers", "CLIPTextModel", _CLIP_L),
             "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", _CLIP_G),
             "scheduler": ("diffusers", "DDIMScheduler", _DIFFUSION),
@@ -140,6 +145,28 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
         },
     ),
 }
+
+
+PUBLISHED_AUTOENCODERS: Mapping[str, dict[str, Any]] = {
+    "madebyollin/sdxl-vae-fp16-fix": _VAE | {"scaling_factor": 0.13025, "force_upcast": False},
+}
+"""Autoencoders that stand in the place of a model's."""
+
+
+@contextmanager
+def configured(model: ModelConfig) -> Iterator[ModelConfig]:
+    """Yield a model whose configurations can be read: one that a shipped recipe names as a folder without weights, others as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        places: dict[str, Any] = {}
+        if model.name in PUBLISHED:
+            write_configuration(model.name, Path(folder))
+            places |= {"name": folder, "revision": None, "variant": None}
+        if model.vae in PUBLISHED_AUTOENCODERS:
+            replaced = Path(folder, "replaced-vae")
+            replaced.mkdir()
+            (replaced / "config.json").write_text(json.dumps(PUBLISHED_AUTOENCODERS[model.vae]))
+            places["vae"] = str(replaced)
+        yield model.model_copy(update=places)
 
 
 def write_configuration(name: str, folder: Path) -> None:

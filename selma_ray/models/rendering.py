@@ -13,16 +13,22 @@ from selma_ray.errors import ConfigError, ModelNotFoundError, RenderError, first
 from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
-from selma_ray.models.parts import DTYPES
+from selma_ray.models.parts import DTYPES, replaced_autoencoder
+from selma_ray.models.placing import place_pipeline
 
-__all__ = ["CPU_LANES", "Renderer", "load_pipeline", "use_scheduler"]
+__all__ = ["CPU_LANES", "Renderer", "load_pipeline", "open_pipeline", "use_scheduler"]
 
 CPU_LANES = 4
 """Rows a CPU denoises at once: as fast there as any larger number."""
 
 
 def load_pipeline(model: ModelConfig, device: torch.device | str) -> DiffusionPipeline:
-    """Load a pipeline onto a device."""
+    """Load a pipeline onto a device, kept there as `model.card` says."""
+    return place_pipeline(open_pipeline(model), model, device)
+
+
+def open_pipeline(model: ModelConfig) -> DiffusionPipeline:
+    """Load a pipeline into the host's memory."""
     located = locate_text_to_image(model.name, model.revision)
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
@@ -31,13 +37,14 @@ def load_pipeline(model: ModelConfig, device: torch.device | str) -> DiffusionPi
             variant=model.variant,
             torch_dtype=DTYPES[model.dtype],
             use_safetensors=True,
+            **replaced_autoencoder(model),
         )
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"model.name {model.name} cannot be opened ({first_line(error)}); give a diffusers folder"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 class Renderer:
@@ -63,7 +70,7 @@ class Renderer:
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return one RGB image per prompt, in order."""
-        if self.pipeline.device.type != "cpu":
+        if self.pipeline._execution_device.type != "cpu":  # its parts may wait in the host's memory
             return self._fitting(prompts, seeds)
         images: list[Image.Image] = []
         for start in range(0, len(prompts), CPU_LANES):

@@ -45,6 +45,7 @@ def _denoise(
 class StableDiffusionXL(StableDiffusion):
     """A StableDiffusionXLPipeline's parts; the loss is Stable Diffusion's, the conditioning its own."""
 
+    upcasts_autoencoder = True
     _denoise = staticmethod(_denoise)
 
     def load_encoders(self, device: torch.device | str) -> "StableDiffusionXLEncoders":

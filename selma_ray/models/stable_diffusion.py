@@ -18,9 +18,10 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.encoding import PipelineEncoders
-from selma_ray.models.family import Batch
+from selma_ray.models.family import DEFAULT_LOSS, Batch, LossSettings
 from selma_ray.models.locate import LocatedModel
 from selma_ray.models.parts import (
+    autoencoder_config,
     encoding_pipeline,
     latent_shape,
     load_config,
@@ -50,6 +51,7 @@ class StableDiffusion:
     """A StableDiffusionPipeline's parts, each loaded from its own sub-folder when it is needed."""
 
     predictions_per_step = 2
+    upcasts_autoencoder = False
     _denoise = staticmethod(_denoise)
 
     def __init__(self, model: ModelConfig, located: LocatedModel) -> None:
@@ -63,9 +65,9 @@ class StableDiffusion:
         )
         return StableDiffusionEncoders(pipeline, _encode_texts)
 
-    def load_denoiser(self) -> torch.nn.Module:
-        """Load the UNet alone, in fp32."""
-        return load_denoiser(self.model, self.located, UNet2DConditionModel, "unet")
+    def load_denoiser(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """Load the UNet alone."""
+        return load_denoiser(self.model, self.located, UNet2DConditionModel, "unet", dtype)
 
     def empty_denoiser(self) -> Any:
         """Return the UNet as its configuration says, on the default device, without its weights."""
@@ -89,7 +91,7 @@ class StableDiffusion:
 
     @cached_property
     def _autoencoder(self) -> Any:
-        return load_config(self.model, self.located, AutoencoderKL, "vae")
+        return autoencoder_config(self.model, self.located, AutoencoderKL)
 
     @cached_property
     def schedule(self) -> DDPMScheduler:
@@ -110,12 +112,12 @@ class StableDiffusion:
         denoiser: torch.nn.Module,
         batch: Batch,
         generators: Sequence[torch.Generator],
-        min_snr_gamma: float | None = None,
+        settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
         """Return each example's mean squared error of the prediction at a uniform timestep (N, fp32).
 
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. With
-        `min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
+        `settings.min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
         """
         latents_NChw = sample_latents(batch, generators, self.latent_scale)
         noise_NChw = noise_like(latents_NChw, generators)
@@ -129,7 +131,8 @@ class StableDiffusion:
         conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
         prediction_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, conditioning)
         error_N = squared_errors(prediction_NChw, target_NChw)
-        return error_N if min_snr_gamma is None else self._min_snr_weights(timesteps_N, min_snr_gamma) * error_N
+        gamma = settings.min_snr_gamma
+        return error_N if gamma is None else self._min_snr_weights(timesteps_N, gamma) * error_N
 
     def _min_snr_weights(self, timesteps_N: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return the weights that make the loss one of the clean latents' error times min(SNR, gamma)."""

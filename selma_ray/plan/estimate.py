@@ -4,18 +4,18 @@ Every figure is traced or counted from the configurations of the recipe's models
 text encoders, the language model and the judge are left out of them.
 """
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selma_ray.adapters.config import LoraSettings
 from selma_ray.errors import SelmaError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.plan import plan_experts
-from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.models.config import SamplingConfig
 from selma_ray.prompts.splits import train_count
+from selma_ray.run.demands import SERVE
+from selma_ray.run.memory import Need, memory_needs, pipeline_weights, traced_training, training_memory_parts
 from selma_ray.run.recipe import Recipe
+from selma_ray.run.stages import STAGES
 from selma_ray.skills import load_skills
 from selma_ray.study.plan import plan_study
 from selma_ray.study.study import Study
@@ -40,7 +40,7 @@ class StagePlan:
 
     name: str
     memory_bytes: float | None
-    """Memory of one GPU, or of one process on CPUs."""
+    """Memory of one process: of rendering the weights alone, of training all that it holds."""
     pflop: float | None
     storage_bytes: float | None
     note: str = ""
@@ -55,12 +55,18 @@ class Plan:
     lora_parameters: int
     """Weights of one expert."""
     stages: tuple[StagePlan, ...]
+    needs: tuple[Need, ...] = ()
+    """What the processes that have a GPU hold of it."""
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
-    """Return the plan of a recipe; raises ModelNotFoundError where its model's configurations cannot be read."""
+def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
+    """Return the plan of a recipe, on cards of `gpu_bytes` where it is known.
+
+    Raises ModelNotFoundError where its model's configurations cannot be read.
+    """
     sampling, lora = recipe.images.sampling, recipe.experts.lora
-    cost, parameters = _traced(recipe.model, sampling, lora)
+    cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
+    parameters = pipeline_weights(recipe.model)
     num_skills = len(load_skills(recipe.skills))
     prompts = train_count(recipe.prompts) * num_skills
     images, encoded = prompts * recipe.images.per_prompt, prompts * _encoded_per_prompt(recipe)
@@ -93,37 +99,13 @@ def plan_recipe(recipe: Recipe) -> Plan:
         ),
         StagePlan("serving", weights, None, None),
     )  # fmt: skip
-    return Plan(parameters, cost.lora_parameters, stages)
-
-
-def _traced(model: ModelConfig, sampling: SamplingConfig, lora: LoraSettings) -> tuple["TrainingCost", dict[str, int]]:
-    """Return what training costs and the weights of each part; a model that a shipped recipe names needs no network."""
-    from selma_ray.models.cost import pipeline_parameters, training_cost
-    from selma_ray.models.published import PUBLISHED, write_configuration
-
-    with tempfile.TemporaryDirectory() as folder:
-        if model.name in PUBLISHED:
-            write_configuration(model.name, Path(folder))
-            model = ModelConfig(name=folder)
-        cost = training_cost(model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
-        return cost, pipeline_parameters(model)
+    needs = memory_needs(recipe, [*STAGES, SERVE], gpu_bytes)
+    return Plan(parameters, cost.lora_parameters, stages, tuple(needs))
 
 
 def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
-    """Return what a worker holds: frozen weights, adapter, gradients, AdamW's state and masters, and activations.
-
-    ZeRO 1 and up split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
-    """
-    width, workers = _BYTES[config.precision], config.workers_per_expert
-    micro_batch = config.micro_batch_size or config.batch_size // workers
-    masters = 0 if width == 4 else 4
-    split = [workers if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    weights = width * (cost.parameters + cost.lora_parameters) / split[2]
-    gradients = width * cost.lora_parameters / split[1]
-    optimizer = (8 + masters) * cost.lora_parameters / split[0]
-    activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
-    images = micro_batch * (2 if config.dpo else 1)
-    return weights + gradients + optimizer + images * activations * width / 4
+    """Return what a worker holds of a GPU, or of one process on CPUs."""
+    return sum(training_memory_parts(cost, config).values())
 
 
 def _adapter_bytes(recipe: Recipe) -> int:
@@ -146,8 +128,9 @@ def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
 def study_hours(study: Study, tflops: float) -> float:
     """Return the GPU-hours of all that a study makes, at a sustained rate of `tflops` TFLOP/s."""
     made, recipe = plan_study(study), study.recipe
-    cost, _ = _traced(recipe.model, recipe.images.sampling, recipe.experts.lora)
-    flops = sum(count * _render_flops(cost, sampling) for count, sampling in (*made.images, *(made.scored or ())))
+    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
+    flops = sum(count * _render_flops(cost, sampled) for count, sampled in (*made.images, *(made.scored or ())))
     flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in made.experts)
     return flops / tflops / 1e12 / 3600
 

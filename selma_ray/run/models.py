@@ -15,7 +15,7 @@ from selma_ray.run.recipe import Recipe
 
 __all__ = ["NamedModel", "check_adapters", "check_models", "check_trainable", "fetch_models", "named_models"]
 
-Kind = Literal["text-to-image", "language", "judge"]
+Kind = Literal["text-to-image", "autoencoder", "language", "judge"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class NamedModel:
 
 def named_models(recipe: Recipe) -> Iterator[NamedModel]:
     """Yield every model that a run of the recipe opens."""
-    yield _pipeline("model.name", recipe.model)
+    yield from _models("model", recipe.model)
     if recipe.data.model:
-        yield _pipeline("data.model.name", recipe.data.model)
+        yield from _models("data.model", recipe.data.model)
     for name, other in recipe.evaluation.models.items():
-        yield _pipeline(f"evaluation.models.{name}.model.name", other.model)
+        yield from _models(f"evaluation.models.{name}.model", other.model)
     yield from _judge("evaluation.judge", recipe.evaluation.judge)
     if recipe.images.selection:
         yield from _judge("images.selection.judge", recipe.images.selection.judge)
@@ -109,6 +109,12 @@ def fetch_models(recipe: Recipe, tell: Callable[[str, str], None]) -> None:
     tell(f"evaluation.suite {recipe.evaluation.suite}", f"{len(prompts)} prompts")
 
 
+def _models(key: str, model: ModelConfig) -> Iterator[NamedModel]:
+    yield _pipeline(f"{key}.name", model)
+    if model.vae is not None:
+        yield NamedModel(f"{key}.vae", "autoencoder", model.vae)
+
+
 def _pipeline(key: str, model: ModelConfig) -> NamedModel:
     return NamedModel(key, "text-to-image", model.name, model.revision, model.variant)
 
@@ -121,8 +127,10 @@ def _judge(key: str, judge: JudgeConfig) -> Iterator[NamedModel]:
 
 def _located(model: NamedModel) -> str:
     """Return a model's local folder, or its name at the hub; raises ModelNotFoundError for a folder that is not there."""
-    from selma_ray.models.locate import locate_judge, locate_llm, locate_text_to_image
+    from selma_ray.models.locate import locate_judge, locate_llm, locate_part, locate_text_to_image
 
+    if model.kind == "autoencoder":
+        return locate_part(model.key, model.name).path
     locate = {"text-to-image": locate_text_to_image, "language": locate_llm, "judge": locate_judge}[model.kind]
     return locate(model.name, model.revision).path
 

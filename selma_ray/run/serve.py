@@ -6,6 +6,7 @@ from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.cluster.connection import connect
 from selma_ray.judging.sources import GrammarQuestions, QuestionSource
 from selma_ray.run.demands import SERVE, check_stages_fit
+from selma_ray.run.memory import check_cards
 from selma_ray.run.opening import Run
 from selma_ray.run.question_source import source_name
 from selma_ray.run.questions import open_source
@@ -42,6 +43,7 @@ def start_merged(run: Run) -> Service:
     recipe = run.recipe
     connect(recipe.cluster)
     check_stages_fit(recipe, [SERVE])
+    check_cards(recipe, [SERVE])
     return start_service(
         served_models(run, recipe.serving.experts),
         recipe.serving,

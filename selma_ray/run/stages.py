@@ -10,6 +10,7 @@ from selma_ray.progress import Report
 from selma_ray.run.demands import check_stages_fit, waits_announced
 from selma_ray.run.evaluate import evaluate
 from selma_ray.run.generate import generate
+from selma_ray.run.memory import check_cards
 from selma_ray.run.merge import merge
 from selma_ray.run.opening import Run
 from selma_ray.run.train import train
@@ -49,7 +50,9 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
                 f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first"
             )
     connect(run.recipe.cluster)
-    check_stages_fit(run.recipe, [stage for stage in names[names.index(name) :] if run.folder.done(stage) is None])
+    ahead = [stage for stage in names[names.index(name) :] if run.folder.done(stage) is None]
+    check_stages_fit(run.recipe, ahead)
+    check_cards(run.recipe, ahead)
     with waits_announced(run.recipe, name, report):
         summary = STAGES[name](run, report)
     run.folder.mark_done(name, summary)

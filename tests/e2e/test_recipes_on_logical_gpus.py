@@ -43,7 +43,7 @@ def stand_ins(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 def selma(recipe: str, *overrides: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "selma_ray.cli", "run", f"jobs/recipes/{recipe}.yaml", *overrides]
     return subprocess.run(
-        words, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+        words, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1500
     )
 
 
@@ -73,7 +73,7 @@ def test_a_large_recipe_runs_on_one_gpu(stand_ins: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("recipe", LARGE)
 def test_every_recipe_runs_on_one_gpu_and_on_eight(
@@ -129,7 +129,7 @@ def labelled_cluster(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_a_recipe_runs_on_a_labelled_cluster_of_one_gpu_nodes(
     labelled_cluster: tuple[str, Path], stand_ins: list[str], tmp_path: Path
 ) -> None:

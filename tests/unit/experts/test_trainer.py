@@ -12,6 +12,7 @@ from selma_ray.experts.config import CheckpointChoiceConfig
 from selma_ray.experts.job import ExpertJob, finished_result
 from selma_ray.experts.selection import is_fitted
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.quantised import quantised_linears
 from selma_ray.storage import RunFolder
 from tests.unit.experts.fitting import BASE, adapter, assert_same_bits, encoded_job, fit
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
@@ -175,3 +176,22 @@ def test_every_family_is_fitted_with_dropout_and_recomputation(
     fit(job)
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter(job).items() if "lora_B" in name)
     assert all(torch.isfinite(tensor).all() for tensor in adapter(job).values())
+
+
+@pytest.mark.parametrize(("weights", "share"), [("int8", 0.5), ("nf4", 0.25)])
+def test_an_expert_is_fitted_on_a_base_of_fewer_bits(
+    make_job: Any, uninterrupted: Any, weights: str, share: float, tmp_path: Path
+) -> None:
+    job = make_job("counting", base_weights=weights, precision="bf16")
+    trainer = fit(job, stop_at=3, save_to=str(tmp_path))
+    found = quantised_linears(trainer._engine.module)
+    layers = [layer for name, layer in found.items() if "lora_" not in name]
+    kept_bytes = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    assert kept_bytes == share * 2 * sum(layer.in_features * layer.out_features for layer in layers)
+    fit(job, start_from=str(tmp_path))
+    result = finished_result(job)
+    assert result is not None
+    assert result.steps == 6
+    exact = uninterrupted[0].folder.read_json(uninterrupted[0].directory, "curve.json")
+    assert result.loss == pytest.approx(exact[-1]["loss"], rel=0.2)
+    assert adapter(job).keys() == uninterrupted[1].keys()

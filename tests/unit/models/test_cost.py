@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.training import add_adapter, trainable_parameters
@@ -14,6 +13,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.cost import pipeline_parameters, training_cost
 from selma_ray.models.family import open_family
 from selma_ray.models.rendering import load_pipeline
+from tests.unit.models.measuring import most_allocated_bytes
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
 from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
@@ -51,18 +51,10 @@ def peak_bytes(model: Any, denoiser: Any) -> int:
     batch = {name: torch.rand((BATCH, *shape)) for name, shape in family.example_shapes(64, 64).items()}
 
     def step() -> None:
+        denoiser.zero_grad()
         family.errors(denoiser, batch, [torch.Generator().manual_seed(seed) for seed in range(BATCH)]).mean().backward()
 
-    step()
-    denoiser.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    allocations = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(allocations, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return most_allocated_bytes(step)
 
 
 def test_weights_are_counted_without_loading_them(model: ModelConfig, cost: Any) -> None:

@@ -13,7 +13,7 @@ from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig, SamplingConfig
-from selma_ray.models.family import open_family
+from selma_ray.models.family import LossSettings, open_family
 from selma_ray.models.rendering import Renderer, load_pipeline
 from selma_ray.storage import RunFolder
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
@@ -93,7 +93,7 @@ def test_patches_go_in_and_out_as_the_pipeline_packs_them(family: Any, batch: An
 
     recorder = Recorder(family.load_denoiser())
     noisy = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(0))
-    velocity = family._denoise(recorder, noisy, torch.tensor([500.0, 600.0]), family._told(batch))
+    velocity = family._denoise(recorder, noisy, torch.tensor([500.0, 600.0]), family._told(batch, LossSettings()))
     assert torch.equal(velocity, noisy)
     unpacked = FluxPipeline._unpack_latents(recorder.called["hidden_states"], 64, 48, vae_scale_factor=4)
     assert torch.equal(unpacked, noisy)
@@ -139,4 +139,4 @@ def test_a_dropped_caption_is_the_empty_prompt(family: Any) -> None:
 
 def test_min_snr_weighting_is_refused(family: Any, batch: Any) -> None:
     with pytest.raises(ConfigError, match=r"experts.min_snr_gamma must be left out for .* flow matching, got 5"):
-        family.errors(family.load_denoiser(), batch, [torch.Generator()] * 2, min_snr_gamma=5.0)
+        family.errors(family.load_denoiser(), batch, [torch.Generator()] * 2, LossSettings(min_snr_gamma=5.0))

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.family import open_family
+from selma_ray.models.family import LossSettings, open_family
 from tests.tiny_models import save_tiny_stable_diffusion
 
 NUM_TIMESTEPS = 1000
@@ -78,7 +78,7 @@ def test_min_snr_weighs_the_error_of_the_clean_latents(tiny_dir: Any) -> None:
     for seed in (11, 12, 13, 14):
         with torch.no_grad():
             plain = family.errors(unet, batch, generators(seed)).mean()
-            weighted = family.errors(unet, batch, generators(seed), min_snr_gamma=gamma).mean()
+            weighted = family.errors(unet, batch, generators(seed), LossSettings(min_snr_gamma=gamma)).mean()
         draw = generators(seed)[0]
         for _ in range(2):
             torch.randn((1, 4, 16, 16), generator=draw)
