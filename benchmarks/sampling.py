@@ -22,7 +22,8 @@ from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.judging.scoring import score_images
 from selma_ray.judging.suites import open_suite
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.rendering import load_pipeline, use_scheduler
+from selma_ray.models.rendering import load_pipeline
+from selma_ray.models.schedulers import use_scheduler
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.engine import Engine

@@ -73,7 +73,7 @@ def _settings(config: ImagesConfig, model: ModelConfig, llm: str) -> dict[str, o
         "text-to-image model": model.name if config.engine == "diffusers" else f"none ({config.engine} stand-in)",
         "revision": locate_text_to_image(model.name, model.revision).revision,
         "precision": model.dtype,
-        "scheduler": config.sampling.scheduler or "the model's own",
+        "scheduler": _scheduler_words(config),
         "steps": config.sampling.steps,
         "guidance scale": config.sampling.guidance_scale,
         "size": f"{config.sampling.width_px} x {config.sampling.height_px} px",
@@ -83,6 +83,11 @@ def _settings(config: ImagesConfig, model: ModelConfig, llm: str) -> dict[str, o
         "prompts written by": llm,
         "licence": config.license,
     }
+
+
+def _scheduler_words(config: ImagesConfig) -> str:
+    name, settings = config.sampling.scheduler or "the model's own", config.sampling.scheduler_config
+    return f"{name} with {', '.join(f'{key}={value}' for key, value in settings.items())}" if settings else name
 
 
 def _selection_words(config: ImagesConfig) -> str:

@@ -1,6 +1,6 @@
 """Which text-to-image model a run starts from, and how it is sampled."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -53,6 +53,9 @@ class SamplingConfig(StrictModel):
     """Classifier-free guidance scale; 1 is none."""
     scheduler: str | None = None
     """diffusers class name such as DDIMScheduler; default: the model's own."""
+    scheduler_config: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that class over the model's own, such as use_karras_sigmas, final_sigmas_type, timestep_spacing,
+    rescale_betas_zero_snr or shift."""
     negative_prompt: str = ""
     """What the images should not show."""
     width_px: int = Field(default=512, ge=8, multiple_of=8)

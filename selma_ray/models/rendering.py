@@ -9,14 +9,15 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 
-from selma_ray.errors import ConfigError, ModelNotFoundError, RenderError, first_line
+from selma_ray.errors import ModelNotFoundError, RenderError, first_line
 from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.models.parts import DTYPES, replaced_autoencoder
 from selma_ray.models.placing import place_pipeline
+from selma_ray.models.schedulers import use_scheduler
 
-__all__ = ["CPU_LANES", "Renderer", "load_pipeline", "open_pipeline", "use_scheduler"]
+__all__ = ["CPU_LANES", "Renderer", "load_pipeline", "open_pipeline"]
 
 CPU_LANES = 4
 """Rows a CPU denoises at once: as fast there as any larger number."""
@@ -59,7 +60,7 @@ class Renderer:
         self.pipeline = pipeline
         self.sampling = sampling
         self._batches = HalvingBatches()
-        use_scheduler(pipeline, sampling.scheduler)
+        use_scheduler(pipeline, sampling.scheduler, sampling.scheduler_config)
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it answers with black images, which would be learnt from and scored
 
@@ -131,19 +132,3 @@ def _autoencoder_restored(pipeline: Any) -> Iterator[None]:
     finally:
         if autoencoder is not None and autoencoder.dtype != dtype:
             autoencoder.to(dtype=dtype)
-
-
-def use_scheduler(pipeline: Any, name: str | None) -> None:
-    """Give a pipeline the scheduler class `name`, with its own scheduler's configuration; without a name it keeps its own.
-
-    Raises ConfigError for a class that cannot take that configuration, such as a diffusion sampler for a flow model.
-    """
-    own = pipeline.scheduler
-    if name is None or name == type(own).__name__:
-        return
-    compatible = {scheduler_class.__name__: scheduler_class for scheduler_class in own.compatibles}
-    if name not in compatible:
-        raise ConfigError(
-            f"sampling.scheduler must be a diffusers scheduler that fits the model ({', '.join(sorted(compatible))}), got {name!r}"
-        )
-    pipeline.scheduler = compatible[name].from_config(own.config)

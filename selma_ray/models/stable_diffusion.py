@@ -137,8 +137,9 @@ class StableDiffusion:
     def _min_snr_weights(self, timesteps_N: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return the weights that make the loss one of the clean latents' error times min(SNR, gamma)."""
         snr_N = compute_snr(self.schedule, timesteps_N)
-        of_error_N = snr_N if self.schedule.config.prediction_type == "epsilon" else snr_N + 1
-        return snr_N.clamp(max=gamma) / of_error_N
+        if self.schedule.config.prediction_type == "epsilon":
+            return (gamma / snr_N).clamp(max=1)  # not min(SNR, gamma) / SNR, which is 0 / 0 at a terminal SNR of zero
+        return snr_N.clamp(max=gamma) / (snr_N + 1)
 
     def _sample_timesteps(self, generators: Sequence[torch.Generator], device: torch.device) -> torch.Tensor:
         steps = self.schedule.config.num_train_timesteps

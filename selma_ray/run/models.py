@@ -13,7 +13,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.run.question_source import source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
 
-__all__ = ["NamedModel", "check_adapters", "check_models", "check_trainable", "fetch_models", "named_models"]
+__all__ = ["NamedModel", "check_adapters", "check_models", "check_schedulers", "check_trainable", "fetch_models", "named_models"]
 
 Kind = Literal["text-to-image", "autoencoder", "language", "judge"]
 
@@ -55,6 +55,27 @@ def check_models(recipe: Recipe) -> None:
     """Raise ModelNotFoundError for the first model that is missing, gated, out of reach or of another kind."""
     for model in dict.fromkeys(named_models(recipe)):
         _configuration(model)
+
+
+def check_schedulers(recipe: Recipe) -> None:
+    """Raise ConfigError where a sampler cannot be set as the recipe says, before a prompt is written."""
+    renders = recipe.data.images == "model" and recipe.images.engine == "diffusers"
+    samplings = {
+        "images": (recipe.data.model or recipe.model, recipe.images.sampling) if renders else None,
+        "evaluation": (recipe.model, recipe.evaluation.sampling),
+        "serving": (recipe.model, recipe.serving.sampling),
+    }
+    for section, drawn in samplings.items():
+        if drawn is None or not drawn[1].scheduler_config:
+            continue
+        from selma_ray.models.schedulers import check_sampling
+
+        try:
+            check_sampling(*drawn)
+        except ModelNotFoundError:
+            raise
+        except ConfigError as error:
+            raise ConfigError(f"{section}.{error}") from None
 
 
 def check_adapters(recipe: Recipe) -> None:

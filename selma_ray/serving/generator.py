@@ -48,7 +48,8 @@ class Generator:
 
     def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None = None) -> None:
         see_own_gpus(config.num_gpus)
-        from selma_ray.models.rendering import load_pipeline, use_scheduler
+        from selma_ray.models.rendering import load_pipeline
+        from selma_ray.models.schedulers import use_scheduler
 
         started_s = time.monotonic()
         use_threads(config.num_threads)
@@ -56,7 +57,7 @@ class Generator:
         self._name = secrets.token_hex(4)
         self._weights = MergedWeights()
         self._pipeline = load_pipeline(models.merged, device_of(config.num_gpus, "serving.num_gpus"))
-        use_scheduler(self._pipeline, config.sampling.scheduler)
+        use_scheduler(self._pipeline, config.sampling.scheduler, config.sampling.scheduler_config)
         self._filters = open_filters(config, self._pipeline)
         if not config.safety_checker and getattr(self._pipeline, "safety_checker", None) is not None:
             self._pipeline.safety_checker = None  # 1.2 GB that nobody asks

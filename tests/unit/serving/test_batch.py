@@ -12,7 +12,8 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.rendering import load_pipeline, use_scheduler
+from selma_ray.models.rendering import load_pipeline
+from selma_ray.models.schedulers import use_scheduler
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.errors import RequestError
