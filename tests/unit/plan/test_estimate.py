@@ -11,7 +11,8 @@ from selma_ray.run.recipe import load_recipe
 
 DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
 COST = TrainingCost(
-    parameters=1000, lora_parameters=100, cached_bytes=1, activation_bytes=400, checkpointed_bytes=200, forward_flops=1, step_flops=2
+    parameters=1000, lora_parameters=100, block_parameters=800, cached_bytes=1,
+    activation_bytes=400, checkpointed_bytes=200, forward_flops=1, step_flops=2
 )  # fmt: skip
 
 
@@ -22,6 +23,8 @@ COST = TrainingCost(
         ({"precision": "bf16"}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 200),
         ({"precision": "bf16", "micro_batch_size": 2}, 2 * 1100 + 2 * 100 + 12 * 100 + 2 * 200),
         ({"precision": "bf16", "gradient_checkpointing": True}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 100),
+        ({"precision": "bf16", "base_weights": "int8"}, 2 * 300 + 800 + 2 * 100 + 12 * 100 + 8 * 200),
+        ({"precision": "bf16", "base_weights": "nf4"}, 2 * 300 + 450 + 2 * 100 + 12 * 100 + 8 * 200),
         ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 0}, 2 * 1100 + 2 * 100 + 12 * 100 + 4 * 200),
         ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1}, 2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200),
         ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2}, 2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
@@ -91,6 +94,18 @@ def test_planning_runs_and_writes_nothing(recipe: Any, tmp_path: Path, capsys: p
     assert main(words) == 0
     assert "Hours at 100 TFLOP/s" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_says_what_fits_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    from selma_ray.cli import main
+
+    words = ["plan", str(DEMO.with_name("sdxl.yaml")), "evaluation.suite=nowhere.jsonl", "--gpu-memory"]
+    assert main([*words, "48"]) == 0
+    assert "does not fit" not in capsys.readouterr().out
+    assert main([*words, "24"]) == 2
+    shown = capsys.readouterr()
+    assert "does not fit" in shown.out
+    assert "set experts.gradient_checkpointing=true" in shown.err
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "fast"])

@@ -17,6 +17,7 @@ def names(recipe: str, *overrides: str) -> dict[str, str]:
 def test_every_model_that_a_run_opens_is_named() -> None:
     assert names("sdxl.yaml") == {
         "model.name": "stabilityai/stable-diffusion-xl-base-1.0",
+        "model.vae": "madebyollin/sdxl-vae-fp16-fix",
         "prompts.llm.name": "Qwen/Qwen3-8B",
         "evaluation.judge.name": "Qwen/Qwen3-VL-8B-Instruct",
         "serving.judge.name": "Qwen/Qwen3-VL-8B-Instruct",

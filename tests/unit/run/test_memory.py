@@ -1,0 +1,110 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selma_ray.cluster import cards
+from selma_ray.errors import ConfigError
+from selma_ray.run.demands import SERVE
+from selma_ray.run.memory import Need, check_cards, check_memory, memory_needs
+from selma_ray.run.recipe import Recipe, load_recipe
+from selma_ray.run.stages import STAGES
+
+RECIPES = Path(__file__).parents[3] / "jobs" / "recipes"
+ALL = [*STAGES, SERVE]
+# What the recipes themselves say that they need.
+SAID_GB = {"sdxl": 48, "sd14": 48, "sd2": 48, "sd35": 48, "flux": 80, "workstation": 24, "paper_sdxl": 48}
+
+
+def recipe(name: str, *overrides: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.yaml", ["run_dir=/nowhere", *overrides])
+
+
+def needs(found: list[Need]) -> dict[tuple[str, str], Need]:
+    return {(need.stage, need.what): need for need in found}
+
+
+@pytest.mark.parametrize(("name", "gpu_gb"), SAID_GB.items())
+def test_every_large_recipe_fits_the_card_that_it_asks_for(name: str, gpu_gb: float) -> None:
+    check_memory(recipe(name), ALL, gpu_gb * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gpu_gb", "line"),
+    [
+        ("sdxl", [], 24, r"train: an expert's worker needs .*activations .*; set experts.gradient_checkpointing=true$"),
+        (
+            "sdxl",
+            ["experts.gradient_checkpointing=true"],
+            16,
+            r"generate: the language model needs .*; name a smaller model in prompts.llm.name, or split it",
+        ),
+        ("flux", [], 24, r"generate: a renderer needs .*; take a smaller model or a larger GPU$"),
+        ("flux", [], 32, r"generate: a renderer needs .*; set model.card.offload=model$"),
+        (
+            "flux",
+            ["model.card.offload=model", "experts.gradient_checkpointing=false"],
+            24.0,
+            r"train: an expert's worker .*; set experts.gradient_checkpointing=true experts.micro_batch_size=1 experts.base_weights=nf4$",
+        ),
+        ("flux", ["serving.experts=true"], 80, r"serve: a generator .*; set serving.experts=false$"),
+    ],
+)
+def test_what_cannot_fit_is_one_line_with_the_keys_that_make_it_fit(
+    name: str, overrides: list[str], gpu_gb: float, line: str
+) -> None:
+    stages = ["train"] if "train:" in line and name == "flux" else ALL
+    with pytest.raises(ConfigError, match=line):
+        check_memory(recipe(name, *overrides), stages, gpu_gb * 1e9)
+
+
+def test_the_remedy_that_is_named_helps() -> None:
+    check_memory(recipe("sdxl", "experts.gradient_checkpointing=true"), ["train"], 24e9)
+
+
+def test_quantised_and_offloaded_weights_are_counted_as_what_they_take() -> None:
+    whole = needs(memory_needs(recipe("flux"), ["generate", "train"]))
+    changed = ["experts.base_weights=nf4", "model.card.offload=model"]
+    small = needs(memory_needs(recipe("flux", *changed), ["generate", "train"]))
+    worker, renderer = ("train", "an expert's worker"), ("generate", "a renderer")
+    assert whole[worker].parts["weights"] == pytest.approx(2 * 11.92e9, rel=0.01)
+    assert small[worker].parts["weights"] == pytest.approx(0.5625 * 11.7e9, rel=0.1)
+    assert whole[renderer].parts["weights"] == pytest.approx(2 * 16.87e9, rel=0.01)
+    assert small[renderer].parts["weights"] == pytest.approx(2 * 11.9e9, rel=0.01)
+
+
+def test_the_paper_s_autoencoder_decodes_in_half_the_memory_of_the_one_that_overflows() -> None:
+    fixed = needs(memory_needs(recipe("sdxl"), ["generate"]))["generate", "a renderer"].parts["drawing"]
+    overflowing = needs(memory_needs(recipe("sdxl", "model.vae=null"), ["generate"]))["generate", "a renderer"]
+    assert overflowing.parts["drawing"] > fixed
+
+
+def test_the_miniature_on_the_cpu_takes_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory_needs(recipe("demo"), ALL) == []
+    monkeypatch.setattr("selma_ray.run.memory.smallest_gpu_bytes", lambda config: pytest.fail("nobody is asked"))
+    check_cards(recipe("demo"), ALL)
+
+
+def test_the_miniature_fits_any_card() -> None:
+    check_memory(recipe("gpu_demo"), ALL, 8e9)
+
+
+def test_a_card_s_memory_may_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"train: an expert's worker needs"):
+        check_cards(recipe("sdxl", "cluster.gpu_memory_gb=24", "cluster.logical_gpus=true"), ["train"])
+    check_cards(recipe("sdxl", "cluster.logical_gpus=true"), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("echo 24564; echo 81559", [24564.0, 81559.0]), ("exit 9", []), ("echo No devices", [])]
+)
+def test_a_machine_s_cards_are_those_that_nvidia_s_tool_lists(
+    answer: str, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "_ASK", ("sh", "-c", answer))
+    assert cards.gpu_memories_mib() == expected
+
+
+def test_a_machine_without_the_tool_has_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "_ASK", ("no-such-tool-anywhere",))
+    assert cards.gpu_memories_mib() == []
