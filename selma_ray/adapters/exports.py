@@ -37,7 +37,7 @@ def write_diffusers(
             TensorSpec(f"{denoiser}.{module}.lora_B.weight", dtype, (rows, adapter.rank)),
         ]
     factors = map(adapter.factors, shapes)
-    tensors = (_fitting(tensor, dtype, path) for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
+    tensors = (tensor for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
     write_safetensors(path, specs, tensors, metadata)
 
 
@@ -69,11 +69,7 @@ def write_kohya(
         ]
     alpha = torch.tensor(adapter.scale * adapter.rank)
     factors = map(adapter.factors, shapes)
-    tensors = (
-        tensor
-        for each in factors
-        for tensor in (_fitting(each.A_RI, dtype, path), _fitting(each.B_OR, dtype, path), alpha)
-    )
+    tensors = (tensor for each in factors for tensor in (each.A_RI, each.B_OR, alpha))
     described = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
@@ -81,9 +77,3 @@ def write_kohya(
         "ss_sd_model_name": adapter.base_model or "",
     }
     write_safetensors(path, specs, tensors, {**metadata, **described})
-
-
-def _fitting(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> torch.Tensor:
-    if tensor.abs().max() > torch.finfo(dtype).max:
-        raise AdapterError(f"{path.name}: a value is too large for {dtype}; set merging.export_dtype to bf16 or fp32")
-    return tensor

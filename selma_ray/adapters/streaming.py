@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from selma_ray.errors import AdapterError
+
 __all__ = ["DTYPES", "TensorSpec", "write_safetensors"]
 
 DTYPES = {
@@ -39,7 +41,10 @@ def write_safetensors(
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tensors`, which come in the order of `specs`, each converted to its spec's dtype."""
+    """Write `tensors`, which come in the order of `specs`, each converted to its spec's dtype.
+
+    Raises AdapterError for a value that fp16 cannot hold.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for spec in specs:
@@ -56,4 +61,15 @@ def write_safetensors(
         stream.write(encoded)
         for spec, tensor in zip(specs, tensors, strict=True):
             assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
+            _check_range(tensor, spec, path)
             stream.write(tensor.to(spec.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _check_range(tensor: torch.Tensor, spec: TensorSpec, path: Path) -> None:
+    if spec.dtype != torch.float16 or tensor.dtype == torch.float16 or not tensor.numel():
+        return
+    least, most = torch.aminmax(tensor)
+    if max(-least, most) > torch.finfo(torch.float16).max:
+        raise AdapterError(
+            f"{path.name}: {spec.name} holds a value that is too large for fp16; set the dtype of what is written to bf16 or fp32"
+        )

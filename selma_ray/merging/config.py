@@ -47,6 +47,8 @@ class MergingConfig(StrictModel):
     """Rank of `svd`, and of the adapter that stands for a `ties` or `dare` merge; default: the largest of the experts'."""
     density: float = Field(default=0.2, gt=0, le=1)
     """Share of each expert's entries that `ties`, `dare` and `knots` keep."""
+    adapter_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the merged adapter's file; the 16-bit ones are half as large. The baked pipeline is made of the merge itself."""
     exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")
     """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`, `kohya` in ComfyUI and A1111."""
     export_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

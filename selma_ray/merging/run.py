@@ -138,11 +138,14 @@ def _build(
         report.add([expert.factors(module) for expert in experts], exact(module) if exact else result)
         return _low_rank(result, rank)
 
-    write_adapter(part / "adapter", map(measured, shapes), shapes, rank, experts[0].base_model, experts[0].revision)
+    dtype = DTYPES[config.adapter_dtype]
+    base = experts[0]
+    write_adapter(part / "adapter", map(measured, shapes), shapes, rank, base.base_model, base.revision, dtype)
     adapter = open_adapter(part / "adapter")
     source = pipeline_folder(model)
-    # What is low-rank stands in the adapter, exactly; what is dense is made again.
-    baked = merged if config.method in DENSE_METHODS else adapter.factors
+    # What is low-rank stands in an adapter of full precision, exactly; anything else is made again.
+    exact_adapter = config.method not in DENSE_METHODS and dtype == torch.float32
+    baked = adapter.factors if exact_adapter else merged
     bake_pipeline(source, part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
     denoiser = denoiser_name(source)
     merge = {"merge_method": config.method, "merge_scale": f"{config.scale:g}", "merge_weights": json.dumps(weights)}

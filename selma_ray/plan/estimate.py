@@ -109,8 +109,8 @@ def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
 
 
 def _adapter_bytes(recipe: Recipe) -> int:
-    """Return the bytes of a merged weight in all files that hold it: the adapter in fp32 and its exports."""
-    return 4 + len(recipe.merging.exports) * _BYTES[recipe.merging.export_dtype]
+    """Return the bytes of a merged weight in all files that hold it: the adapter and its exports."""
+    return _BYTES[recipe.merging.adapter_dtype] + len(recipe.merging.exports) * _BYTES[recipe.merging.export_dtype]
 
 
 def _encoded_per_prompt(recipe: Recipe) -> int:

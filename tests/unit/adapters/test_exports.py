@@ -12,8 +12,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from selma_ray.adapters.exports import EXPORT_FILES, _fitting, write_kohya
+from selma_ray.adapters.exports import EXPORT_FILES, write_kohya
 from selma_ray.adapters.peft_format import Adapter, open_adapter, shapes_of
+from selma_ray.adapters.streaming import TensorSpec, write_safetensors
 from selma_ray.config import validate
 from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.merging.config import MergingConfig
@@ -217,9 +218,27 @@ def test_files_of_half_the_size_hold_the_same_adapter(
         assert (files["half"] / export).stat().st_size < 0.7 * (files["whole"] / export).stat().st_size
 
 
+@pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
+def test_an_adapter_of_half_the_size_leaves_the_baked_weights_as_they_are(tmp_path: Path, base_dir: Path) -> None:
+    for seed, skill in enumerate(SKILLS):
+        save_random_adapter(base_dir, tmp_path / "experts" / skill, seed, rank=4, lora_alpha=3)
+    for name, precision in (("whole", "fp32"), ("half", "bf16")):
+        config = MergingConfig.model_validate({"name": name, "adapter_dtype": precision, "exports": []})
+        merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(base_dir)), config)
+    whole, half = (tmp_path / "merged" / name for name in ("whole", "half"))
+    weights = load_file(half / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    exact = load_file(whole / "adapter" / "adapter_model.safetensors")
+    for key, tensor in weights.items():
+        torch.testing.assert_close(tensor.float(), exact[key], rtol=2e-2, atol=2e-2)
+    baked = [load_file(next((folder / "pipeline" / "unet").glob("*.safetensors"))) for folder in (whole, half)]
+    for key in baked[0]:
+        torch.testing.assert_close(baked[0][key], baked[1][key])
+
+
 def test_a_value_that_a_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
-    assert _fitting(torch.tensor([6e4]), torch.float16, tmp_path).item() == 6e4
-    with pytest.raises(
-        AdapterError, match=r"a value is too large for torch\.float16; set merging\.export_dtype to bf16"
-    ):
-        _fitting(torch.tensor([1.0, -7e4]), torch.float16, tmp_path)
+    specs = [TensorSpec("large", torch.float16, (2,))]
+    write_safetensors(tmp_path / "file", specs, [torch.tensor([1.0, 6e4])])
+    assert load_file(tmp_path / "file")["large"].tolist() == [1.0, 6e4]
+    with pytest.raises(AdapterError, match=r"file: large holds a value that is too large for fp16; set the dtype"):
+        write_safetensors(tmp_path / "file", specs, [torch.tensor([1.0, -7e4])])
