@@ -35,7 +35,7 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import base64_of, encode
+from selma_ray.serving.encoding import PNG, base64_of, encode
 from selma_ray.serving.run import start_service
 from selma_ray.serving.scorer import open_scorer
 from selma_ray.serving.served import ServedModels
@@ -145,7 +145,7 @@ class _Offline:
         for _, group in itertools.groupby(sorted(bodies, key=_steps), key=_steps):
             for batch in _batched(group):
                 for image in _drawn(self.pipeline, batch):
-                    encode(image, "png")
+                    encode(image, PNG)
         return time.monotonic() - started_s
 
 
@@ -178,7 +178,7 @@ class _RequestBatching:
         for steps in sorted({_steps(body) for body in bodies}):
             indices = [index for index, body in enumerate(bodies) if _steps(body) == steps]
             images |= zip(indices, _drawn(self._pipeline, [bodies[index] for index in indices]), strict=True)
-        return [base64_of(encode(images[index], "png")) for index in range(len(bodies))]
+        return [base64_of(encode(images[index], PNG)) for index in range(len(bodies))]
 
 
 def _serve_one_at_a_time(port: int) -> None:
@@ -193,7 +193,7 @@ def _serve_one_at_a_time(port: int) -> None:
         body = await request.json()
         async with lock:
             images = await asyncio.to_thread(_drawn, pipeline, [body])
-        return {"b64_json": base64_of(encode(images[0], "png"))}
+        return {"b64_json": base64_of(encode(images[0], PNG))}
 
     uvicorn.run(app, port=port, log_level="error")
 

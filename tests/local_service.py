@@ -10,8 +10,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from selma_ray.serving.backend import Drawn
-from selma_ray.serving.encoding import OutputFormat
+from selma_ray.serving.backend import Drawn, Images
+from selma_ray.serving.encoding import FileFormat
 from selma_ray.serving.evaluator import Scorer, answer_of, prepare
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.requests import ImageRequest
@@ -26,11 +26,11 @@ class LocalBackend:
         self._generator = generator
         self._scorer = scorer
 
-    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
-        return await self._generator.generate(requests, output_format)
+    async def generate(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> Images:
+        return await self._generator.generate(requests, file_format)
 
-    def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
-        return self._generator.stream(requests, output_format)
+    def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
+        return self._generator.stream(requests, file_format)
 
     async def score(
         self, prompt: str, images: Sequence[bytes], metrics: Sequence[str], questions: Any = None

@@ -15,15 +15,13 @@ from selma_ray.models.conditions import Condition, Conditions, Texts, stacked
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.parts import denoiser_of
+from selma_ray.models.prompt_length import count_tokens
 
 __all__ = ["PipelinePredictor"]
 
 
 class PipelinePredictor(ABC):
     """What most families do alike: texts that are remembered, one call of the denoiser, classifier-free guidance."""
-
-    most_tokens = 512
-    """Tokens that diffusers' pipeline cuts a text to, where its tokenizers allow more."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
@@ -34,10 +32,7 @@ class PipelinePredictor(ABC):
 
     def tokens(self, text: str) -> tuple[int, int]:
         """Return how many tokens a text has, marks included, and how many of them the model sees: those of its longest encoder."""
-        tokenizers = [getattr(self._pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
-        limits = {each: min(each.model_max_length, self.most_tokens) for each in tokenizers if each is not None}
-        longest = max(limits, key=lambda each: limits[each])
-        return len(longest(text, truncation=False, verbose=False).input_ids), limits[longest]
+        return count_tokens(self._pipeline, text)
 
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the prompts, and the negative prompts where guidance needs them; texts seen lately are remembered."""

@@ -54,8 +54,6 @@ class StableDiffusion3(FlowMatching):
 class StableDiffusion3Predictor(FlowPredictor):
     """A StableDiffusion3Pipeline, with classifier-free guidance."""
 
-    most_tokens = 256
-
     _encode_texts = staticmethod(_encode_texts)
     _denoise = staticmethod(_denoise)
 

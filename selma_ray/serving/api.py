@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from selma_ray import __version__
@@ -18,30 +18,35 @@ from selma_ray.serving.bodies import (
     ModelList,
     ScoreBody,
     Scores,
-    image_requests,
-    wanted_metrics,
 )
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import bytes_of_base64
+from selma_ray.serving.description import describe
+from selma_ray.serving.encoding import FileFormat, bytes_of_base64
 from selma_ray.serving.errors import RequestError, invalid_request
-from selma_ray.serving.generation import draw, event_stream
-from selma_ray.serving.guards import AnswerFaults, LimitBody, RequireKey, SecureHeaders, error_response
+from selma_ray.serving.generation import Wanted, draw, event_stream
+from selma_ray.serving.guards import AnswerFaults, AnswerHead, LimitBody, RequireKey, SecureHeaders, error_response
+from selma_ray.serving.idempotency import RepeatAnswers
 from selma_ray.serving.keys import ApiKey
+from selma_ray.serving.links import FILES_PATH, ImageLinks
 from selma_ray.serving.metrics import MeasureRequests, Metrics
 from selma_ray.serving.page import PAGE_PATHS, add_page
+from selma_ray.serving.parsing import read_body, request_body_of
+from selma_ray.serving.reading import image_requests, wanted_metrics, warnings_of
 from selma_ray.serving.served import ModelNames
 
 __all__ = ["build_app"]
 
 _PROBES = ("/healthz", "/readyz")
 _BODY_TIMEOUT_S = 30
+_EXPOSED_HEADERS = (
+    "Retry-After", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
+)  # fmt: skip
 _EVENT = {
     "type": "object",
     "description": "A server-sent event: its name, and JSON.",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["event", "data"],
 }
-_REFUSED = (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
 def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: Sequence[ApiKey]) -> FastAPI:
@@ -52,13 +57,25 @@ def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: 
     _add_routes(app, backend, config, names, metrics)
     add_page(app)
     _add_error_handlers(app)
-    _describe_errors(app)
+    describe(app, config)
     # The last added is the outermost.
+    app.add_middleware(RepeatAnswers)
     app.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 1e6), timeout_s=_BODY_TIMEOUT_S)
-    app.add_middleware(RequireKey, keys=keys, open_paths=(*_PROBES, *PAGE_PATHS))
+    app.add_middleware(RequireKey, keys=keys, open_paths=(*_PROBES, *PAGE_PATHS), open_folders=(FILES_PATH,))
+    app.add_middleware(AnswerHead)
     app.add_middleware(AnswerFaults)
     app.add_middleware(MeasureRequests, metrics=metrics)
     app.add_middleware(SecureHeaders)
+    if config.cors_origins:
+        # The outermost: browsers ask whether they may ask without a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "HEAD"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+            max_age=600,
+        )
     return app
 
 
@@ -99,28 +116,39 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
             raise names.unknown(name)
         return Model(id=name, created=started_s, kind=names.kind(name))
 
+    links = ImageLinks(config)
+
+    @app.get(FILES_PATH + "{name}", response_class=Response)
+    async def linked(name: str, expires: str = "", signature: str = "") -> Response:
+        """Return an image that a link names."""
+        return links.answer(name, expires, signature)
+
     @app.post(
         "/v1/images/generations",
         response_model=Generation,
         responses={200: {"content": {"text/event-stream": {"schema": _EVENT}}}},
+        openapi_extra=request_body_of(GenerationBody),
     )
-    async def generations(body: GenerationBody) -> Any:
+    async def generations(request: Request) -> Any:
         """Draw images."""
-        requests = image_requests(body, config, names)
+        body = await read_body(request, GenerationBody)
+        wanted = _wanted(body, config, names)
         if body.stream:
-            return await event_stream(backend, requests, body.output_format or "png")
-        best_by = None
-        if body.best_of is not None:
-            (best_by,) = wanted_metrics(body.metric and [body.metric], config, "metric")
-        generation = await draw(backend, body, requests, names.merged, best_by)
+            return await event_stream(backend, wanted)
+
+        def link(image: bytes) -> str:
+            return links.keep(image, wanted.file_format.kind, str(request.base_url))
+
+        generation = await draw(backend, wanted, link if body.response_format == "url" else None)
         metrics.images.inc(len(generation.candidates or generation.data))
         for candidate in generation.candidates or ():
             metrics.count_scores(candidate.scores)
         return generation
 
-    @app.post("/v1/scores")
-    async def scores(body: ScoreBody) -> Scores:
+    @app.post("/v1/scores", openapi_extra=request_body_of(ScoreBody))
+    async def scores(request: Request) -> Scores:
         """Score images against a prompt."""
+        body = await read_body(request, ScoreBody)
         if len(body.prompt) > config.max_prompt_chars:
             raise invalid_request(
                 f"prompt must have at most {config.max_prompt_chars} characters", "prompt", "string_too_long"
@@ -132,6 +160,27 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         for image in answer.data:
             metrics.count_scores(image.scores)
         return answer
+
+
+def _wanted(body: GenerationBody, config: ServingConfig, names: ModelNames) -> Wanted:
+    """Return what a body asks for; raises RequestError where it leaves the service's bounds."""
+    requests = image_requests(body, config, names)
+    best_by = None
+    if body.best_of is not None:
+        (best_by,) = wanted_metrics(body.metric and [body.metric], config, "metric")
+    return Wanted(
+        requests=requests,
+        count=body.n or 1,
+        model=names.merged if body.model is None else body.model,
+        file_format=FileFormat(
+            body.output_format or "png", 95 if body.output_compression is None else body.output_compression
+        ),
+        quality=body.quality or "auto",
+        safety_identifier=body.safety_identifier or body.user or None,
+        warnings=warnings_of(body, config),
+        best_by=best_by,
+        questions=None if body.questions is None else [each.model_dump() for each in body.questions],
+    )
 
 
 def _uploads(body: ScoreBody, config: ServingConfig) -> list[bytes]:
@@ -150,51 +199,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: RequestError) -> JSONResponse:
         return error_response(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(_explained(error))
-
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
         code = "unknown_url" if error.status_code in (404, 405) else "invalid_body"
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return error_response(RequestError(message, error.status_code, code), error.headers)
-
-
-def _explained(error: RequestValidationError) -> RequestError:
-    """Return the first fault of a body as OpenAI's API words it: the parameter and the rule, never the whole input."""
-    fault = error.errors()[0]
-    param = str(fault["loc"][1])[:80] if len(fault["loc"]) > 1 and isinstance(fault["loc"][1], str) else None
-    if fault["type"] == "json_invalid":
-        return invalid_request("the body must be JSON", code="invalid_json")
-    if fault["type"] == "extra_forbidden":
-        return invalid_request(f"unknown parameter: {param}", param, "unknown_parameter")
-    if fault["type"] == "missing":
-        return invalid_request(f"missing required parameter: {param}", param, "missing_required_parameter")
-    return invalid_request(f"{param or 'the body'}: {fault['msg']}", param)
-
-
-def _describe_errors(app: FastAPI) -> None:
-    """Write into the OpenAPI description how refusals look."""
-    written = app.openapi
-
-    def described() -> dict[str, Any]:
-        """Return the description with an Error of OpenAI's shape under every status that refuses."""
-        schema = written()
-        error = {"type": "object", "required": ["message", "type", "param", "code"], "properties": {
-            "message": {"type": "string"}, "type": {"type": "string"},
-            "param": {"type": ["string", "null"]}, "code": {"type": "string"},
-        }}  # fmt: skip
-        schema["components"]["schemas"]["Error"] = {
-            "type": "object",
-            "required": ["error"],
-            "properties": {"error": error},
-        }
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        for operations in schema["paths"].values():
-            for operation in operations.values():
-                for status in _REFUSED:
-                    operation["responses"][str(status)] = {"description": "Refused", "content": content}
-        return schema
-
-    app.openapi = described  # type: ignore[method-assign]

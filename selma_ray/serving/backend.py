@@ -4,10 +4,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from selma_ray.serving.encoding import OutputFormat
+from selma_ray.serving.encoding import FileFormat
 from selma_ray.serving.requests import ImageRequest
 
-__all__ = ["Backend", "Drawn"]
+__all__ = ["Backend", "Drawn", "Images"]
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,31 @@ class Drawn:
     """Which of the call's requests it is of."""
     image: bytes
     preview: int | None = None
+    prompt_tokens: int = 0
+    """Tokens of the prompt, which may be more than `token_limit`."""
+    token_limit: int = 0
+    """Tokens that the model sees."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images of one prompt."""
+
+    files: list[bytes]
+    prompt_tokens: int
+    """Tokens of the prompt, which may be more than `token_limit`."""
+    token_limit: int
+    """Tokens that the model sees."""
 
 
 class Backend(Protocol):
     """Draws and scores; its methods raise RequestError."""
 
-    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
+    async def generate(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> Images:
         """Return one encoded image a request."""
         ...
 
-    def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+    def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
         """Yield previews and finished images as they come."""
         ...
 

@@ -1,16 +1,10 @@
 """The JSON bodies of the HTTP API: OpenAI's Images API, what diffusion models can be asked beyond it, and scores."""
 
-import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import OutputFormat
-from selma_ray.serving.errors import invalid_request, metric_not_served
-from selma_ray.serving.requests import ImageRequest
-from selma_ray.serving.served import ModelNames
 
 __all__ = [
     "AnsweredQuestion",
@@ -21,19 +15,16 @@ __all__ = [
     "GenerationBody",
     "Model",
     "ModelList",
+    "Quality",
     "ScoreBody",
     "ScoredImage",
     "Scores",
-    "image_requests",
-    "wanted_metrics",
+    "Usage",
 ]
 
-Number = TypeVar("Number", int, float)
+Quality = Literal["low", "medium", "standard", "high", "hd", "xhigh", "max", "auto"]
 
 _MAX_SEED = 2**53 - 1  # what every JSON reader keeps exact
-_SIZE_STEP_PX = 8
-_MIN_SIZE_PX = 16
-
 
 Weights = Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=64)]
 
@@ -54,17 +45,34 @@ class GenerationBody(_Body):
     size: str | None = None
     """WIDTHxHEIGHT in pixels, multiples of 8, or auto for the model's own."""
     response_format: Literal["b64_json", "url"] | None = None
-    """b64_json; url is refused, as images are not stored."""
+    """b64_json, or url: a signed link that works for a while; a stream has b64_json alone."""
     output_format: OutputFormat | None = None
     """File format; png is the default."""
-    user: str | None = Field(default=None, max_length=512)
-    """The caller's name for its end user; not used."""
-    quality: Literal["auto"] | None = None
-    """Accepted as OpenAI's default; num_inference_steps is the measure here."""
-    background: Literal["auto", "opaque"] | None = None
-    """Images are opaque."""
+    output_compression: int | None = Field(default=None, ge=0, le=100)
+    """Quality of WebP and JPEG; default: 95. PNG is lossless whatever it says."""
+    quality: Quality | None = None
+    """A number of steps where num_inference_steps names none: half the default for low, twice for high and hd, three times for
+    xhigh and max, within the service's bound."""
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    """Images are opaque; transparent is refused."""
     moderation: Literal["auto", "low"] | None = None
-    """Accepted as OpenAI's values; the pipeline's own safety checker decides, where it has one."""
+    """Ignored: the service's own filters decide, where it has any."""
+    style: Literal["vivid", "natural"] | None = None
+    """Ignored; say it in the prompt."""
+    user: str | None = Field(default=None, max_length=512)
+    """The caller's name for its end user; returned as safety_identifier."""
+    safety_identifier: str | None = Field(default=None, max_length=512)
+    """The caller's name for its end user; returned, and used for nothing."""
+    input_fidelity: Literal["low", "high"] | None = None
+    """Ignored; strength is what decides how much of an image stays."""
+    complexity: Literal["low", "medium", "high"] | None = None
+    """Ignored."""
+    frame_count: int | None = Field(default=None, ge=1)
+    """1: there are no animations."""
+    frame_duration_ms: int | None = Field(default=None, ge=1)
+    """Ignored, as there is one frame."""
+    svg: dict[str, Any] | None = Field(default=None, max_length=16)
+    """Ignored, as images have pixels."""
     stream: bool | None = None
     """Answer with server-sent events: partial images as they form, then each finished image."""
     partial_images: int | None = Field(default=None, ge=0)
@@ -75,22 +83,38 @@ class GenerationBody(_Body):
     """Denoising steps."""
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Classifier-free guidance scale; up to 1 is none."""
-    seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
-    """Seed of the first image; default: drawn at random."""
+    seed: int | None = Field(default=None, ge=-1, le=_MAX_SEED)
+    """Seed of the first image; -1 or none: drawn at random."""
+    prompt_syntax: Literal["plain", "a1111"] | None = None
+    """plain: every character is part of the prompt; a1111: `<lora:NAME:WEIGHT>` adds an expert."""
     best_of: int | None = Field(default=None, ge=1)
     """Images to draw, of which the n best by `metric` are returned."""
     metric: str | None = Field(default=None, min_length=1, max_length=64)
     """What best_of chooses by, a metric of POST /v1/scores; default: the first that is served, dsg where there is a judge."""
+    questions: "list[AskedQuestion] | None" = Field(default=None, min_length=1, max_length=64)
+    """What the judge is asked to choose the best_of by; default: what the service's source of questions knows of the prompt."""
 
 
 class GeneratedImage(BaseModel):
     """One image of an answer."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
     revised_prompt: None = None
     scores: dict[str, float | None] | None = None
     """The image's scores, where best_of was asked for."""
+
+
+class Usage(BaseModel):
+    """What a request took, in the fields of OpenAI's: tokens of the prompt; images take none here."""
+
+    input_tokens: int
+    input_tokens_details: dict[Literal["text_tokens", "image_tokens"], int]
+    output_tokens: int = 0
+    total_tokens: int
+    image_steps: int
+    """Denoising steps of all images together."""
 
 
 class DrawnCandidate(BaseModel):
@@ -109,8 +133,12 @@ class Generation(BaseModel):
     model: str | dict[str, float]
     size: str
     output_format: OutputFormat
-    quality: Literal["auto"] = "auto"
+    quality: Quality = "auto"
     background: Literal["opaque"] = "opaque"
+    safety_identifier: str | None = None
+    usage: Usage | None = None
+    warnings: list[str] = Field(default_factory=list)
+    """What was asked for and has no meaning here, and what of the prompt the model does not see."""
     candidates: list[DrawnCandidate] | None = None
     """Every image that best_of has drawn, in the order of seeds."""
 
@@ -195,84 +223,3 @@ class ModelList(BaseModel):
 
     data: list[Model]
     object: Literal["list"] = "list"
-
-
-def image_requests(body: GenerationBody, config: ServingConfig, names: ModelNames) -> list[ImageRequest]:
-    """Return one request an image to draw; raises RequestError where the body leaves the service's bounds."""
-    sampling = config.sampling
-    for param, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
-        if len(text) > config.max_prompt_chars:
-            raise invalid_request(
-                f"{param} must have at most {config.max_prompt_chars} characters, got {len(text)}",
-                param,
-                "string_too_long",
-            )
-    if body.response_format == "url":
-        raise invalid_request(
-            "response_format url is not supported, as images are not stored; use b64_json", "response_format"
-        )
-    num_previews = _at_most("partial_images", body.partial_images or 0, config.max_previews)
-    if num_previews and not body.stream:
-        raise invalid_request("partial_images needs stream: true", "partial_images")
-    width_px, height_px = _size_px(body.size, config)
-    common: dict[str, Any] = {
-        "prompt": body.prompt,
-        "steps": _at_most("num_inference_steps", body.num_inference_steps or sampling.steps, config.max_steps),
-        "guidance_scale": _at_most(
-            "guidance_scale",
-            sampling.guidance_scale if body.guidance_scale is None else body.guidance_scale,
-            config.max_guidance_scale,
-        ),
-        "width_px": width_px,
-        "height_px": height_px,
-        "negative_prompt": sampling.negative_prompt if body.negative_prompt is None else body.negative_prompt,
-        "mix": names.mix_of(body.model),
-        "num_previews": num_previews,
-    }
-    first_seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-    return [ImageRequest(seed=first_seed + index, **common) for index in range(_num_images(body, config))]
-
-
-def wanted_metrics(
-    metrics: Sequence[str] | None, config: ServingConfig, param: Literal["metric", "metrics"]
-) -> list[str]:
-    """Return the scores that a body asks for, each once; raises RequestError for one that is not served."""
-    wanted = list(dict.fromkeys(metrics or config.metrics[:1]))
-    for metric in wanted or [""]:
-        if metric not in config.metrics:
-            raise metric_not_served(param, metric, config.metrics)
-    return wanted
-
-
-def _num_images(body: GenerationBody, config: ServingConfig) -> int:
-    """Return how many images are to be drawn."""
-    wanted = _at_most("n", body.n or 1, config.max_images)
-    if body.best_of is None:
-        return wanted
-    if body.stream:
-        raise invalid_request("best_of cannot be streamed, as images are chosen when all are drawn", "best_of")
-    if body.best_of < wanted:
-        raise invalid_request(f"best_of must be at least n, which is {wanted}; got {body.best_of}", "best_of")
-    return _at_most("best_of", body.best_of, config.max_images)
-
-
-def _at_most(param: str, value: Number, bound: Number) -> Number:
-    if value > bound:
-        raise invalid_request(f"{param} must be at most {bound}, got {value}", param)
-    return value
-
-
-def _size_px(size: str | None, config: ServingConfig) -> tuple[int, int]:
-    """Return (width, height) in pixels."""
-    if size in (None, "auto"):
-        return config.sampling.width_px, config.sampling.height_px
-    width, _, height = size.partition("x")
-    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit() and len(size) <= 11):
-        raise invalid_request(f"size must read WIDTHxHEIGHT or auto, got {size[:20]!r}", "size")
-    for side_px in (int(width), int(height)):
-        if side_px % _SIZE_STEP_PX or not _MIN_SIZE_PX <= side_px <= config.max_size_px:
-            raise invalid_request(
-                f"size must have sides of {_MIN_SIZE_PX} to {config.max_size_px} px, multiples of {_SIZE_STEP_PX}, got {size}",
-                "size",
-            )
-    return int(width), int(height)

@@ -28,6 +28,16 @@ class ServingConfig(StrictModel):
     api_keys_file: str | None = None
     """File with one bearer key a line (or sha256:<hex digest of a key>), each with a rate limit of its own where a number
     of requests a minute follows it; default: loopback clients alone are answered."""
+    cors_origins: list[Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s]+)$")]] = Field(
+        default_factory=list
+    )
+    """Origins whose pages may ask this service from a browser, such as https://app.example.com, or "*"; default: none."""
+    public_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+[^/]$")] | None = None
+    """Address under which clients reach the service, for links to images; default: the one that a request came to."""
+    url_lifetime_s: float = Field(default=3600, gt=0)
+    """Seconds for which a link to an image works (response_format url)."""
+    url_store_mb: float = Field(default=256, gt=0)
+    """Memory for images behind links, in MB; the oldest give way."""
     requests_per_minute: int | None = Field(default=None, ge=1)
     """Requests that a key without a limit of its own may make a minute, all at once if it likes; default: no limit."""
     experts: bool = True

@@ -21,9 +21,9 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.errors import ServingError
 from selma_ray.serving.api import build_app
-from selma_ray.serving.backend import Drawn
+from selma_ray.serving.backend import Drawn, Images
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import OutputFormat
+from selma_ray.serving.encoding import FileFormat
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full, timed_out, unavailable
 from selma_ray.serving.evaluator import Evaluator, Scorer
 from selma_ray.serving.filters import check_safety_checker
@@ -152,13 +152,13 @@ class Deployments:
         self._timeout_s = timeout_s
         self._answered_s: dict[str, deque[float]] = {}
 
-    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
+    async def generate(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> Images:
         """Return one encoded image a request."""
-        return await self._answer(lambda: self._generator.generate.remote(requests, output_format), "generator")
+        return await self._answer(lambda: self._generator.generate.remote(requests, file_format), "generator")
 
-    async def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+    async def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
         """Yield previews and finished images as they come."""
-        response = self._generator.options(stream=True).stream.remote(requests, output_format)
+        response = self._generator.options(stream=True).stream.remote(requests, file_format)
         deadline_s = time.monotonic() + self._timeout_s
         arriving = aiter(response)
         try:

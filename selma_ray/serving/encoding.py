@@ -4,13 +4,14 @@ import base64
 import binascii
 import io
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
 
 from selma_ray.serving.errors import RequestError, invalid_request, too_large
 
-__all__ = ["OutputFormat", "base64_of", "bytes_of_base64", "decode_upload", "encode", "reencode"]
+__all__ = ["PNG", "FileFormat", "OutputFormat", "base64_of", "bytes_of_base64", "decode_upload", "encode", "reencode"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +20,29 @@ OutputFormat = Literal["png", "webp", "jpeg"]
 _ACCEPTED = ("PNG", "JPEG", "WEBP")
 
 
-def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
-    """Return the image's file; PNG is lossless, WebP and JPEG have quality 95."""
+@dataclass(frozen=True)
+class FileFormat:
+    """How an image is written."""
+
+    kind: OutputFormat = "png"
+    quality: int = 95
+    """Of WebP and JPEG, 0 to 100; PNG is lossless."""
+
+
+PNG = FileFormat()
+
+
+def encode(image: Image.Image, file_format: FileFormat) -> bytes:
+    """Return the image's file."""
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 4} if output_format == "png" else {"quality": 95}
-    image.save(buffer, format=output_format.upper(), **options)
+    options: dict[str, Any] = {"compress_level": 4} if file_format.kind == "png" else {"quality": file_format.quality}
+    image.save(buffer, format=file_format.kind.upper(), **options)
     return buffer.getvalue()
 
 
-def reencode(content: bytes, output_format: OutputFormat) -> bytes:
+def reencode(content: bytes, file_format: FileFormat) -> bytes:
     """Return an image file of our own in another format."""
-    return encode(Image.open(io.BytesIO(content)), output_format)
+    return encode(Image.open(io.BytesIO(content)), file_format)
 
 
 def base64_of(content: bytes) -> str:
@@ -41,7 +54,8 @@ def bytes_of_base64(text: str, param: str) -> bytes:
     """Return the bytes of base64 text, bare or in a data: URL; raises RequestError (400) for anything else."""
     content = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(content, validate=True)
+        # Many writers break lines, as MIME has it.
+        return base64.b64decode("".join(content.split()), validate=True)
     except (binascii.Error, ValueError):
         raise invalid_request(f"{param} must be a file in base64", param, "invalid_image") from None
 

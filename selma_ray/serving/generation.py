@@ -4,53 +4,89 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
 from selma_ray.serving.backend import Backend, Drawn
-from selma_ray.serving.bodies import DrawnCandidate, GeneratedImage, Generation, GenerationBody
-from selma_ray.serving.encoding import OutputFormat, base64_of, reencode
+from selma_ray.serving.bodies import DrawnCandidate, GeneratedImage, Generation, Quality, Usage
+from selma_ray.serving.encoding import PNG, FileFormat, base64_of, reencode
 from selma_ray.serving.errors import RequestError, error_body, internal_error
+from selma_ray.serving.reading import token_warnings
 from selma_ray.serving.requests import ImageRequest
 
-__all__ = ["draw", "event_stream"]
+__all__ = ["Wanted", "draw", "event_stream"]
 
 logger = logging.getLogger(__name__)
 
 
-async def draw(
-    backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], default_model: str, best_by: str | None
-) -> Generation:
-    """Draw the images of a body, or, where it asks for best_of, the best of them by the metric `best_by`."""
-    output_format = body.output_format or "png"
+@dataclass(frozen=True)
+class Wanted:
+    """What a client has asked for, read and within bounds."""
+
+    requests: Sequence[ImageRequest]
+    count: int
+    """Images to return."""
+    model: str | dict[str, float]
+    file_format: FileFormat
+    quality: Quality = "auto"
+    safety_identifier: str | None = None
+    warnings: Sequence[str] = ()
+    best_by: str | None = None
+    """The metric by which the best are chosen, where more are drawn than are returned."""
+    questions: Sequence[Mapping[str, Any]] | None = None
+    """What the judge is asked then; default: the prompt's own."""
+
+    def usage(self, prompt_tokens: int) -> Usage:
+        """Return what the request took."""
+        return Usage(
+            input_tokens=prompt_tokens,
+            input_tokens_details={"text_tokens": prompt_tokens, "image_tokens": 0},
+            total_tokens=prompt_tokens,
+            image_steps=sum(request.steps for request in self.requests),
+        )
+
+
+Link = Callable[[bytes], str]
+"""Stores an image's file and returns its link."""
+
+
+async def draw(backend: Backend, wanted: Wanted, link: Link | None) -> Generation:
+    """Draw the images that are wanted, or, where there is a metric to choose by, the best of them."""
     candidates = None
-    if best_by is None:
-        images = await backend.generate(requests, output_format)
+    if wanted.best_by is None:
+        images = await backend.generate(wanted.requests, wanted.file_format)
         data = [
-            GeneratedImage(b64_json=base64_of(image), seed=request.seed)
-            for image, request in zip(images, requests, strict=True)
+            _answered(image, request.seed, link) for image, request in zip(images.files, wanted.requests, strict=True)
         ]
     else:
-        data, candidates = await _draw_best(backend, body, requests, output_format, best_by)
+        # Without images: a prompt that cannot be judged is refused before anything is drawn.
+        await backend.score(wanted.requests[0].prompt, [], [wanted.best_by], wanted.questions)
+        # Scored without loss, whatever the client wants: the score is then the one that offline evaluation gives.
+        images = await backend.generate(wanted.requests, PNG)
+        data, candidates = await _best(backend, wanted, wanted.best_by, images.files, link)
     return Generation(
         created=int(time.time()),
         data=data,
-        model=default_model if body.model is None else body.model,
-        size=_size(requests[0]),
-        output_format=output_format,
+        model=wanted.model,
+        size=_size(wanted.requests[0]),
+        output_format=wanted.file_format.kind,
+        quality=wanted.quality,
+        safety_identifier=wanted.safety_identifier,
+        usage=wanted.usage(images.prompt_tokens),
+        warnings=[*wanted.warnings, *token_warnings(images.prompt_tokens, images.token_limit)],
         candidates=candidates,
     )
 
 
-async def _draw_best(
-    backend: Backend, body: GenerationBody, requests: Sequence[ImageRequest], output_format: OutputFormat, metric: str
+async def _best(
+    backend: Backend, wanted: Wanted, metric: str, images: Sequence[bytes], link: Link | None
 ) -> tuple[list[GeneratedImage], list[DrawnCandidate]]:
-    """Draw all, score them, keep the n best; of equal ones those with the lower seeds, and unreadable ones last."""
-    # Scored without loss, whatever the client wants: the score is then the one that offline evaluation gives.
-    images = await backend.generate(requests, "png")
-    judged = await backend.score(body.prompt, images, [metric])
+    """Score all and keep the best; of equal ones those with the lower seeds, and unreadable ones last."""
+    requests = wanted.requests
+    judged = await backend.score(requests[0].prompt, images, [metric], wanted.questions)
     scores = [entry["scores"] for entry in judged["data"]]
     candidates = [
         DrawnCandidate(seed=request.seed, scores=each) for request, each in zip(requests, scores, strict=True)
@@ -60,31 +96,37 @@ async def _draw_best(
         score = scores[index][metric]
         return (float("inf") if score is None else -score, index)
 
-    chosen = sorted(range(len(requests)), key=rank)[: body.n or 1]
-    files = await asyncio.gather(*(asyncio.to_thread(reencode, images[index], output_format) for index in chosen))
+    chosen = sorted(range(len(requests)), key=rank)[: wanted.count]
+    files = await asyncio.gather(*(asyncio.to_thread(reencode, images[index], wanted.file_format) for index in chosen))
     data = [
-        GeneratedImage(b64_json=base64_of(file), seed=requests[index].seed, scores=scores[index])
-        for file, index in zip(files, chosen, strict=True)
+        _answered(file, requests[index].seed, link, scores[index]) for file, index in zip(files, chosen, strict=True)
     ]
     return data, candidates
 
 
-async def event_stream(
-    backend: Backend, requests: Sequence[ImageRequest], output_format: OutputFormat
-) -> StreamingResponse:
+def _answered(
+    file: bytes, seed: int, link: Link | None, scores: dict[str, float | None] | None = None
+) -> GeneratedImage:
+    """Return an image as its link, where links are wanted, or in base64."""
+    if link is not None:
+        return GeneratedImage(url=link(file), seed=seed, scores=scores)
+    return GeneratedImage(b64_json=base64_of(file), seed=seed, scores=scores)
+
+
+async def event_stream(backend: Backend, wanted: Wanted) -> StreamingResponse:
     """Return a response of OpenAI's events; what is refused before the first event raises RequestError instead."""
-    drawn = backend.stream(requests, output_format)
+    drawn = backend.stream(wanted.requests, wanted.file_format)
     first = await anext(drawn)
-    return StreamingResponse(_events(first, drawn, requests, output_format), media_type="text/event-stream")
+    # Proxies such as nginx would hold each event back until the next one comes.
+    headers = {"X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(first, drawn, wanted), media_type="text/event-stream", headers=headers)
 
 
-async def _events(
-    first: Drawn, drawn: AsyncIterator[Drawn], requests: Sequence[ImageRequest], output_format: OutputFormat
-) -> AsyncIterator[str]:
+async def _events(first: Drawn, drawn: AsyncIterator[Drawn], wanted: Wanted) -> AsyncIterator[str]:
     try:
-        yield _event(first, requests, output_format)
+        yield _event(first, wanted)
         async for each in drawn:
-            yield _event(each, requests, output_format)
+            yield _event(each, wanted)
     except RequestError as error:
         yield _sse("error", {"type": "error", **error_body(error)})
     except Exception:
@@ -92,21 +134,23 @@ async def _events(
         yield _sse("error", {"type": "error", **error_body(internal_error())})
 
 
-def _event(drawn: Drawn, requests: Sequence[ImageRequest], output_format: OutputFormat) -> str:
-    request = requests[drawn.index]
+def _event(drawn: Drawn, wanted: Wanted) -> str:
+    request = wanted.requests[drawn.index]
     content: dict[str, Any] = {
         "b64_json": base64_of(drawn.image),
         "created_at": int(time.time()),
         "size": _size(request),
-        "quality": "auto",
+        "quality": wanted.quality,
         "background": "opaque",
-        "output_format": output_format,
+        "output_format": wanted.file_format.kind,
         "image_index": drawn.index,
         "seed": request.seed,
     }
-    if drawn.preview is None:
-        return _sse("image_generation.completed", content)
-    return _sse("image_generation.partial_image", content | {"partial_image_index": drawn.preview})
+    if drawn.preview is not None:
+        return _sse("image_generation.partial_image", content | {"partial_image_index": drawn.preview})
+    content["usage"] = wanted.usage(drawn.prompt_tokens).model_dump()
+    content["warnings"] = [*wanted.warnings, *token_warnings(drawn.prompt_tokens, drawn.token_limit)]
+    return _sse("image_generation.completed", content)
 
 
 def _sse(event: str, content: dict[str, Any]) -> str:

@@ -15,9 +15,9 @@ from selma_ray.adapters.mixing import Expert, Mix
 from selma_ray.config import StrictModel, validate
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of, see_own_gpus
-from selma_ray.serving.backend import Drawn
+from selma_ray.serving.backend import Drawn, Images
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import OutputFormat, encode
+from selma_ray.serving.encoding import FileFormat, encode
 from selma_ray.serving.engine import Engine
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.filters import Filters, open_filters
@@ -48,6 +48,7 @@ class Generator:
 
     def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None = None) -> None:
         see_own_gpus(config.num_gpus)
+        from selma_ray.models.family import open_predictor
         from selma_ray.models.rendering import load_pipeline
         from selma_ray.models.schedulers import use_scheduler
 
@@ -58,6 +59,7 @@ class Generator:
         self._weights = MergedWeights()
         self._pipeline = load_pipeline(models.merged, device_of(config.num_gpus, "serving.num_gpus"))
         use_scheduler(self._pipeline, config.sampling.scheduler, config.sampling.scheduler_config)
+        self._count_tokens = open_predictor(self._pipeline).tokens
         self._filters = open_filters(config, self._pipeline)
         if not config.safety_checker and getattr(self._pipeline, "safety_checker", None) is not None:
             self._pipeline.safety_checker = None  # 1.2 GB that nobody asks
@@ -69,7 +71,7 @@ class Generator:
         self.swap_s = 0.0
         logger.info("%s is loaded in %.1f s", models.merged.name, self.start_s)
 
-    async def generate(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> list[bytes]:
+    async def generate(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> Images:
         """Return one encoded image a request; raises RequestError: 429 where the queue is full, 400 for what a filter refuses."""
         await self._check_prompts(requests)
         futures = [asyncio.wrap_future(future) for future in self._engine.submit(requests)]
@@ -79,9 +81,10 @@ class Generator:
             # When the caller goes away, or one image fails, the slots of the others are freed.
             for future in futures:
                 future.cancel()
-        return await asyncio.to_thread(lambda: [encode(image, output_format) for image in images])
+        files = await asyncio.to_thread(lambda: [encode(image, file_format) for image in images])
+        return Images(files, *self._tokens(requests))
 
-    async def stream(self, requests: Sequence[ImageRequest], output_format: OutputFormat) -> AsyncIterator[Drawn]:
+    async def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
         """Yield previews and finished images as they come; raises RequestError as `generate` does."""
         await self._check_prompts(requests)
         loop = asyncio.get_running_loop()
@@ -93,14 +96,14 @@ class Generator:
         futures = self._engine.submit(requests, on_preview=arrive)
         for index, future in enumerate(futures):
             future.add_done_callback(partial(arrive, index, None))
-        unfinished = len(futures)
+        unfinished, tokens = len(futures), self._tokens(requests)
         try:
             while unfinished:
                 index, preview, image = await arrived.get()
                 if preview is None:
                     unfinished -= 1
                     image = image.result()
-                yield Drawn(index, await asyncio.to_thread(encode, image, output_format), preview)
+                yield Drawn(index, await asyncio.to_thread(encode, image, file_format), preview, *tokens)
         finally:
             for future in futures:
                 future.cancel()
@@ -135,6 +138,10 @@ class Generator:
     def close(self) -> None:
         """Stop the engine after the step in progress."""
         self._engine.close()
+
+    def _tokens(self, requests: Sequence[ImageRequest]) -> tuple[int, int]:
+        """Return how many tokens the prompt of some requests has, and how many the model sees."""
+        return self._count_tokens(requests[0].prompt) if requests else (0, 0)
 
     def _warm_up(self, mixes: Sequence[Mix | None]) -> None:
         """Draw an image of the default size with each denoiser, so that the first request finds kernels prepared and steps measured."""

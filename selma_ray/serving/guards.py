@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from selma_ray.serving.errors import (
 )
 from selma_ray.serving.keys import ApiKey, Bucket, find_key
 
-__all__ = ["AnswerFaults", "LimitBody", "RequireKey", "SecureHeaders", "error_response"]
+__all__ = ["AnswerFaults", "AnswerHead", "LimitBody", "RequireKey", "SecureHeaders", "error_response"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,33 +60,54 @@ class RequireKey:
     `open_paths` are answered without a key, so that probes and the page that asks for a key can be loaded.
     """
 
-    def __init__(self, app: App, keys: Sequence[ApiKey], open_paths: Sequence[str]) -> None:
+    def __init__(
+        self, app: App, keys: Sequence[ApiKey], open_paths: Sequence[str], open_folders: tuple[str, ...] = ()
+    ) -> None:
         self._app = app
         self._keys = keys
         self._open_paths = frozenset(open_paths)
+        self._open_folders = open_folders
         self._buckets = {
             key.digest: Bucket(key.requests_per_minute) for key in keys if key.requests_per_minute is not None
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on or answer 401 or 429 before its body is read."""
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if not self._keys:
+            await self._pass_on(_refusal_of_strangers(scope, headers), scope, receive, send)
+        elif scope["path"] in self._open_paths or scope["path"].startswith(self._open_folders):
+            await self._app(scope, receive, send)
+        else:
+            await self._with_key(find_key(self._keys, headers.get("authorization", "")), scope, receive, send)
+
+    async def _with_key(self, key: ApiKey | None, scope: Scope, receive: Receive, send: Send) -> None:
+        if key is None:
+            refusal = unauthorized("a valid key is required: send the header Authorization: Bearer KEY")
+            await self._pass_on(refusal, scope, receive, send)
+            return
+        bucket = self._buckets.get(key.digest)
+        if bucket is None:
+            await self._app(scope, receive, send)
+            return
+        wait_s = bucket.take()
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(bucket.headers())
+            await send(message)
+
+        limited = rate_limited(key.requests_per_minute or 0, math.ceil(wait_s)) if wait_s else None
+        await self._pass_on(limited, scope, receive, send_with_limits)
+
+    async def _pass_on(self, refusal: RequestError | None, scope: Scope, receive: Receive, send: Send) -> None:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
             await error_response(refusal)(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> RequestError | None:
-        headers = Headers(scope=scope)
-        if not self._keys:
-            return _refusal_of_strangers(scope, headers)
-        if scope["path"] in self._open_paths:
-            return None
-        key = find_key(self._keys, headers.get("authorization", ""))
-        if key is None:
-            return unauthorized("a valid key is required: send the header Authorization: Bearer KEY")
-        wait_s = self._buckets[key.digest].take() if key.digest in self._buckets else 0
-        return rate_limited(key.requests_per_minute or 0, math.ceil(wait_s)) if wait_s else None
 
 
 def _refusal_of_strangers(scope: Scope, headers: Headers) -> RequestError | None:
@@ -168,22 +190,46 @@ class AnswerFaults:
         except Exception:
             if begun or scope["type"] != "http":
                 raise
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %s failed (%s)", scope["method"], scope["path"], scope.get("request_id"))
             await error_response(internal_error())(scope, receive, send)
 
 
-class SecureHeaders:
-    """Adds to every response that it is data, to be neither stored, sniffed nor framed; a page may say otherwise."""
+class AnswerHead:
+    """Answers HEAD as GET is answered, without the body; probes and link checkers ask so."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_headers(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        scope["method"] = "GET"
+        await self._app(scope, receive, send_headers)
+
+
+class SecureHeaders:
+    """Adds to every response that it is data, to be neither stored, sniffed nor framed; a page may say otherwise.
+
+    Each answer has a name of its own, x-request-id, which is also in the log of a fault.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        scope["request_id"] = request_id = f"req_{secrets.token_hex(12)}"
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
                 for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)

@@ -43,6 +43,15 @@ class Bucket:
             return 0.0
         return (1 - self._tokens) * 60 / self._per_minute
 
+    def headers(self) -> dict[str, str]:
+        """Return the limit, what is left of it and when it is whole again, as OpenAI's API tells them."""
+        whole_s = (self._per_minute - self._tokens) * 60 / self._per_minute
+        return {
+            "x-ratelimit-limit-requests": str(self._per_minute),
+            "x-ratelimit-remaining-requests": str(int(self._tokens)),
+            "x-ratelimit-reset-requests": f"{whole_s:.0f}s",
+        }
+
 
 def read_keys(path: str | Path, requests_per_minute: int | None = None) -> tuple[ApiKey, ...]:
     """Return a file's keys: a line holds a key or sha256:<hex digest>, and a limit if not `requests_per_minute`.
@@ -68,7 +77,7 @@ def find_key(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:
 
 def _lines(path: str | Path) -> list[tuple[int, str]]:
     try:
-        lines = Path(path).expanduser().read_text().splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"api_keys_file {path} cannot be read ({type(error).__name__}); name a text file of keys"
@@ -89,6 +98,10 @@ def _key_of_line(line: str, path: str | Path, number: int, requests_per_minute: 
     if len(limit) > 1 or (limit and not (limit[0].isascii() and limit[0].isdigit() and int(limit[0]) > 0)):
         raise ConfigError(
             f"api_keys_file {path} line {number} must be a key, or a key and a number of requests a minute; fix the line"
+        )
+    if not key.isascii():
+        raise ConfigError(
+            f"api_keys_file {path} line {number} must be a key of ASCII characters, as HTTP headers are; make another one"
         )
     if not digest and len(key) < _MIN_KEY_CHARS:
         raise ConfigError(

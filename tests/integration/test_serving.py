@@ -155,7 +155,7 @@ def test_own_parameters_reach_the_engine(http: httpx.Client) -> None:
     ("error", "options"),
     [
         (openai.BadRequestError, {"prompt": ""}),
-        (openai.BadRequestError, {"prompt": "a ball", "response_format": "url"}),
+        (openai.BadRequestError, {"prompt": "a ball", "background": "transparent"}),
         (openai.BadRequestError, {"prompt": "a ball", "size": "64x63"}),
         (openai.BadRequestError, {"prompt": "a ball", "extra_body": {"unknown": 1}}),
         (openai.NotFoundError, {"prompt": "a ball", "model": "dall-e-3"}),
@@ -164,6 +164,16 @@ def test_own_parameters_reach_the_engine(http: httpx.Client) -> None:
 def test_the_openai_client_reads_refusals(client: openai.OpenAI, error: type[Exception], options: dict) -> None:
     with pytest.raises(error):
         client.images.generate(**options)
+
+
+def test_the_openai_client_gets_links_and_warnings(client: openai.OpenAI, http: httpx.Client) -> None:
+    answer = client.images.generate(prompt="a red ball " * 40, response_format="url", style="vivid", quality="low")
+    (datum,) = answer.data or []
+    assert Image.open(io.BytesIO(httpx.get(str(datum.url), trust_env=False).content)).size == (64, 64)
+    style, length = answer.warnings  # type: ignore[attr-defined]
+    assert style.startswith("style is ignored")
+    assert "of which the model sees the first 77" in length
+    assert answer.usage.image_steps == 2  # type: ignore[union-attr]
 
 
 def test_a_wrong_key_is_refused_everywhere_but_at_healthz(service: Service, client: openai.OpenAI) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 
 from PIL import Image
 
-from selma_ray.serving.backend import Drawn
+from selma_ray.serving.backend import Drawn, Images
 from selma_ray.serving.encoding import decode_upload, encode
 from selma_ray.serving.requests import ImageRequest
+
+TOKEN_LIMIT = 30
 
 
 class Recorder:
@@ -16,20 +18,22 @@ class Recorder:
     def __init__(self) -> None:
         self.requests: list[ImageRequest] = []
         self.scored: list[tuple[list[bytes], list[str]]] = []
+        self.asked_questions: list[Any] = []
         self.error: Exception | None = None
         self.score_error: Exception | None = None
         self.stats: list[dict[str, Any]] = []
 
-    async def generate(self, requests: Sequence[ImageRequest], output_format: Any) -> list[bytes]:
+    async def generate(self, requests: Sequence[ImageRequest], file_format: Any) -> Images:
         self._note(requests)
-        return [encode(picture(request.seed), output_format) for request in requests]
+        files = [encode(picture(request.seed), file_format) for request in requests]
+        return Images(files, len(requests[0].prompt), TOKEN_LIMIT)
 
-    async def stream(self, requests: Sequence[ImageRequest], output_format: Any) -> AsyncIterator[Drawn]:
+    async def stream(self, requests: Sequence[ImageRequest], file_format: Any) -> AsyncIterator[Drawn]:
         self._note(requests)
         for index, request in enumerate(requests):
             for preview in range(request.num_previews):
-                yield Drawn(index, encode(picture(preview), output_format), preview)
-            yield Drawn(index, encode(picture(request.seed), output_format))
+                yield Drawn(index, encode(picture(preview), file_format), preview)
+            yield Drawn(index, encode(picture(request.seed), file_format), None, len(request.prompt), TOKEN_LIMIT)
             if self.score_error:
                 raise self.score_error
 
@@ -38,7 +42,9 @@ class Recorder:
     ) -> dict[str, Any]:
         if self.score_error:
             raise self.score_error
-        self.scored.append((list(images), list(metrics)))
+        self.asked_questions.append(questions)
+        if images:  # without any, it is asked whether there could be scores
+            self.scored.append((list(images), list(metrics)))
         reds = [decode_upload(image, 10**6).getpixel((0, 0))[0] for image in images]  # type: ignore[index]
         scores = [dict.fromkeys(metrics, red / 255 if red else None) for red in reds]
         return {"judge": "red", "data": [{"scores": each, "questions": []} for each in scores]}

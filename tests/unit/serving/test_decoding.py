@@ -60,6 +60,21 @@ def test_an_image_that_is_not_finite_is_an_error_and_spares_its_neighbours(pipel
     assert (refusal.status, refusal.code) == (500, "image_failed")
 
 
+def test_tokens_are_counted_with_those_that_the_model_sees(pipeline: Any) -> None:
+    name = type(pipeline).__name__
+    limit = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}.get(name, 77)
+    predictor = open_predictor(pipeline)
+    (few, seen), (many, _) = predictor.tokens("a ball"), predictor.tokens("x " * 600)
+    assert few < 20
+    assert many >= 600
+    assert seen == min(limit, max(each.model_max_length for each in _tokenizers(pipeline)))
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    return [each for name in names if (each := getattr(pipeline, name, None)) is not None]
+
+
 def test_the_autoencoders_precision_survives_a_failed_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_sdxl(tmp_path / "sdxl")
     pipeline: Any = load_pipeline(ModelConfig(name=str(tmp_path / "sdxl"), dtype="fp16"), "cpu")

@@ -15,11 +15,15 @@ from selma_ray.config import validate
 from selma_ray.errors import ConfigError, ServingError
 from selma_ray.models.config import ModelConfig
 from selma_ray.serving import deployment
+from selma_ray.serving.backend import Images
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import Deployments, application
+from selma_ray.serving.encoding import PNG
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.served import ServedModels
+
+IMAGES = Images([b"image"], 3, 77)
 
 
 class Response:
@@ -70,7 +74,7 @@ def raising(error: BaseException) -> Response:
 
 
 async def generate(response: Response, timeout_s: float = 60) -> Any:
-    return await Deployments(Handle(response), None, timeout_s).generate([], "png")
+    return await Deployments(Handle(response), None, timeout_s).generate([], PNG)
 
 
 def replica_error(cause: Exception) -> Exception:
@@ -94,31 +98,31 @@ def test_errors_of_replicas_become_refusals(error: Exception, status: int) -> No
 
 
 def test_what_a_replica_had_accepted_before_it_died_waits_for_room_at_another() -> None:
-    answer = Response(lambda: asyncio.sleep(0, [b"image"]))
+    answer = Response(lambda: asyncio.sleep(0, IMAGES))
     handle = Handle(
         raising(ActorDiedError()), raising(BackPressureError(1, 1)), raising(BackPressureError(1, 1)), answer
     )
-    assert asyncio.run(Deployments(handle, None, 60).generate([], "png")) == [b"image"]
+    assert asyncio.run(Deployments(handle, None, 60).generate([], PNG)) == IMAGES
     assert handle.asked == 4
     full = Handle(raising(ActorDiedError()), raising(BackPressureError(1, 1)))
     with pytest.raises(RequestError, match="longer than") as refusal:
-        asyncio.run(Deployments(full, None, 0.3).generate([], "png"))
+        asyncio.run(Deployments(full, None, 0.3).generate([], PNG))
     assert refusal.value.status == 504
 
 
 def test_a_full_service_says_when_to_come_back_by_how_long_answers_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = iter(range(0, 1000, 7))
     monkeypatch.setattr("selma_ray.serving.deployment.time", SimpleNamespace(monotonic=lambda: next(now_s)))
-    handle = Handle(Response(lambda: asyncio.sleep(0, [b"image"])), raising(BackPressureError(1, 1)))
+    handle = Handle(Response(lambda: asyncio.sleep(0, IMAGES)), raising(BackPressureError(1, 1)))
 
     async def ask() -> RequestError:
         backend = Deployments(handle, None, 60)
         with pytest.raises(RequestError) as first:
-            await Deployments(Handle(raising(BackPressureError(1, 1))), None, 60).generate([], "png")
+            await Deployments(Handle(raising(BackPressureError(1, 1))), None, 60).generate([], PNG)
         assert first.value.retry_after_s == 2
-        await backend.generate([], "png")
+        await backend.generate([], PNG)
         with pytest.raises(RequestError) as refusal:
-            await backend.generate([], "png")
+            await backend.generate([], PNG)
         return refusal.value
 
     refusal = asyncio.run(ask())
@@ -154,20 +158,20 @@ def test_when_the_client_goes_away_the_replica_is_told_to_stop() -> None:
 
 
 def test_what_dies_with_a_replica_is_asked_of_another() -> None:
-    async def images() -> list[bytes]:
-        return [b"image"]
+    async def images() -> Images:
+        return IMAGES
 
     handle = Handle(raising(ActorDiedError()), Response(images))
-    assert asyncio.run(Deployments(handle, None, 60).generate([], "png")) == [b"image"]
+    assert asyncio.run(Deployments(handle, None, 60).generate([], PNG)) == IMAGES
     handle = Handle(raising(ActorDiedError()))
     with pytest.raises(RequestError) as refusal:
-        asyncio.run(Deployments(handle, None, 60).generate([], "png"))
+        asyncio.run(Deployments(handle, None, 60).generate([], PNG))
     assert (refusal.value.status, handle.asked) == (503, 3)
 
 
 def streamed(response: Response, timeout_s: float = 60, up_to: int = 9) -> list[Any]:
     async def collect() -> list[Any]:
-        stream = Deployments(Handle(response), None, timeout_s).stream([], "png")
+        stream = Deployments(Handle(response), None, timeout_s).stream([], PNG)
         drawn = []
         async for each in stream:
             drawn.append(each)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import encode
+from selma_ray.serving.encoding import PNG, encode
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.evaluator import Asked, Evaluator, Judged
 
@@ -50,7 +50,7 @@ def outside_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def png(red: int) -> bytes:
-    return encode(Image.new("RGB", (8, 8), (red, 0, 0)), "png")
+    return encode(Image.new("RGB", (8, 8), (red, 0, 0)), PNG)
 
 
 def test_batches_are_weighed_by_what_is_asked_and_a_bad_image_joins_none() -> None:

@@ -18,6 +18,7 @@ from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.denoiser import denoiser_for
+from selma_ray.serving.encoding import PNG
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.generator import Generator
@@ -149,7 +150,7 @@ def test_the_generator_previews_mixes_and_changes_its_weights(model: ModelConfig
     generator = Generator(ServedModels("merged", model, model, experts), config, open_experts)
 
     async def drawn(request: ImageRequest) -> list[np.ndarray]:
-        stream = generator.stream([request], "png")
+        stream = generator.stream([request], PNG)
         return [np.asarray(Image.open(io.BytesIO(each.image)), dtype=int) async for each in stream]
 
     try:

@@ -14,6 +14,7 @@ from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.encoding import PNG, FileFormat
 from selma_ray.serving.experts import open_experts
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.requests import ImageRequest
@@ -52,7 +53,7 @@ def pixels(content: bytes) -> np.ndarray:
 
 
 def image(generator: Generator, **changes: Any) -> np.ndarray:
-    (content,) = asyncio.run(generator.generate([request(**changes)], "png"))
+    (content,) = asyncio.run(generator.generate([request(**changes)], PNG)).files
     return pixels(content)
 
 
@@ -64,7 +65,7 @@ def test_the_base_beside_the_merged_model_is_itself(generator: Generator) -> Non
 def test_a_stream_yields_previews_and_then_images(generator: Generator) -> None:
     async def collect() -> list:
         requests = [request(steps=6, num_previews=2), request(steps=2, seed=1)]
-        return [drawn async for drawn in generator.stream(requests, "webp")]
+        return [drawn async for drawn in generator.stream(requests, FileFormat("webp"))]
 
     drawn = asyncio.run(collect())
     *previews, last = [each.preview for each in drawn if each.index == 0]
@@ -76,10 +77,10 @@ def test_a_stream_yields_previews_and_then_images(generator: Generator) -> None:
 
 def test_a_stream_that_is_left_frees_its_slots(generator: Generator) -> None:
     async def leave() -> None:
-        stream = generator.stream([request(steps=900, num_previews=500) for _ in range(4)], "png")
+        stream = generator.stream([request(steps=900, num_previews=500) for _ in range(4)], PNG)
         await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]
-        await generator.generate([request()], "png")
+        await generator.generate([request()], PNG)
 
     asyncio.run(leave())
     assert generator.stats()["in_flight"] == 0

@@ -21,7 +21,7 @@ from selma_ray.judging.scoring import score_images
 from selma_ray.judging.sources import GrammarQuestions, grammar_questions
 from selma_ray.serving.api import build_app
 from selma_ray.serving.config import JUDGE_METRICS, ModelMetric, ServingConfig
-from selma_ray.serving.encoding import decode_upload, encode
+from selma_ray.serving.encoding import PNG, decode_upload, encode
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.evaluator import Asked, prepare
 from selma_ray.serving.scorer import ServiceScorer, open_scorer, scorer_of
@@ -68,7 +68,7 @@ def client_of(scorer: ServiceScorer, **config: Any) -> TestClient:
 
 
 def base64_png(image: Image.Image) -> str:
-    return base64.b64encode(encode(image, "png")).decode()
+    return base64.b64encode(encode(image, PNG)).decode()
 
 
 def test_every_online_score_equals_the_offline_one(scorer: ServiceScorer, judge: str, models: dict[str, str]) -> None:
@@ -143,7 +143,7 @@ def test_questions_that_are_sent_are_asked_of_any_prompt(scorer: ServiceScorer) 
 
 
 def test_cost_counts_what_models_are_asked(scorer: ServiceScorer) -> None:
-    image = encode(noise(1)[0], "png")
+    image = encode(noise(1)[0], PNG)
     count = len(grammar_questions(PROMPT))
 
     def cost(*metrics: str) -> int:
@@ -238,5 +238,5 @@ def test_models_of_scores_that_are_missing_are_named_before_any_replica_starts()
 
 def test_an_upload_is_the_image_that_was_drawn() -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    assert np.array_equal(np.asarray(decode_upload(encode(image, "png"), 256)), np.asarray(image))
-    assert Image.open(io.BytesIO(encode(image, "png"))).mode == "RGB"
+    assert np.array_equal(np.asarray(decode_upload(encode(image, PNG), 256)), np.asarray(image))
+    assert Image.open(io.BytesIO(encode(image, PNG))).mode == "RGB"
