@@ -196,8 +196,8 @@ class ExpertTrainer:
         dropped = dropped_captions(step, places, self._seed, config.caption_dropout)
         if config.dpo:
             dropped = [*dropped, *(len(places) + row for row in dropped)]
-        batch = self._on_device(self._examples.without(batch, dropped))
-        figures = self._figures(batch, step, places)
+        placed = self._on_device(self._examples.without(batch, dropped))
+        figures = self._figures(placed, step, places)
         self._engine.backward(figures[0])
         self._engine.step()
         return torch.stack(figures).detach()

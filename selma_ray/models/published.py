@@ -161,7 +161,7 @@ def configured(model: ModelConfig) -> Iterator[ModelConfig]:
         if model.name in PUBLISHED:
             write_configuration(model.name, Path(folder))
             places |= {"name": folder, "revision": None, "variant": None}
-        if model.vae in PUBLISHED_AUTOENCODERS:
+        if model.vae is not None and model.vae in PUBLISHED_AUTOENCODERS:
             replaced = Path(folder, "replaced-vae")
             replaced.mkdir()
             (replaced / "config.json").write_text(json.dumps(PUBLISHED_AUTOENCODERS[model.vae]))
