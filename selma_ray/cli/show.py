@@ -192,7 +192,7 @@ def _summary_line(name: str, summary: dict[str, Any]) -> str:
     if name == "generate":
         prompts, images = summary["prompts"], summary["images"]
         line = f"{prompts['kept']} prompts kept, {prompts['rejected']} rejected; {images['rendered']} images, {images['failed']} failed"
-        return line + _whole_words(summary.get("questions"))
+        return line + _whole_words(summary.get("questions")) + _cut_words(summary.get("long_prompts"))
     if name == "train":
         return f"{len(summary)} experts fitted: " + ", ".join(
             f"{skill} loss {expert['loss']:.3f}" for skill, expert in summary.items()
@@ -207,6 +207,16 @@ def _whole_words(questions: dict[str, Any] | None) -> str:
     if not questions or questions["source"] == "whole" or not questions["whole"]:
         return ""
     return f"; {questions['whole']} of {questions['prompts']} prompts are judged by one question about the whole prompt"
+
+
+def _cut_words(lengths: dict[str, Any] | None) -> str:
+    """Return in words how many prompts the model does not see the end of, where there are such."""
+    if not lengths or not lengths["cut"]:
+        return ""
+    return (
+        f"; {lengths['cut']} of {lengths['prompts']} prompts are cut at the {lengths['limit']} tokens that the model sees, the longest "
+        f"has {lengths['longest']}"
+    )
 
 
 def _score_table(summary: dict[str, Any]) -> Table:

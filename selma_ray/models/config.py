@@ -40,6 +40,9 @@ class ModelConfig(StrictModel):
     """An autoencoder in the place of the model's, a folder or a hub name, such as SDXL's that does not overflow in fp16."""
     vae_tiling: bool = False
     """Decode in overlapping tiles that are blended: large images in little memory, with faint seams."""
+    text_chunks: int = Field(default=1, ge=1, le=8)
+    """Chunks of 75 tokens in which CLIP reads a prompt, for Stable Diffusion 1.x, 2.x and XL: with 1, what is beyond 77 tokens is cut.
+    All prompts are then read in as many, in training, rendering and serving, which changes the images of short ones too."""
     card: Placement[CardConfig] = CardConfig()
     """How its pipeline is kept on a card."""
 

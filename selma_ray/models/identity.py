@@ -10,15 +10,17 @@ __all__ = ["model_identity"]
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """Return the hash of a model's files (of a hub model its name and revision), its precision, its variant and how it decodes.
+    """Return the hash of a model's files (of a hub model its name and revision), its precision, its variant, and how it reads and decodes.
 
     Raises ModelNotFoundError where it cannot be located.
     """
     content = _content(locate_text_to_image(model.name, model.revision))
-    decoding: dict[str, Any] = {"vae_tiling": True} if model.vae_tiling else {}
+    further: dict[str, Any] = {"vae_tiling": True} if model.vae_tiling else {}
+    if model.text_chunks != 1:
+        further["text_chunks"] = model.text_chunks
     if model.vae is not None:
-        decoding["vae"] = _content(locate_part("model.vae", model.vae))
-    return {**content, "dtype": model.dtype, "variant": model.variant, **decoding}
+        further["vae"] = _content(locate_part("model.vae", model.vae))
+    return {**content, "dtype": model.dtype, "variant": model.variant, **further}
 
 
 def _content(located: LocatedModel) -> dict[str, str]:

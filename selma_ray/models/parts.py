@@ -15,6 +15,7 @@ from selma_ray.errors import ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel, locate_part
+from selma_ray.models.long_prompts import read_in_chunks
 
 __all__ = [
     "DENOISERS",
@@ -109,7 +110,7 @@ def encoding_pipeline(
             torch_dtype=DTYPES[model.dtype],
             use_safetensors=True,
         )
-    return pipeline.to(device)
+    return read_in_chunks(pipeline.to(device), model.text_chunks)
 
 
 def sample_latents(

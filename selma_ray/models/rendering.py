@@ -13,6 +13,7 @@ from selma_ray.errors import ModelNotFoundError, RenderError, first_line
 from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
+from selma_ray.models.long_prompts import read_in_chunks
 from selma_ray.models.parts import DTYPES, replaced_autoencoder
 from selma_ray.models.placing import place_pipeline
 from selma_ray.models.schedulers import use_scheduler
@@ -45,7 +46,7 @@ def open_pipeline(model: ModelConfig) -> DiffusionPipeline:
             f"model.name {model.name} cannot be opened ({first_line(error)}); give a diffusers folder"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return read_in_chunks(pipeline, model.text_chunks)
 
 
 class Renderer:

@@ -81,7 +81,7 @@ class StableDiffusion:
             text = CLIPTextConfig.from_pretrained(
                 self.located.path, subfolder="text_encoder", revision=self.model.revision or "main"
             )
-        tokens = text.max_position_embeddings
+        tokens = text.max_position_embeddings * self.model.text_chunks
         return {"latent_mean": latents, "latent_std": latents, "text_NTD": (tokens, unet["cross_attention_dim"])}
 
     @cached_property

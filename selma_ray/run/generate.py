@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,23 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         "prompts": prompt_summary(run.folder, run.skill_names),
         "questions": question_counts(run),
         "images": image_summary(run.folder, run.skill_names),
+        "long_prompts": _long_prompts(run, model),
     }
     check_failures(summary["images"], recipe.images)
     write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     return summary
+
+
+def _long_prompts(run: Run, model: ModelConfig) -> dict[str, Any] | None:
+    """Return how many prompts the model sees the end of no more, by its own tokens; None where no model reads them."""
+    from selma_ray.models.prompt_length import prompt_lengths
+    from selma_ray.prompts.stream import read_prompts
+
+    if run.recipe.images.engine != "diffusers":
+        return None
+    prompts = [text for skill in run.skill_names for text in read_prompts(run.folder, skill)["prompt"].to_pylist()]
+    lengths = prompt_lengths(model, prompts)
+    return None if lengths is None else asdict(lengths)
 
 
 def _write_all_prompts(run: Run, prompts: "Dataset", report: Report) -> None:

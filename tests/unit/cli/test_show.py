@@ -85,3 +85,15 @@ def test_options_of_raters_belong_to_evaluate(monkeypatch: pytest.MonkeyPatch) -
     assert (seen[0].export_pairs, seen[0].pairs, seen[0].ratings, seen[0].overrides) == (True, 9, ["a", "b"], ["x=1"])
     with pytest.raises(SystemExit):
         cli.main(["train", "r.yaml", "--export-pairs"])
+
+
+def test_prompts_that_are_cut_are_told_where_there_are_any() -> None:
+    summary: dict[str, Any] = {
+        "prompts": {"kept": 40, "rejected": 2},
+        "images": {"rendered": 36, "failed": 0},
+        "long_prompts": {"prompts": 40, "cut": 3, "limit": 77, "longest": 91},
+    }
+    line = console._summary_line("generate", summary)
+    assert line.endswith("; 3 of 40 prompts are cut at the 77 tokens that the model sees, the longest has 91")
+    for lengths in (None, {"prompts": 40, "cut": 0, "limit": 77, "longest": 70}):
+        assert "cut" not in console._summary_line("generate", summary | {"long_prompts": lengths})
