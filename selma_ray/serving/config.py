@@ -3,7 +3,7 @@
 import ipaddress
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from selma_ray.config import StrictModel
 from selma_ray.judging.config import JudgeConfig, JudgeSetting
@@ -62,12 +62,15 @@ class ServingConfig(StrictModel):
     """Most images a request may ask for (OpenAI's n)."""
     max_previews: int = Field(default=8, ge=0)
     """Most partial images that a streamed request may ask for."""
-    max_size_px: int = Field(default=1024, ge=8)
-    """Longest side of an image a request may ask for."""
+    max_size_px: int | None = Field(default=None, ge=8)
+    """Longest side of an image a request may ask for; default: half as much again as the longer side of sampling's size, as models
+    draw poorly what is far beyond the size they were made for, and hold up everybody else."""
     max_body_mb: float = Field(default=16, gt=0)
     """Largest request body in MB."""
     max_upload_pixels: int = Field(default=16_777_216, ge=1)
-    """Most pixels of an image sent to be scored."""
+    """Most pixels of the images of a request that are sent to be scored or edited, all together."""
+    upload_background: str = "white"
+    """Colour on which transparent images are scored, by name or as #rrggbb."""
     max_batch_size: int = Field(default=8, ge=1)
     """Images that share a denoising step; larger sizes than the default share fewer."""
     size_weights: dict[Annotated[str, StringConstraints(pattern=r"^\d+x\d+$")], Annotated[float, Field(gt=0)]] = Field(
@@ -108,6 +111,17 @@ class ServingConfig(StrictModel):
     num_threads: int | None = Field(default=None, ge=1)
     """Threads of a replica's numeric libraries; default: every core of its node."""
 
+    @field_validator("upload_background")
+    @classmethod
+    def _a_colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(value)
+        except ValueError:
+            raise ValueError("must be a colour such as white or #ffffff") from None
+        return value
+
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Self:
         if self.api_keys_file is None and not is_loopback(self.host):
@@ -122,12 +136,13 @@ class ServingConfig(StrictModel):
         for value, bound in (
             ("steps", "max_steps"),
             ("guidance_scale", "max_guidance_scale"),
-            ("width_px", "max_size_px"),
-            ("height_px", "max_size_px"),
+            ("width_px", "longest_side_px"),
+            ("height_px", "longest_side_px"),
         ):
             if getattr(sampling, value) > getattr(self, bound):
+                key = bound.replace("longest_side_px", "max_size_px")
                 raise ValueError(
-                    f"{bound} must be at least sampling.{value}, which is {getattr(sampling, value)}; {bound} is {getattr(self, bound)}"
+                    f"{key} must be at least sampling.{value}, which is {getattr(sampling, value)}; {key} is {getattr(self, bound)}"
                 )
         return self
 
@@ -155,6 +170,13 @@ class ServingConfig(StrictModel):
                 f"judge.num_gpus must be left out, got {self.judge.num_gpus:g}; set serving.evaluator_num_gpus, its replica's"
             )
         return self
+
+    @property
+    def longest_side_px(self) -> int:
+        """Return the longest side of an image a request may ask for."""
+        if self.max_size_px is not None:
+            return self.max_size_px
+        return max(self.sampling.width_px, self.sampling.height_px) * 3 // 2
 
     @property
     def weights_by_size_px(self) -> dict[tuple[int, int], float]:

@@ -4,14 +4,26 @@ import base64
 import binascii
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from selma_ray.serving.errors import RequestError, invalid_request, too_large
 
-__all__ = ["PNG", "FileFormat", "OutputFormat", "base64_of", "bytes_of_base64", "decode_upload", "encode", "reencode"]
+__all__ = [
+    "PNG",
+    "FileFormat",
+    "OutputFormat",
+    "base64_of",
+    "bytes_of_base64",
+    "count_pixels",
+    "decode_upload",
+    "encode",
+    "reencode",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +72,29 @@ def bytes_of_base64(text: str, param: str) -> bytes:
         raise invalid_request(f"{param} must be a file in base64", param, "invalid_image") from None
 
 
-def decode_upload(content: bytes, max_pixels: int) -> Image.Image:
-    """Return the RGB image in a file from a stranger; its size is checked before any pixel is decoded.
+def decode_upload(content: bytes, max_pixels: int, background: str = "white") -> Image.Image:
+    """Return the image in a file from a stranger, in RGB as a person sees it: turned as its camera says, upon a background.
 
-    Raises RequestError: 400 where it is no sound PNG, JPEG or WebP, 413 where it has more than `max_pixels` pixels.
+    Its size is checked before any pixel is decoded. Raises RequestError: 400 where it is no sound PNG, JPEG or WebP, 413 where it
+    has more than `max_pixels` pixels.
     """
-    try:
+    with _refusals(max_pixels):
         _open(content, max_pixels).verify()
         # A verified image cannot be decoded: it is opened again.
-        return _open(content, max_pixels).convert("RGB")
+        return _as_seen(_open(content, max_pixels), background)
+
+
+def count_pixels(content: bytes, max_pixels: int) -> int:
+    """Return how many pixels a file from a stranger has, by its header alone; raises RequestError as `decode_upload` does."""
+    with _refusals(max_pixels):
+        image = _open(content, max_pixels)
+        return image.width * image.height
+
+
+@contextmanager
+def _refusals(max_pixels: int) -> Iterator[None]:
+    try:
+        yield
     except RequestError:
         raise
     except Image.DecompressionBombError:
@@ -83,6 +109,17 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise too_large(_too_many_pixels(max_pixels), "image")
     return image
+
+
+def _as_seen(image: Image.Image, background: str) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which a conversion would cut off at 255
+        image = image.point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        shown = Image.new("RGBA", image.size, background)
+        shown.alpha_composite(image.convert("RGBA"))
+        image = shown
+    return image.convert("RGB")
 
 
 def _too_many_pixels(max_pixels: int) -> str:

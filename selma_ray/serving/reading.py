@@ -182,9 +182,9 @@ def _size_px(size: str | None, config: ServingConfig) -> tuple[int, int]:
     if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit() and len(size) <= 11):
         raise invalid_request(f"size must read WIDTHxHEIGHT or auto, got {size[:20]!r}", "size")
     for side_px in (int(width), int(height)):
-        if side_px % _SIZE_STEP_PX or not _MIN_SIZE_PX <= side_px <= config.max_size_px:
+        if side_px % _SIZE_STEP_PX or not _MIN_SIZE_PX <= side_px <= config.longest_side_px:
             raise invalid_request(
-                f"size must have sides of {_MIN_SIZE_PX} to {config.max_size_px} px, multiples of {_SIZE_STEP_PX}, got {size}",
+                f"size must have sides of {_MIN_SIZE_PX} to {config.longest_side_px} px, multiples of {_SIZE_STEP_PX}, got {size}",
                 "size",
             )
     return int(width), int(height)

@@ -55,3 +55,9 @@ def test_refusals_travel_between_replicas() -> None:
     travelled = pickle.loads(pickle.dumps(queue_full(retry_after_s=3)))
     assert (travelled.status, travelled.code, travelled.retry_after_s) == (429, "queue_full", 3)
     assert str(travelled) == str(queue_full(3))
+
+
+def test_sizes_that_a_model_was_not_made_for_are_off_by_default() -> None:
+    sampling = {"width_px": 64, "height_px": 48}
+    assert ServingConfig.model_validate({"sampling": sampling}).longest_side_px == 96
+    assert ServingConfig.model_validate({"sampling": sampling, "max_size_px": 512}).longest_side_px == 512
