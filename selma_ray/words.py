@@ -1,5 +1,6 @@
 """Words of any script: ROUGE-L's tokens, how many words a text has, and what copies of a text share."""
 
+import re
 import unicodedata
 
 import regex
@@ -18,7 +19,7 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
     return regex.compile(pattern, flags=regex.VERSION1)
 
 
-_PUBLISHED = _compiled(r"[a-z0-9]+")
+_PUBLISHED = re.compile(r"[a-z0-9]+")
 _OTHER = _compiled(rf"[{_OTHER_LETTER}]")
 _TOKEN = _compiled(
     rf"[a-z0-9]+|[{_UNSPACED}]\p{{M}}*|[[{_OTHER_LETTER}]--[{_UNSPACED}]][[[{_OTHER_LETTER}]\p{{M}}]--[{_UNSPACED}]]*"
@@ -56,6 +57,8 @@ def has_letter_or_digit(text: str) -> bool:
 
 def normal_form(text: str) -> str:
     """Return what copies of a text share, whatever their case, white space, punctuation, width and invisible characters."""
+    if text.isascii():
+        return " ".join(_PUBLISHED.findall(text.lower())) or " ".join(text.split())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     visible = _INVISIBLE.sub("", folded)
     return " ".join(_WORD.findall(visible)) or " ".join(visible.split())

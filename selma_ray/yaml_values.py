@@ -1,7 +1,7 @@
 """YAML as people mean it: numbers and truths of its version 1.2 alone, and every key once."""
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from yaml import MappingNode, SafeLoader, ScalarNode, YAMLError
 
@@ -16,8 +16,6 @@ class DuplicateKeyError(YAMLError):
 
 class _Loader(SafeLoader):
     """YAML's core schema, version 1.2: 010 is 10, 1e-4 is a number, 10:30, yes, no and dates are texts."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -35,6 +33,7 @@ class _Loader(SafeLoader):
         return int(digits, 0) if digits.lower().startswith(("0x", "0o")) else int(digits)
 
 
+_Loader.yaml_implicit_resolvers = {}  # none of version 1.1's
 _Loader.add_implicit_resolver(_NULL, re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(_INT, re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
@@ -63,7 +62,7 @@ def read_flow_value(text: str) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        if text[node.end_mark.index :].strip():
+        if node is None or text[node.end_mark.index :].strip():
             raise YAMLError(f"{text!r} goes on after its value")
         return loader.construct_document(node)
     finally:

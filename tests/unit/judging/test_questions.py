@@ -9,7 +9,7 @@ from selma_ray.judging.sources import grammar_questions
 from selma_ray.judging.suites import open_suite
 
 
-def line(prompt_id: str = "a", prompt: str = "a red cup", skill: str = "common", questions: Any = None) -> Any:
+def line(prompt_id: Any = "a", prompt: Any = "a red cup", skill: Any = "common", questions: Any = None) -> Any:
     if questions is None:
         questions = [
             {"id": 1, "category": "whole", "question": "Is there a cup?", "parents": [0]},

@@ -172,7 +172,7 @@ QUOTES = [
 @pytest.mark.parametrize("quotes", QUOTES)
 @given(words=st.lists(st.sampled_from(["a", "stop", "sign", "猫", "the dog's"]), min_size=1, max_size=4))
 def test_quotation_marks_go_only_where_they_enclose_the_whole(quotes: str, words: list[str]) -> None:
-    opening, closing = quotes
+    opening, closing = quotes[0], quotes[1]
     text = " ".join(words)
     assert texts(f"\n4. {opening}{text}{closing}") == [text]
     if "_" not in quotes and "*" not in quotes:
