@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from selma_ray.cluster.connection import connect
-from selma_ray.errors import ConfigError
+from selma_ray.errors import ConfigError, SelmaError
 from selma_ray.progress import Progress, Report
-from selma_ray.run.demands import SERVE, check_stages_fit
-from selma_ray.run.memory import check_cards
+from selma_ray.run.demands import SERVE
+from selma_ray.run.lease import held
 from selma_ray.run.models import check_trainable
 from selma_ray.run.opening import Run
 from selma_ray.run.recipe import Recipe
-from selma_ray.run.stages import STAGES, finished, run_stage
+from selma_ray.run.stages import STAGES, check_before, finished, run_stage
 from selma_ray.study.study import Study
 
 __all__ = [
@@ -54,15 +54,17 @@ console = Console(highlight=False, soft_wrap=True)
 def run_all(run: Run) -> None:
     """Run every stage, show the table, and fetch one image from the served merged model."""
     check_trainable(run.recipe)
-    connect(run.recipe.cluster)
-    ahead = [*(name for name in STAGES if finished(run, name) is None), SERVE]
-    check_stages_fit(run.recipe, ahead)
-    check_cards(run.recipe, ahead)
     started_s = time.monotonic()
-    for name in STAGES:
-        run_one(run, name)
-    show_evaluation(run)
-    _fetch_one_image(run)
+    with held(run.folder):
+        connect(run.recipe.cluster)
+        check_before(run, [*STAGES, SERVE])
+        for name in STAGES:
+            run_one(run, name)
+        show_evaluation(run)
+    try:
+        _fetch_one_image(run)
+    except SelmaError as error:  # the run is finished all the same
+        console.print(f"[yellow]No picture of the served model: {escape(str(error))}[/yellow]")
     console.print(
         f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {escape(run.folder.path('recipe.yaml'))}"
     )

@@ -1,10 +1,12 @@
 """The connection to Ray; the only caller of ray.init."""
 
+import json
 import logging
 import os
 import signal
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -14,6 +16,8 @@ from selma_ray.cluster.config import ClusterConfig
 __all__ = ["connect", "cpu_count"]
 
 logger = logging.getLogger(__name__)
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how `ray job submit` tells a driver its runtime environment
 
 # Idle processes that Ray keeps beside one per CPU: long-lived actors count too, and each short task would start a process anew.
 _SPARE_WORKERS = 8
@@ -33,7 +37,7 @@ def connect(config: ClusterConfig) -> None:
     options: dict[str, Any] = {
         "logging_level": config.log_level,
         "log_to_driver": config.log_level == "DEBUG",
-        "runtime_env": {"env_vars": quiet},
+        "runtime_env": {"env_vars": _not_of_job(quiet)},
     }
     if address:
         options["address"] = address
@@ -50,6 +54,13 @@ def connect(config: ClusterConfig) -> None:
     ray.init(**options)
     _end_on_sigterm()
     _configure_output(config)
+
+
+def _not_of_job(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a submitted job's own runtime environment does not set: Ray refuses to be told one twice."""
+    submitted = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
+    own = ((submitted.get("runtime_env") or {}).get("env_vars")) or {}
+    return {name: value for name, value in variables.items() if name not in own}
 
 
 def _end_on_sigterm() -> None:

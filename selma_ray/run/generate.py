@@ -1,12 +1,13 @@
 """Prompts and images: the LLM's stream into the renderers, or ground truth in the place of either."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from selma_ray.errors import StorageError
 from selma_ray.images.selection import ScoreImages
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import QuestionSource
@@ -54,7 +55,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         _write_all_prompts(run, prompts, report)
         prompts = open_prompts()  # those that are kept, without a language model
     model = recipe.data.model or recipe.model
-    _render(run, prompts, model, report)
+    streamed = _render(run, prompts, model, report)
     if is_chosen_later(recipe):
         _choose(run, report)
     summary: dict[str, Any] = {
@@ -63,9 +64,20 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
         "images": image_summary(run.folder, run.skill_names),
         "long_prompts": _long_prompts(run, model),
     }
+    _check_found(streamed, summary["images"], run.folder)
     check_failures(summary["images"], recipe.images)
     write_card(run.folder, run.skill_names, recipe.images, model, prompts_from(recipe))
     return summary
+
+
+def _check_found(streamed: int, images: Mapping[str, Any], folder: RunFolder) -> None:
+    """Raise StorageError where the folder holds fewer images than the stream brought: they lie where the driver does not look."""
+    found = sum(images[key] for key in ("rendered", "rejected", "failed"))
+    if found < streamed:
+        raise StorageError(
+            f"{streamed} images were rendered, {found} are in {folder.uri}: it must be storage that all nodes share, and nothing may "
+            "delete there; mount one filesystem there on every node, or set run_dir to s3://… or gs://…"
+        )
 
 
 def _long_prompts(run: Run, model: ModelConfig) -> dict[str, Any] | None:
@@ -98,8 +110,11 @@ def _write_all_prompts(run: Run, prompts: "Dataset", report: Report) -> None:
     wait_until_free(stage_demands(run.recipe, "generate")[0][0][:1], run.recipe.cluster)
 
 
-def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) -> None:
-    """Stream prompts through the renderers, and have their questions written beside them where a language model does that."""
+def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) -> int:
+    """Stream prompts through the renderers, and have their questions written beside them where a language model does that.
+
+    Returns the number of images that came.
+    """
     from selma_ray.images.stream import follow, render_stream
     from selma_ray.prompts.llm import llm_errors
     from selma_ray.prompts.progress import watch_prompts
@@ -117,10 +132,13 @@ def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) ->
         llm_errors(recipe.prompts.llm),
         _showing_prompts(run.folder, prompt_words, total, report) as images_begin,
     ):
+        streamed = 0
         for row, progress in follow(images, run.folder, recipe.images, total):
+            streamed += 1
             images_begin()
             figures = tuple(filter(None, (prompt_words(), progress.words)))
             report(Progress("generate", progress.done, total, f"{row['skill']}: {row['prompt']}", figures))
+    return streamed
 
 
 def _choose(run: Run, report: Report) -> None:

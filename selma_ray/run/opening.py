@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePosixPath
 
 import yaml
 
@@ -17,6 +18,7 @@ from selma_ray.storage import RunFolder
 __all__ = ["Run", "open_run"]
 
 _RECIPE = "recipe.yaml"
+_SKILLS = "skills.yaml"
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Run:
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
-        """Return the skills, in the recipe's order; raises SkillError where a file is not there any more."""
-        return tuple(load_skills(self.recipe.skills))
+        """Return the skills, in the recipe's order, as the run's folder keeps them; raises SkillError where neither it nor a file does."""
+        return _kept_skills(self.folder) or tuple(load_skills(self.recipe.skills))
 
     @property
     def skill_names(self) -> list[str]:
@@ -46,8 +48,8 @@ class Run:
 def open_run(source: Recipe | str) -> Run:
     """Open a run by its recipe, whose folder is made, or by the path or URI of a folder that is there, which is only read.
 
-    A recipe's models, judges and skills are checked first. Raises RunMismatchError where the folder was made with another recipe,
-    ConfigError where a folder holds no run.
+    A recipe's models, judges and skills are checked first. Raises RunMismatchError where the folder was made with another recipe or with
+    other skills, ConfigError where a folder holds no run, or would be lost.
     """
     if isinstance(source, str):
         folder = RunFolder(source)
@@ -55,15 +57,22 @@ def open_run(source: Recipe | str) -> Run:
         if recipe is None:
             raise ConfigError(f"{source} must be a run's folder, it has no {_RECIPE}; name the run_dir of a recipe")
         return Run(recipe.model_copy(update={"run_dir": source}), folder)
-    run = Run(source, RunFolder(source.run_dir))
-    _check(source, run.skills)
-    folder = run.folder
+    folder = RunFolder(source.run_dir)
+    _refuse_package_cache(folder)
+    skills = tuple(load_skills(source.skills))
+    _check(source, skills)
     written = _written_recipe(folder)
-    if written is None:
-        folder.write_bytes(source.as_yaml().encode(), _RECIPE)
-    else:
+    if written is not None:
         _refuse_other_recipe(written, source, folder)
-    return run
+    kept = _kept_skills(folder)
+    if kept is not None:
+        _refuse_other_skills(kept, skills, folder)
+    else:
+        content = [skill.model_dump(mode="json") for skill in skills]
+        folder.write_bytes(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode(), _SKILLS)
+    if written is None:  # last, as it makes the folder a run's
+        folder.write_bytes(source.as_yaml().encode(), _RECIPE)
+    return Run(source, folder)
 
 
 def _written_recipe(folder: RunFolder) -> Recipe | None:
@@ -76,6 +85,38 @@ def _written_recipe(folder: RunFolder) -> Recipe | None:
         return validate(Recipe, mapping, source=place)
     except (ConfigError, yaml.YAMLError) as error:
         raise RunMismatchError(f"{error}: made by another version; set run_dir to a new folder") from None
+
+
+def _kept_skills(folder: RunFolder) -> tuple[Skill, ...] | None:
+    """Return the skills that a folder was made with, wherever their files are now; None where it holds none."""
+    if not folder.exists(_SKILLS):
+        return None
+    place = folder.path(_SKILLS)
+    try:
+        return tuple(validate(Skill, mapping, source=place) for mapping in yaml.safe_load(folder.read_bytes(_SKILLS)))
+    except (ConfigError, yaml.YAMLError, TypeError) as error:
+        raise RunMismatchError(f"{error}: made by another version; set run_dir to a new folder") from None
+
+
+def _refuse_other_skills(kept: tuple[Skill, ...], skills: tuple[Skill, ...], folder: RunFolder) -> None:
+    difference = first_difference(
+        *({skill.name: skill.model_dump(mode="json") for skill in each} for each in (kept, skills))
+    )
+    if difference:
+        key, old, new = difference
+        raise RunMismatchError(
+            f"{folder.uri} was made with the skill setting {key}={old!r}, its file says {new!r} now; set run_dir to a new folder or undo "
+            "the change"
+        )
+
+
+def _refuse_package_cache(folder: RunFolder) -> None:
+    """Refuse a relative run_dir in a submitted job: the job runs in Ray's copy of the working directory."""
+    if folder.is_local and any(part.startswith("_ray_pkg_") for part in PurePosixPath(folder.uri).parts):
+        raise ConfigError(
+            f"run_dir must be an absolute path or a URI in a submitted job, got {folder.uri}, which is in Ray's cache of packages: it is "
+            "deleted when space is short, and another version of the code gets another; set run_dir=/shared/… or run_dir=s3://…"
+        )
 
 
 def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:

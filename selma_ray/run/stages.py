@@ -1,21 +1,23 @@
 """The stages of a run in order, every one skipped where the run's folder says that it is finished."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from selma_ray.cluster.connection import connect
+from selma_ray.cluster.sharing import check_shared
 from selma_ray.errors import ConfigError
 from selma_ray.progress import Report
-from selma_ray.run.demands import check_stages_fit, waits_announced
+from selma_ray.run.demands import SERVE, check_stages_fit, waits_announced
 from selma_ray.run.evaluate import evaluate
 from selma_ray.run.generate import generate
+from selma_ray.run.lease import held
 from selma_ray.run.memory import check_cards
 from selma_ray.run.merge import merge
 from selma_ray.run.opening import Run
 from selma_ray.run.train import train
 
-__all__ = ["STAGES", "finished", "run_stage"]
+__all__ = ["STAGES", "check_before", "finished", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +51,18 @@ def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:
             raise ConfigError(
                 f"{name} needs the finished stage {earlier} in {run.folder.uri}; run `selma {earlier}` first"
             )
-    connect(run.recipe.cluster)
-    ahead = [stage for stage in names[names.index(name) :] if run.folder.done(stage) is None]
+    with held(run.folder):
+        connect(run.recipe.cluster)
+        check_before(run, names[names.index(name) :])
+        with waits_announced(run.recipe, name, report):
+            summary = STAGES[name](run, report)
+        run.folder.mark_done(name, summary)
+    return summary
+
+
+def check_before(run: Run, stages: Sequence[str]) -> None:
+    """Raise an error of one line where what is left of `stages` cannot work on the connected cluster, before any of it is paid for."""
+    ahead = [stage for stage in stages if stage == SERVE or finished(run, stage) is None]
     check_stages_fit(run.recipe, ahead)
     check_cards(run.recipe, ahead)
-    with waits_announced(run.recipe, name, report):
-        summary = STAGES[name](run, report)
-    run.folder.mark_done(name, summary)
-    return summary
+    check_shared(run.folder)

@@ -1,3 +1,4 @@
+import json
 import warnings
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 from ray.util.annotations import RayDeprecationWarning
 
 from selma_ray.cluster.config import ClusterConfig
-from selma_ray.cluster.connection import _configure_output
+from selma_ray.cluster.connection import _configure_output, _not_of_job
 
 
 @pytest.mark.parametrize(("log_level", "shown"), [("DEBUG", 1), ("WARNING", 0)])
@@ -17,3 +18,19 @@ def test_what_later_versions_of_ray_will_lack_is_shown_to_developers_alone(
         _configure_output(ClusterConfig(log_level=log_level))
         warnings.warn("an option is deprecated", RayDeprecationWarning, stacklevel=1)
     assert len(seen) == shown
+
+
+@pytest.mark.parametrize(
+    ("submitted", "left"),
+    [
+        ({}, {"A", "B"}),
+        ({"runtime_env": {"env_vars": {"A": "1"}, "working_dir": "gcs://x"}}, {"B"}),
+        ({"runtime_env": None}, {"A", "B"}),
+        ({"runtime_env": {"env_vars": None}}, {"A", "B"}),
+    ],
+)
+def test_what_a_submitted_job_sets_itself_is_not_set_again(
+    submitted: Any, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
+    assert set(_not_of_job({"A": "a", "B": "b"})) == left

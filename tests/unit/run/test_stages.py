@@ -64,6 +64,39 @@ def test_a_run_of_another_recipe_is_refused(demo: Any, override: str, key: str) 
         open_run(demo(override))
 
 
+def test_a_run_keeps_its_skills_wherever_their_files_are_later(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skill = tmp_path / "mine.yaml"
+    skill.write_text("name: mine\ndescription: mine\nmax_words: 9\nseeds: [a red cup]\n")
+    monkeypatch.chdir(tmp_path)
+    run = open_run(demo("skills=[mine.yaml]"))
+    skill.unlink()
+    monkeypatch.chdir("/")
+    assert open_run(run.folder.uri).skills == run.skills
+    assert [each.seeds for each in run.skills] == [("a red cup",)]
+
+
+def test_a_skill_that_was_changed_since_is_refused(demo: Any, tmp_path: Path) -> None:
+    skill = tmp_path / "mine.yaml"
+    skill.write_text("name: mine\ndescription: mine\nmax_words: 9\nseeds: [a red cup]\n")
+    open_run(demo(f"skills=[{skill}]"))
+    skill.write_text("name: mine\ndescription: mine\nmax_words: 8\nseeds: [a red cup]\n")
+    with pytest.raises(RunMismatchError, match=r"made with the skill setting mine.max_words=9, its file says 8"):
+        open_run(demo(f"skills=[{skill}]"))
+
+
+def test_a_relative_folder_in_a_submitted_job_is_refused(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "working_dir_files" / "_ray_pkg_0123abcd"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    with pytest.raises(ConfigError, match=r"run_dir must be an absolute path or a URI in a submitted job"):
+        open_run(demo("run_dir=runs/demo"))
+    assert list(copied.iterdir()) == []
+
+
 def test_a_finished_stage_is_not_run_again(demo: Any) -> None:
     run = open_run(demo())
     run.folder.mark_done("generate", {"prompts": 7})
