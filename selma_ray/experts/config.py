@@ -7,7 +7,10 @@ from pydantic import Field, field_validator, model_validator
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import Placement, StrictModel
 
-__all__ = ["CheckpointChoiceConfig", "DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig"]
+__all__ = ["GRADIENTS_AT_ONCE", "CheckpointChoiceConfig", "DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig"]
+
+GRADIENTS_AT_ONCE = 50_000_000
+"""Gradients that workers exchange in one message, at the most; a worker has a buffer for them."""
 
 
 class CheckpointChoiceConfig(StrictModel):

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 
-from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.config import GRADIENTS_AT_ONCE, ExpertsConfig
 
 __all__ = ["deepspeed_config", "resolve_precision"]
 
@@ -22,14 +22,15 @@ def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "
     return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
-def deepspeed_config(config: ExpertsConfig, precision: str) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of an expert's engine."""
+def deepspeed_config(config: ExpertsConfig, precision: str, trainable: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of an expert's engine with so many trainable weights."""
     share = config.batch_size // config.workers_per_expert
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size or share,
         "gradient_clipping": config.gradient_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        # DeepSpeed holds a buffer of this many gradients, by default of half a billion: a gigabyte beside any adapter.
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(trainable, GRADIENTS_AT_ONCE)},
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "steps_per_print": None,

@@ -151,7 +151,7 @@ class ExpertTrainer:
             optimizer=optimizer,
             lr_scheduler=schedule,
             model_parameters=parameters,
-            config=deepspeed_config(config, self._precision),
+            config=deepspeed_config(config, self._precision, sum(each.numel() for each in parameters)),
         )
         return engine
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from selma_ray.cluster.cards import smallest_gpu_bytes
 from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import ConfigError, ModelNotFoundError
-from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.config import GRADIENTS_AT_ONCE, ExpertsConfig
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.writing.config import QuestionLLMConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -103,7 +103,7 @@ def memory_needs(recipe: Recipe, stages: Sequence[str], gpu_bytes: float | None 
 def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[str, float]:
     """Return what a worker holds: frozen weights, adapter with gradients, AdamW's state and masters, and activations, in bytes.
 
-    ZeRO 1 and up split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
+    ZeRO 1 and up exchange gradients through a buffer and split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
     """
     width, workers = _BYTES[config.precision], config.workers_per_expert
     micro_batch = config.micro_batch_size or config.batch_size // workers
@@ -112,6 +112,8 @@ def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[s
     in_blocks = cost.block_parameters * _BASE_BYTES.get(config.base_weights, width)
     base = (cost.parameters - cost.block_parameters) * width + in_blocks
     gradients = width * cost.lora_parameters / split[1]
+    if config.zero_stage:
+        gradients += width * min(cost.lora_parameters, GRADIENTS_AT_ONCE)
     optimizer = (8 + masters) * cost.lora_parameters / split[0]
     activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
     images = micro_batch * (2 if config.dpo else 1)

@@ -6,7 +6,7 @@ import pytest
 
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError
-from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.config import GRADIENTS_AT_ONCE, ExpertsConfig
 from selma_ray.experts.precision import deepspeed_config
 
 
@@ -28,9 +28,14 @@ def test_a_bad_setting_is_refused_in_one_line(settings: Any, message: str) -> No
 
 
 def test_deepspeed_learns_how_the_batch_is_split() -> None:
-    config = deepspeed_config(ExpertsConfig(batch_size=16, workers_per_expert=2, micro_batch_size=4), "bf16")
+    config = deepspeed_config(ExpertsConfig(batch_size=16, workers_per_expert=2, micro_batch_size=4), "bf16", 1000)
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (16, 4)
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (True, False)
+
+
+@pytest.mark.parametrize(("trainable", "held"), [(1000, 1000), (185_794_560, GRADIENTS_AT_ONCE)])
+def test_the_buffer_of_gradients_is_no_larger_than_the_adapter(trainable: int, held: int) -> None:
+    assert deepspeed_config(ExpertsConfig(), "bf16", trainable)["zero_optimization"]["reduce_bucket_size"] == held
 
 
 def test_launching_loads_no_deep_learning_library() -> None:

@@ -19,16 +19,16 @@ COST = TrainingCost(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"precision": "fp32"}, 4 * 1100 + 4 * 100 + 8 * 100 + 8 * 400),
-        ({"precision": "bf16"}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 200),
-        ({"precision": "bf16", "micro_batch_size": 2}, 2 * 1100 + 2 * 100 + 12 * 100 + 2 * 200),
-        ({"precision": "bf16", "gradient_checkpointing": True}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 100),
-        ({"precision": "bf16", "base_weights": "int8"}, 2 * 300 + 800 + 2 * 100 + 12 * 100 + 8 * 200),
-        ({"precision": "bf16", "base_weights": "nf4"}, 2 * 300 + 450 + 2 * 100 + 12 * 100 + 8 * 200),
+        ({"precision": "fp32"}, 4 * 1100 + 4 * 100 + 8 * 100 + 8 * 400 + 4 * 100),
+        ({"precision": "bf16"}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 200 + 2 * 100),
+        ({"precision": "bf16", "micro_batch_size": 2}, 2 * 1100 + 2 * 100 + 12 * 100 + 2 * 200 + 2 * 100),
+        ({"precision": "bf16", "gradient_checkpointing": True}, 2 * 1100 + 2 * 100 + 12 * 100 + 8 * 100 + 2 * 100),
+        ({"precision": "bf16", "base_weights": "int8"}, 2 * 300 + 800 + 2 * 100 + 12 * 100 + 8 * 200 + 2 * 100),
+        ({"precision": "bf16", "base_weights": "nf4"}, 2 * 300 + 450 + 2 * 100 + 12 * 100 + 8 * 200 + 2 * 100),
         ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 0}, 2 * 1100 + 2 * 100 + 12 * 100 + 4 * 200),
-        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1}, 2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200),
-        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2}, 2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
-        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3}, 1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1}, 2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200 + 2 * 100),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2}, 2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200 + 2 * 100),
+        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3}, 1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200 + 2 * 100),
     ],
 )
 def test_a_worker_s_memory_is_what_it_holds(settings: Any, expected: Any) -> None:
