@@ -18,13 +18,18 @@ ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait
 
 
 class RayNode:
-    """One node: `ray start WORDS… --block` and all the processes that it starts."""
+    """One node: `ray start WORDS… --block` and all the processes that it starts, which cannot see the folder `hidden` of this machine."""
 
-    def __init__(self, *words: str, log: Path, environment: Mapping[str, str] = ENVIRONMENT) -> None:
+    def __init__(
+        self, *words: str, log: Path, environment: Mapping[str, str] = ENVIRONMENT, hidden: Path | None = None
+    ) -> None:
         self._log = log
+        start = [RAY, "start", *words, "--block", "--disable-usage-stats"]
+        if hidden is not None:  # another filesystem lies over it in a mount namespace of the node's own
+            start = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden), *start]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [RAY, "start", *words, "--block", "--disable-usage-stats"],
+                start,
                 env={**environment, "PYTHONUNBUFFERED": "1"}, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
 

@@ -99,9 +99,8 @@ def _kept_skills(folder: RunFolder) -> tuple[Skill, ...] | None:
 
 
 def _refuse_other_skills(kept: tuple[Skill, ...], skills: tuple[Skill, ...], folder: RunFolder) -> None:
-    difference = first_difference(
-        *({skill.name: skill.model_dump(mode="json") for skill in each} for each in (kept, skills))
-    )
+    before, now = ({skill.name: skill.model_dump(mode="json") for skill in each} for each in (kept, skills))
+    difference = first_difference(before, now)
     if difference:
         key, old, new = difference
         raise RunMismatchError(
