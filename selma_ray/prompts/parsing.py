@@ -4,6 +4,9 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+from typing import Literal
 
 from selma_ray.models.thinking import split_thoughts
 from selma_ray.words import has_letter_or_digit
@@ -12,8 +15,8 @@ __all__ = ["ListItem", "parse_numbered_list"]
 
 _GAP = r"[\s\u200b\u2060\ufeff]*"
 # "4.", "4)", "(4)", "4:", "#4.", "### 4.", "4.)", "4 -", "4、", "（4）", each perhaps in bold; never the 4 of "4.5 litres".
-_NUMBER = r"(?:\#{1,6}\s+)?(?:\*\*|__)?\#?[(\[（【]?\d{1,4}(?:\*\*|__)?(?:[.):\]、．。：）】]+(?!\d)|\s+[-–—]\s|\ufe0f?\u20e3)"
-_BULLET = r"[-•–‣▪●○◦・⁃]|[+—](?=\s)|\*(?!\*)"
+_NUMBER = r"(?:\#{1,6}\s+)?(?:\*\*|__)?\#?[(\[（【]?\d{1,4}(?:\*\*|__)?(?:[.):\]、．。：）】]+(?!\d)|\s+[-–—]\s(?!\s*\d)|\ufe0f?\u20e3)"
+_BULLET = r"[-–](?![-–])|[•‣▪●○◦・⁃]|[+—](?=\s)|\*(?=\s|[^*]*$)"
 _MARKED = re.compile(rf"{_GAP}(?:(?P<number>{_NUMBER})|{_BULLET})(?P<text>.*)$")
 _TITLE = re.compile(r"\s*(\*\*|__)(?P<title>(?:(?!\1).)+)\1\s*:?\s*")
 # Words before a colon that begin a remark about the list, in the languages that models answer in most.
@@ -47,13 +50,16 @@ class _Entry:
     line: str
     text: str
     is_item: bool
-    is_numbered: bool = False
+    marker: Literal["", "number", "bullet"] = ""
     tail: list[str] = field(default_factory=list)
 
     @property
     def is_title(self) -> bool:
         """Tell whether what the item says is yet to come: a number alone, or a title in bold."""
-        return self.is_numbered and (not self.text.strip() or _TITLE.fullmatch(self.text) is not None)
+        if not self.text.strip():
+            return self.marker == "number"
+        title = _TITLE.fullmatch(self.text)
+        return self.is_item and title is not None and (self.marker != "" or not title["title"].endswith(":"))
 
 
 def parse_numbered_list(answer: str) -> list[ListItem]:
@@ -67,7 +73,7 @@ def parse_numbered_list(answer: str) -> list[ListItem]:
     """
     thoughts, said = split_thoughts(answer)
     remarks = [ListItem(line.strip(), parsed=False) for line in thoughts.split("\n") if line.strip()]
-    return remarks + [_item(entry) for entry in _entries(said)]
+    return remarks + [_item(entry) for entry in _with_nested(list(_entries(said)))]
 
 
 def _entries(said: str) -> Iterator[_Entry]:
@@ -92,7 +98,7 @@ def _entry(line: str, is_first: bool) -> _Entry:
     marked = _MARKED.match(line)
     if marked is None:
         return _Entry(line, line, is_item=is_first)
-    return _Entry(line, _without_odd_bold(marked), is_item=True, is_numbered=marked["number"] is not None)
+    return _Entry(line, _without_odd_bold(marked), is_item=True, marker="number" if marked["number"] else "bullet")
 
 
 def _without_odd_bold(marked: re.Match[str]) -> str:
@@ -110,11 +116,30 @@ def _belongs(line: str, entry: _Entry, is_apart: bool) -> bool:
     is_indented = _indent(line) >= max(2, _indent(entry.line) + 1)
     if entry.is_title and not entry.tail:
         return is_indented or not is_apart
-    if is_apart or (not entry.is_numbered and said.endswith((":", "："))):
+    if is_apart or (entry.marker != "number" and said.endswith((":", "："))):
         return False
     if is_indented or said.endswith((",", "，", "、", ";", "；")):
         return True
     return unicodedata.category(text[0]) in ("Ll", "Lo") and not said.endswith(tuple(_SENTENCE_ENDS))
+
+
+def _with_nested(entries: list[_Entry]) -> list[_Entry]:
+    """Return entries in which a title has the one bullet below it as its description; one with several is their heading."""
+    taken: set[int] = set()
+    for position, entry in enumerate(entries):
+        if not entry.is_title or entry.tail:
+            continue
+        below = list(takewhile(partial(_is_below, entry), entries[position + 1 : position + 3]))
+        if len(below) == 1:
+            entry.tail = [below[0].text.strip(), *below[0].tail]
+            taken.add(position + 1)
+        elif below:
+            entry.is_item = False
+    return [entry for position, entry in enumerate(entries) if position not in taken]
+
+
+def _is_below(title: _Entry, entry: _Entry) -> bool:
+    return entry.marker == "bullet" and _indent(entry.line) > _indent(title.line)
 
 
 def _may_go_on(text: str) -> bool:

@@ -144,6 +144,9 @@ def test_a_closing_note_is_no_prompt(note: str) -> None:
         ("4. __The Harbour__\nA boat rests.", "The Harbour: A boat rests."),
         ("4. **The Harbour**: A boat rests.", "The Harbour: A boat rests."),
         ("4.\nA boat rests.", "A boat rests."),
+        ("- **The Harbour**\nA boat rests.", "The Harbour: A boat rests."),
+        ("* **The Harbour:**\n  A boat rests.", "The Harbour: A boat rests."),
+        ("4. **The Harbour**\n   - A boat rests at\n     the pier.", "The Harbour: A boat rests at the pier."),
         ("4. A boat rests at\nthe pier", "A boat rests at the pier"),
         ("4. A boat rests at\n   the pier\n   In the sun", "A boat rests at the pier In the sun"),
         ("4. A boat,\nMary and a well-\nlit pier", "A boat, Mary and a well-lit pier"),
@@ -155,6 +158,22 @@ def test_a_closing_note_is_no_prompt(note: str) -> None:
 def test_the_lines_of_an_item_are_one_text(lines: str, text: str) -> None:
     assert texts(f"\n{lines}\n5. a dog") == [text, "a dog"]
     assert texts(f"\n3. a cow\n{lines}\n\nI hope that these help!") == ["a cow", text]
+
+
+def test_the_first_item_may_have_a_title() -> None:
+    assert texts(" **The Harbour**\nA boat rests.\n5. a dog") == ["The Harbour: A boat rests.", "a dog"]
+    assert texts("**Here they are:**\n4. a cat") == ["a cat"]
+
+
+def test_a_title_of_several_bullets_is_their_heading() -> None:
+    answer = "\n1. **Relations**\n   - a cat beside a dog\n   - a dog on a mat\n2. **Counts**\n   - two cats"
+    assert texts(answer) == ["a cat beside a dog", "a dog on a mat", "Counts: two cats"]
+    assert unparsed(answer) == ["1. **Relations**"]
+
+
+@pytest.mark.parametrize("text", ["2 - 3 cats", "*a* cat", "4:30 in a square", "2.5 litres", "3-legged stool"])
+def test_what_only_looks_like_a_marker_is_a_part_of_the_item(text: str) -> None:
+    assert texts(f" {text}\n5. {text}") == [text, text]
 
 
 @pytest.mark.parametrize(
