@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ENCODING", "json_lines", "numbered_lines", "parse_json"]
+__all__ = ["ENCODING", "json_lines", "numbered_lines", "parse_json", "refuse_constant"]
 
 ENCODING = "utf-8-sig"
 """UTF-8, without the mark that spreadsheets put before it."""
@@ -26,7 +26,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
 
 def parse_json(text: str) -> Any:
     """Return a JSON value; raises ValueError for what is none, NaN and infinities among it, and for halves of surrogate pairs."""
-    value = json.loads(text, parse_constant=_refused, parse_float=_finite)
+    value = json.loads(text, parse_constant=refuse_constant, parse_float=_finite)
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -45,7 +45,8 @@ def json_lines(values: Iterable[Any]) -> bytes:
     return "".join(lines).encode()
 
 
-def _refused(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
+    """Raise ValueError for NaN and infinities, which Python's JSON decoder would take."""
     raise ValueError(f"{name} is no JSON")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from selma_ray.json_lines import refuse_constant
 from selma_ray.judging.answers import choice_of, text_of
 from selma_ray.judging.questions import Question
 from selma_ray.judging.writing.requests import TIFA_TYPES, Call
@@ -36,7 +37,7 @@ _TEXT_KEYS: Mapping[Call, Sequence[str]] = {
     "question": ("question", "text"),
     "dependency": ("dependencies", "dependency", "parents", "parent"),
 }
-_DRAFT_BRACKETS = 16  # tried as the beginning of JSON, at the most
+_TRIED_BRACKETS = 16  # tried as the beginning of JSON, at the most
 
 
 @dataclass(frozen=True)
@@ -243,19 +244,15 @@ def _json_value(answer: str) -> Any:
     Brackets of prose, in which not one value can be read, are passed over; JSON that breaks off is not read in parts.
     """
     said = split_thoughts(answer)[1]
-    for bracket in islice(re.finditer(r"[\[{]", said), _DRAFT_BRACKETS):
+    for bracket in islice(re.finditer(r"[\[{]", said), _TRIED_BRACKETS):
         try:
-            return json.JSONDecoder(parse_constant=_no_constant).raw_decode(said, bracket.start())[0]
+            return json.JSONDecoder(parse_constant=refuse_constant).raw_decode(said, bracket.start())[0]
         except json.JSONDecodeError as error:
             if said[bracket.end() : error.pos].strip() or said[error.pos : error.pos + 1] == '"':
                 return None
         except (ValueError, RecursionError):
             return None
     return None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _reaches(start: int, goal: int, parents: Mapping[int, Sequence[int]]) -> bool:
