@@ -42,6 +42,7 @@ def connect(config: ClusterConfig) -> None:
     if address:
         options["address"] = address
     else:
+        options["address"] = "local"  # one of its own, beside any that runs on this machine
         options["num_cpus"] = config.num_cpus
         options["object_store_memory"] = int(config.object_store_memory_gb * 1e9)
         options["include_dashboard"] = False

@@ -13,7 +13,7 @@ from selma_ray.models.locate import locate_llm
 from selma_ray.prompts.config import LLMConfig, PromptsConfig
 from selma_ray.prompts.free import free_stage
 from selma_ray.prompts.remote import remote_stage
-from selma_ray.prompts.vllm_engine import chat_template_of, vllm_stage
+from selma_ray.prompts.vllm_engine import chat_template_of, release_engines, vllm_stage
 from selma_ray.skills import Skill
 
 __all__ = ["LLMStage", "answer_stage", "check_llm", "llm_errors"]
@@ -42,7 +42,10 @@ def answer_stage(skills: Sequence[Skill], config: PromptsConfig, cluster: Cluste
 
 @contextmanager
 def llm_errors(llm: LLMConfig) -> Iterator[None]:
-    """Raise LLMError where a stream ends because its engines died too often, or its server refuses or cannot be reached."""
+    """Raise LLMError where a stream ends because its engines died too often, or its server refuses or cannot be reached.
+
+    When the stream has ended, whatever its engines reserved is given back.
+    """
     try:
         yield
     except Exception as error:
@@ -53,6 +56,8 @@ def llm_errors(llm: LLMConfig) -> Iterator[None]:
         if explanation is None:
             raise
         raise LLMError(explanation) from error
+    finally:
+        release_engines()
 
 
 def _explained(llm: LLMConfig, error: Exception) -> str | None:

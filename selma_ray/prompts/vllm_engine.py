@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.data import Dataset, TaskPoolStrategy
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selma_ray.cluster.config import ClusterConfig
@@ -22,7 +23,9 @@ from selma_ray.prompts.requests import chat_message
 from selma_ray.prompts.sampling import RequestSampling
 from selma_ray.skills import Skill
 
-__all__ = ["build_quietly", "chat_template_of", "speaks_chat", "vllm_stage"]
+__all__ = ["build_quietly", "chat_template_of", "release_engines", "speaks_chat", "vllm_stage"]
+
+_groups: list[PlacementGroup] = []  # of the stream that runs in this process
 
 
 def vllm_stage(
@@ -60,21 +63,31 @@ def vllm_stage(
     engine = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
     # Ray Data starts dead actors anew for ever.
     engine["max_restarts"] = llm.max_restarts
-    num_workers = llm.tensor_parallel_size * llm.engine_options.get("pipeline_parallel_size", 1)
+    pipeline_size = llm.engine_options.get("pipeline_parallel_size", 1)
+    num_workers = llm.tensor_parallel_size * pipeline_size
     if num_workers > 1:
         bundles = [engine_bundle(llm)] * num_workers
-        engine["ray_remote_args_fn"] = partial(_place_workers, bundles, role_options("llm", cluster))
+        # Tensors that are split over nodes wait for the network in every layer; layers may be on several nodes.
+        strategy = "STRICT_PACK" if pipeline_size == 1 else "PACK"
+        engine["ray_remote_args_fn"] = partial(_place_workers, bundles, role_options("llm", cluster), strategy)
     else:
         engine.update(role_options("llm", cluster))
     return processor
 
 
-def _place_workers(bundles: list[dict[str, float]], role: dict[str, Any]) -> dict[str, Any]:
-    """Return the Ray options of an engine whose workers stand in a placement group, on nodes of the role alone."""
+def release_engines() -> None:
+    """Give back what split engines reserved: Ray keeps a placement group until the driver ends, whoever stood in it."""
+    while _groups:
+        ray.util.remove_placement_group(_groups.pop())
+
+
+def _place_workers(bundles: list[dict[str, float]], role: dict[str, Any], strategy: str) -> dict[str, Any]:
+    """Return the Ray options of an engine whose workers stand in a placement group of its own, on nodes of the role alone."""
     selector = role.get("label_selector")
     group = ray.util.placement_group(
-        bundles, strategy="PACK", bundle_label_selector=[selector] * len(bundles) if selector else None
+        bundles, strategy=strategy, bundle_label_selector=[selector] * len(bundles) if selector else None
     )
+    _groups.append(group)
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)}
 
 

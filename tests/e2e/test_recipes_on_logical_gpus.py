@@ -30,7 +30,7 @@ def stand_ins(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     (folder / "suite.jsonl").write_text("".join(json.dumps(line) + "\n" for line in suite))
     judge = f"judge.name={save_tiny_vilt(folder / 'judge')}", "judge.engine=transformers"
     return [
-        "cluster.logical_gpus=true", "skills=[coco, whoops]", f"model.name={tiny_pipeline_dir}", "model.dtype=fp32",
+        "cluster.logical_gpus=true", "skills=[coco, whoops]", f"model.name={tiny_pipeline_dir}", "model.dtype=fp32", "model.vae=null",
         "prompts.llm.engine=free", "prompts.per_skill=4", "prompts.per_request=4", "prompts.requests_in_flight=2",
         "images.engine=free", f"images.sampling={{steps: 1, {SIZE}}}", "experts.steps=2", "experts.batch_size=2",
         "experts.micro_batch_size=1", "experts.precision=fp32", "experts.lora={rank: 2, alpha: 2}", "experts.cpus_per_worker=0.5",

@@ -105,11 +105,16 @@ def test_the_workers_of_a_split_model_stand_on_the_nodes_of_their_role(monkeypat
         lambda bundles, **options: made.append((bundles, options)) or Group(),  # type: ignore[func-returns-value]
     )
     bundles = [{"CPU": 1, "GPU": 1}] * 2
-    options = vllm_engine._place_workers(bundles, {"label_selector": {"role": "llm"}})  # type: ignore[arg-type]
-    assert made == [(bundles, {"strategy": "PACK", "bundle_label_selector": [{"role": "llm"}] * 2})]
+    removed: list[Any] = []
+    monkeypatch.setattr(ray.util, "remove_placement_group", removed.append)
+    options = vllm_engine._place_workers(bundles, {"label_selector": {"role": "llm"}}, "STRICT_PACK")  # type: ignore[arg-type]
+    assert made == [(bundles, {"strategy": "STRICT_PACK", "bundle_label_selector": [{"role": "llm"}] * 2})]
     assert options["scheduling_strategy"].placement_group_capture_child_tasks
-    vllm_engine._place_workers(bundles, {})  # type: ignore[arg-type]
+    vllm_engine._place_workers(bundles, {}, "PACK")  # type: ignore[arg-type]
     assert made[1][1]["bundle_label_selector"] is None
+    vllm_engine.release_engines()
+    vllm_engine.release_engines()
+    assert len(removed) == 2, "each group is given back once"
 
 
 def test_a_remote_request_is_what_openais_api_takes() -> None:
