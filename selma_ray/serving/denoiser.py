@@ -46,8 +46,12 @@ class RequestRows:
     negative: Row | None
 
 
-def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1) -> "Denoiser":
+def denoiser_for(
+    pipeline: Any, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1, fixed_rows: int | None = None
+) -> "Denoiser":
     """Return the denoiser of a loaded pipeline, with experts that its requests may mix, and step caching above interval 1.
+
+    With `fixed_rows` every call of the model has that many rows.
 
     Raises ConfigError for a family that cannot be served and for step caching without a UNet, AdapterError for an expert that
     does not fit.
@@ -57,15 +61,24 @@ def denoiser_for(pipeline: Any, experts: Mapping[str, Expert] | None = None, cac
         raise ConfigError(
             f"cache_interval must be 1 for {type(pipeline).__name__}, got {cache_interval}; step caching is for UNets"
         )
-    return Denoiser(predictor, experts, cache_interval)
+    return Denoiser(predictor, experts, cache_interval, fixed_rows)
 
 
 class Denoiser:
-    """Starts, predicts and decodes requests; what the model cannot draw is a RequestError (400)."""
+    """Starts, predicts and decodes requests; what the model cannot draw is a RequestError (400).
+
+    Kernels round differently for other numbers of rows: with `fixed_rows` each call has that many, of one set of experts, the last
+    ones filled up, so that what a row gets does not depend on the rows beside it, to the last bit.
+    """
 
     def __init__(
-        self, predictor: Predictor, experts: Mapping[str, Expert] | None = None, cache_interval: int = 1
+        self,
+        predictor: Predictor,
+        experts: Mapping[str, Expert] | None = None,
+        cache_interval: int = 1,
+        fixed_rows: int | None = None,
     ) -> None:
+        self._fixed_rows = fixed_rows
         self._predictor = predictor
         self.device: torch.device = predictor.denoiser.device
         self._deep_features = DeepFeatures(predictor.denoiser, cache_interval) if cache_interval > 1 else None
@@ -108,8 +121,26 @@ class Denoiser:
         return self._predictor.decode(latents_NChw)
 
     def _predict(self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        if self._fixed_rows is None:
+            return self._call(inputs_NChw, timesteps_N, rows)
+        predicted: dict[int, torch.Tensor] = {}
+        for part in _parts(rows, self._fixed_rows):
+            filled = [*part, *part[-1:] * (self._fixed_rows - len(part))]
+            answers_RChw = self._call(inputs_NChw[filled], timesteps_N[filled], [rows[index] for index in filled])
+            predicted |= zip(part, answers_RChw.split(1), strict=False)  # what was filled up is left out
+        return torch.cat([predicted[index] for index in range(len(rows))])
+
+    def _call(self, inputs_NChw: torch.Tensor, timesteps_N: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         self._experts.weigh([row.mix for row in rows])
         return self._predictor.predict(inputs_NChw, timesteps_N, [row.condition for row in rows])
+
+
+def _parts(rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Return the indices of rows in parts of at most `size`, each of rows that mix the same experts."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        together.setdefault(tuple(name for name, weight in row.mix if weight), []).append(index)
+    return [indices[start : start + size] for indices in together.values() for start in range(0, len(indices), size)]
 
 
 @contextmanager

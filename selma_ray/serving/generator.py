@@ -171,7 +171,8 @@ class Generator:
         elif weights.pipeline is not None:
             model = model.model_copy(update={"name": weights.pipeline, "revision": None, "variant": None})
         pipeline = _with_denoiser_of(self._pipeline, model, weights.adapter)
-        return denoiser_for(pipeline, cache_interval=self._config.cache_interval)
+        config = self._config
+        return denoiser_for(pipeline, cache_interval=config.cache_interval, fixed_rows=config.fixed_rows)
 
 
 def engine_for(
@@ -189,8 +190,8 @@ def engine_for(
     from selma_ray.serving.denoiser import denoiser_for
 
     full_size_px = (config.sampling.height_px, config.sampling.width_px)
-    mixing = None if base is None else denoiser_for(base, experts, config.cache_interval)
-    merged = denoiser_for(pipeline, cache_interval=config.cache_interval)
+    mixing = None if base is None else denoiser_for(base, experts, config.cache_interval, config.fixed_rows)
+    merged = denoiser_for(pipeline, cache_interval=config.cache_interval, fixed_rows=config.fixed_rows)
     batch = StepBatch(merged, config.max_batch_size, full_size_px, mixing, config.weights_by_size_px)
     room = config.max_batch_size + config.max_queued_requests
     return Engine(batch, room, config.request_timeout_s, filters.check_images if filters else None)

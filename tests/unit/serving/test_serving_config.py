@@ -33,6 +33,7 @@ def test_the_largest_request_must_fit_the_queue() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"fixed_rows": 2, "cache_interval": 3}, "fixed_rows must be left out where cache_interval is above 1"),
         ({"max_steps": 7}, "max_steps must be at least sampling.steps"),
         ({"max_guidance_scale": 1, "sampling": {"guidance_scale": 2}}, "max_guidance_scale must be at least"),
         ({"max_size_px": 512, "sampling": {"width_px": 1024}}, "max_size_px must be at least sampling.width_px"),
