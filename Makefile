@@ -9,7 +9,7 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python --no-deps $(FIND_LINKS)
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-heavy lint format lock setup clean help
+.PHONY: demo test test-heavy lint format lock gpu-kit setup clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,5 +54,8 @@ lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt and gpu.txt
 	@$(COMPILE) --extra cpu --extra dev --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
 	@$(COMPILE) --extra gpu --override requirements/overrides_gpu.txt -o requirements/gpu.txt
 
-clean: ## Delete .venv and the runs
-	@rm -rf .venv runs
+gpu-kit: $(READY) ## Lay wheels for a CUDA machine without a network into .gpu-kit
+	@$(BIN)/python -m benchmarks.gpu_kit
+
+clean: ## Delete .venv, the runs and the kit
+	@rm -rf .venv runs .gpu-kit

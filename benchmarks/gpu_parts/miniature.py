@@ -1,0 +1,144 @@
+"""The miniature on the device against its images on the CPU, precision by precision; batches against rows alone; an expert of it."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.drawn_run import draw_run
+from benchmarks.gpu_parts.images import difference
+from benchmarks.gpu_parts.report import Report
+from selma_ray.adapters.config import LoraSettings
+from selma_ray.adapters.files import is_adapter
+from selma_ray.experts.cache import EncodeExamples, skill_cache
+from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.examples import EncodedExamples
+from selma_ray.experts.job import ExpertJob
+from selma_ray.experts.trainer import ExpertTrainer
+from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.models.family import open_family
+from selma_ray.models.parts import DTYPES
+from selma_ray.models.rendering import Renderer, load_pipeline
+from selma_ray.storage import RunFolder
+
+__all__ = [
+    "SAMPLING",
+    "TINY_SAMPLING",
+    "compare_images",
+    "compare_losses",
+    "exact_fp32",
+    "fit_expert",
+    "measure_miniature",
+]
+
+PART = "miniature"
+_PROMPTS = (
+    "two blue bananas to the left of a red car",
+    "a green apple",
+    "three yellow cups",
+    "a red ball above a blue box",
+    "a purple tree to the right of a yellow star",
+    "four orange fish",
+)
+SAMPLING = SamplingConfig(steps=10, guidance_scale=4.0, width_px=64, height_px=64)
+TINY_SAMPLING = SamplingConfig(steps=2, guidance_scale=4.0, width_px=32, height_px=32)
+"""For a CPU, which is slow in bf16 and fp16."""
+_SKILL = "counting"
+_STEPS = 4
+
+
+def measure_miniature(device: torch.device, report: Report, *, tiny: bool) -> None:
+    """Measure every precision, then encoding, the loss and an expert; a process group must be up. `tiny` takes fewer images and steps."""
+    count, sampling = (2, TINY_SAMPLING) if tiny else (len(_PROMPTS), SAMPLING)
+
+    def images(dtype: str) -> dict[str, Any]:
+        return compare_images(dtype, device, count, sampling)
+
+    with exact_fp32():
+        report.measure(PART, "fp32, no tf32", lambda: images("fp32"))
+    for dtype in DTYPES:
+        report.measure(PART, dtype, lambda dtype=dtype: images(dtype))  # type: ignore[misc]
+    report.measure(PART, "losses", lambda: compare_losses(device))
+    report.measure(PART, "expert", lambda: fit_expert(device))
+
+
+def compare_images(dtype: str, device: torch.device, count: int, sampling: SamplingConfig) -> dict[str, Any]:
+    """Return how far images drawn on the device are from the CPU's in fp32, and those of a batch from each alone."""
+    prompts, seeds = _PROMPTS[:count], range(count)
+    expected = Renderer(load_pipeline(ModelConfig(), "cpu"), sampling).render(prompts, seeds)
+    renderer = Renderer(load_pipeline(ModelConfig.model_validate({"dtype": dtype}), device), sampling)
+    batched = renderer.render(prompts, seeds)
+    alone = [renderer.render([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    return {"from_cpu_fp32": difference(batched, expected), "batched_from_alone": difference(batched, alone)}
+
+
+def compare_losses(device: torch.device) -> dict[str, float]:
+    """Return how far encoded images and the loss are from the CPU's, relative to the largest value there."""
+    family, found = open_family(ModelConfig()), {}
+    images_NHW3 = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    with exact_fp32():
+        for where in ("cpu", device):
+            encoders = family.load_encoders(where)
+            batch = encoders.encode_images(images_NHW3) | encoders.encode_prompts(_PROMPTS[:4], 64, 64)
+            moved = {name: tensor.to(where) for name, tensor in batch.items()}
+            denoiser = family.load_denoiser().to(where)
+            generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+            with torch.no_grad():
+                errors_N = family.errors(denoiser, moved, generators).cpu()
+            found[str(where)] = {**batch, "loss": errors_N}
+    cpu, there = found["cpu"], found[str(device)]
+    return {
+        name: float((there[name].float() - cpu[name].float()).abs().max() / cpu[name].float().abs().max())
+        for name in cpu
+    }
+
+
+def fit_expert(device: torch.device, precision: str = "auto") -> dict[str, Any]:
+    """Encode drawn images, fit an expert for a few steps and export it, all on the device; a process group must be up."""
+    gpus = 1 if device.type == "cuda" else 0
+    config = ExpertsConfig.model_validate(
+        {
+            "lora": LoraSettings(rank=8, alpha=8), "steps": _STEPS, "batch_size": 8, "learning_rate": 5e-4, "gpus_per_worker": gpus,
+            "precision": precision,
+        }
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as path:
+        folder = draw_run(path, [_SKILL], 8)
+        job = _encoded(folder, config, gpus)
+        trainer = ExpertTrainer(job)
+        try:
+            losses = [trainer.step() for _ in range(_STEPS)]
+            trainer.export(seconds=0)
+        finally:
+            trainer.close()
+        return {
+            "losses": losses,
+            "examples": len(EncodedExamples(folder, job.caches)),
+            "exported": is_adapter(folder, job.directory),
+        }
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Let fp32 be fp32 on a card, where convolutions and products are done in TF32 otherwise."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+def _encoded(folder: RunFolder, config: ExpertsConfig, gpus: int) -> ExpertJob:
+    model = ModelConfig()
+    cache = skill_cache(folder, _SKILL, model)
+    shards = [cache.shard(source) for source in cache.sources]
+    encode = EncodeExamples(folder, model, cache.ids, gpus)
+    encode({"source": np.array(cache.sources), "shard": np.array(shards)})
+    folder.write_json({"shards": shards, "ids": cache.ids, "pairs": []}, cache.directory, "index.json")
+    return ExpertJob(_SKILL, folder, (cache.directory,), (cache.key,), model, config, seed=0)
