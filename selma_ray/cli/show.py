@@ -154,8 +154,9 @@ def serve(run: Run) -> None:
     try:
         console.print(f"Serving {run.recipe.merging.name} at [bold]{service.url}[/bold] (interrupt to stop)")
         body = json.dumps({"prompt": _example_prompt(run)})
+        key = ' -H "Authorization: Bearer $SELMA_API_KEY"' if run.recipe.serving.api_keys_file else ""
         console.print(
-            f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
             markup=False,
         )
         while True:

@@ -11,7 +11,7 @@ from selma_ray.run.opening import Run
 from selma_ray.run.question_source import source_name
 from selma_ray.run.questions import open_source
 from selma_ray.serving.experts import open_experts
-from selma_ray.serving.run import Service, start_service
+from selma_ray.serving.run import Service, check_start, start_service
 from selma_ray.serving.scorer import scorer_of
 from selma_ray.serving.served import ServedModels
 
@@ -41,6 +41,7 @@ def service_source(run: Run) -> QuestionSource:
 def start_merged(run: Run) -> Service:
     """Serve the merged model of a run and return once it answers; the caller stops it."""
     recipe = run.recipe
+    check_start(recipe.serving, recipe.cluster)
     connect(recipe.cluster)
     check_stages_fit(recipe, [SERVE])
     check_cards(recipe, [SERVE])

@@ -52,15 +52,16 @@ def application(
     cluster: ClusterConfig,
     open_scorer: Callable[[], Scorer],
     open_experts: OpenExperts | None = None,
+    own_keys: Sequence[ApiKey] = (),
 ) -> serve.Application:
     """Return the Ray Serve application that serves `models`.
 
     `open_scorer` opens the judge and models of other scores on the evaluator's replicas, `open_experts` reads the experts
-    on the generator's.
+    on the generator's. `own_keys` are accepted beside those of the keys' file, where there is one.
     Raises ConfigError where the keys' file is unusable, or a safety checker is asked of a model without one.
     """
     check_safety_checker(config, models.merged)
-    keys = read_keys(config.api_keys_file, config.requests_per_minute) if config.api_keys_file else ()
+    keys = (*read_keys(config.api_keys_file, config.requests_per_minute), *own_keys) if config.api_keys_file else ()
     place = {"num_cpus": config.num_cpus, **role_options("serve", cluster)}
     generator = serve.deployment(
         _GeneratorReplica,

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from selma_ray.errors import ConfigError
 
-__all__ = ["ApiKey", "Bucket", "find_key", "first_key", "read_keys"]
+__all__ = ["ApiKey", "Bucket", "find_key", "new_key", "read_keys"]
 
 _MIN_KEY_CHARS = 16
 _DIGEST_LINE = re.compile(r"sha256:([0-9a-fA-F]{64})")
@@ -61,10 +62,10 @@ def read_keys(path: str | Path, requests_per_minute: int | None = None) -> tuple
     return tuple(_key_of_line(line, path, number, requests_per_minute) for number, line in _lines(path))
 
 
-def first_key(path: str | Path) -> str | None:
-    """Return the file's first key that is not given as a digest."""
-    keys = (line.split()[0] for _, line in _lines(path))
-    return next((key for key in keys if not _DIGEST_LINE.fullmatch(key)), None)
+def new_key() -> tuple[str, ApiKey]:
+    """Return a key that nobody has had before, and how it is accepted: a program asks its own service with it."""
+    key = secrets.token_urlsafe(32)
+    return key, ApiKey(hashlib.sha256(key.encode()).digest())
 
 
 def find_key(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:

@@ -1,5 +1,6 @@
 """What the service counts, for Prometheus: HTTP requests, images, scores, and the engines' steps."""
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -121,6 +122,9 @@ class MeasureRequests:
         self._metrics.in_progress.inc()
         try:
             await self._app(scope, receive, send_noted)
+        except asyncio.CancelledError:
+            status = "499"  # the client has gone: nginx has this number for it
+            raise
         finally:
             # A path that is no route of ours is a stranger's text, which must not become a series of its own.
             route = getattr(scope.get("route"), "path", "unknown")

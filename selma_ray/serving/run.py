@@ -1,8 +1,11 @@
 """Start and stop the service from a program."""
 
 import base64
+import errno
+import ipaddress
 import json
 import logging
+import os
 import socket
 import urllib.error
 import urllib.request
@@ -19,10 +22,10 @@ from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
 from selma_ray.serving.evaluator import Scorer
 from selma_ray.serving.generator import OpenExperts
-from selma_ray.serving.keys import first_key
+from selma_ray.serving.keys import new_key, read_keys
 from selma_ray.serving.served import ServedModels
 
-__all__ = ["APPLICATION_NAME", "Service", "start_service"]
+__all__ = ["APPLICATION_NAME", "Service", "check_start", "start_service"]
 
 APPLICATION_NAME = "selma"
 
@@ -37,6 +40,8 @@ class Service:
 
     url: str
     config: ServingConfig
+    key: str = ""
+    """A key of this program's own, accepted where keys are asked for."""
 
     def generate(self, prompt: str, seed: int) -> bytes:
         """Fetch one image over HTTP as a PNG file; raises ServingError with the service's reason."""
@@ -50,7 +55,7 @@ class Service:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.config.api_keys_file:
-            headers["Authorization"] = f"Bearer {first_key(self.config.api_keys_file)}"
+            headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         # The service is on this machine: a proxy set for the way out must not be asked.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -76,8 +81,10 @@ def start_service(
 ) -> Service:
     """Serve `models` and return once they answer; the caller stops it.
 
-    Raises ConfigError where Ray Serve runs on this cluster already, ServingError where a replica cannot start.
+    Raises ConfigError where the address cannot be listened on or Ray Serve runs on this cluster already, ServingError where a
+    replica cannot start.
     """
+    check_start(config, cluster)
     connect(cluster)
     # Importing Ray Serve sets its own level; what fails is raised here and shown once.
     logging.getLogger("ray.serve").setLevel("DEBUG" if cluster.log_level == "DEBUG" else "CRITICAL")
@@ -85,7 +92,8 @@ def start_service(
         raise ConfigError(
             "Ray Serve runs on this cluster already; deploy with `serve deploy`, or stop it with `serve shutdown`"
         )
-    app = application(models, config, cluster, open_scorer, open_experts)
+    key, accepted = new_key()
+    app = application(models, config, cluster, open_scorer, open_experts, [accepted])
     port = config.port or _free_port(config.host)
     try:
         serve.start(
@@ -98,7 +106,29 @@ def start_service(
         reason = _reason()
         serve.shutdown()
         raise ServingError(f"the service did not start: {reason or first_line(error)}") from error
-    return Service(f"http://{_reachable(config.host)}:{port}", config)
+    return Service(f"http://{_in_url(_reachable(config.host))}:{port}", config, key)
+
+
+def check_start(config: ServingConfig, cluster: ClusterConfig) -> None:
+    """Raise ConfigError, before Ray starts, where the keys' file is unusable or the address cannot be listened on.
+
+    Ray's proxies share a port with whatever else does: two services would answer each other's clients at random.
+    """
+    if config.api_keys_file:
+        read_keys(config.api_keys_file)
+    if (cluster.address or os.environ.get("RAY_ADDRESS", "auto")) not in ("auto", "local"):
+        return  # it may be another machine that listens
+    try:
+        _listening(config.host, config.port).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"serving.port {config.port} of {config.host} is taken; stop what listens there, or set serving.port (0 takes a free one)"
+            ) from None
+        raise ConfigError(
+            f"serving.host {config.host}, port {config.port}, cannot be listened on ({error.strerror or error}); "
+            "name an address of this machine, such as 127.0.0.1"
+        ) from None
 
 
 def _reason() -> str:
@@ -110,8 +140,22 @@ def _reason() -> str:
 
 
 def _free_port(host: str) -> int:
-    with socket.create_server((_reachable(host), 0)) as server:
+    with _listening(_reachable(host), 0) as server:
         return int(server.getsockname()[1])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens alone; raises OSError where that is not possible."""
+    family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family)
+
+
+def _in_url(host: str) -> str:
+    """Return a host as URLs have it: IPv6 addresses in brackets."""
+    try:
+        return f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
+    except ValueError:
+        return host
 
 
 def _reachable(host: str) -> str:

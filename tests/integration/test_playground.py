@@ -147,7 +147,36 @@ def test_what_is_refused_is_shown_and_what_has_no_questions_is_drawn(page: Page)
     page.keyboard.press("Control+Enter")
     wait_for_status(page, "Drawn, not scored")
     expect(page.locator("#error")).to_be_hidden()
-    assert "No score for this prompt" in text(page, "#judge-note")
+    assert text(page, "#judge-note").startswith("No score: the judge has questions about scenes of its own world alone")
+
+
+def test_another_model_does_not_take_over_the_picture_and_score_of_the_one_before(page: Page) -> None:
+    page.locator("#steps").fill("2")
+    page.locator("#guidance").fill("7.55")
+    page.locator("#generate").click()
+    wait_for_drawing(page)
+    page.locator("#right select").select_option("counting")
+    expect(page.locator("#right img")).to_be_hidden()
+    expect(page.locator("#right .empty")).to_be_visible()
+    assert text(page, "#right .verdict") == ""
+    expect(page.locator("#answers")).to_be_hidden()
+    expect(page.locator("#left img")).to_be_visible()
+    assert "%" in text(page, "#left .verdict")
+
+
+def test_a_key_with_an_odd_character_is_said_to_be_wrong(
+    blank: Page, backend: tuple[LocalBackend, ServedModels], tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text(KEY)
+    with serve(backend, read_keys(tmp_path / "keys")) as url:
+        blank.goto(f"{url}/")
+        blank.locator("#key").fill(f"{KEY}\u2019")
+        blank.keyboard.press("Tab")
+        expect(blank.locator("#error")).to_contain_text("The API key has a character that no key has")
+        blank.locator("#key").fill(KEY)
+        blank.keyboard.press("Tab")
+        wait_for_status(blank, "Ready")
+        blank.close()
 
 
 def test_drawing_can_be_stopped(page: Page) -> None:

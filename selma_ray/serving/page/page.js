@@ -25,12 +25,17 @@ class Refusal extends Error {
     const wait = retryAfter ? ` Try again in ${retryAfter} s.` : "";
     super(`${error.message}.${wait} (${status} ${error.code})`);
     this.status = status;
+    this.code = error.code;
   }
 }
 
 async function ask(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
   const key = element("key").value.trim();
+  // A browser sends no header with other characters, and says of it what it says of a service that is down.
+  if (!/^[\x21-\x7e]*$/.test(key)) {
+    throw new Refusal(401, { message: "The API key has a character that no key has; copy it again", code: "invalid_api_key" });
+  }
   if (key) headers.Authorization = `Bearer ${key}`;
   const options = body ? { method: "POST", body: JSON.stringify(body), headers, signal } : { headers, signal };
   const response = await fetch(path, options);
@@ -155,7 +160,10 @@ async function judge(images, signal) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     // The images are there, whatever becomes of their scores.
-    element("judge-note").textContent = `No score for this prompt: ${error.message}`;
+    element("judge-note").textContent =
+      error.code === "unsupported_caption"
+        ? "No score: the judge has questions about scenes of its own world alone, and none about this prompt."
+        : `No score for this prompt: ${error.message}`;
     element("status").textContent = "Drawn, not scored";
   }
 }
@@ -224,6 +232,19 @@ function offerModels(models) {
   experts.forEach((name, index) => addSlider(name, index, experts.length));
 }
 
+// What is shown was drawn by the model that was chosen before.
+function forget(frame) {
+  frame.image.hidden = true;
+  frame.image.removeAttribute("src");
+  frame.image.alt = "";
+  frame.empty.hidden = false;
+  frame.progress.value = 0;
+  frame.latency.value = "";
+  frame.verdict.replaceChildren();
+  element("answers").hidden = true;
+  element("judge-note").textContent = "Generate to see the answers.";
+}
+
 function toggleMix() {
   element("mix").hidden = !frames.some((frame) => frame.model.value === MIX);
 }
@@ -246,7 +267,13 @@ element("form").addEventListener("submit", (event) => {
 element("reseed").addEventListener("click", () => (element("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]));
 element("stop").addEventListener("click", () => running?.abort());
 element("key").addEventListener("change", connect);
-for (const frame of frames) frame.model.addEventListener("change", toggleMix);
+for (const frame of frames) {
+  frame.model.addEventListener("change", () => {
+    running?.abort();
+    forget(frame);
+    toggleMix();
+  });
+}
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
   if (event.key === "Escape") running?.abort();

@@ -21,7 +21,7 @@ from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import PNG, FileFormat, decode_upload, encode
 from selma_ray.serving.errors import RequestError, queue_full, unavailable
 from selma_ray.serving.guards import LimitBody
-from selma_ray.serving.keys import ApiKey, Bucket, first_key, read_keys
+from selma_ray.serving.keys import ApiKey, Bucket, find_key, new_key, read_keys
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
 from tests.unit.serving.recorder import Recorder, picture
@@ -425,7 +425,15 @@ def test_key_files(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# a comment\n\nsha256:{digest.hexdigest()} 30\n  {KEY}  \n")
     assert read_keys(file, 60) == (ApiKey(digest.digest(), 30), ApiKey(digest.digest(), 60))
-    assert first_key(file) == KEY
+    own, accepted = new_key()
+    assert find_key([*read_keys(file), accepted], f"Bearer {own}") == accepted
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+def test_key_files_of_other_systems(tmp_path: Path, mark: str) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(f"{mark}{KEY}\r\n".encode())
+    assert find_key(read_keys(file), f"Bearer {KEY}") is not None
 
 
 @pytest.mark.parametrize(
@@ -433,6 +441,7 @@ def test_key_files(tmp_path: Path) -> None:
     [
         ("# none\n", "at least one key"),
         ("ok-key-of-some-length\nshort\n", "line 2"),
+        ("ok-key-of-some-length\nschlüssel-mit-umlauten\n", "line 2 must be a key of ASCII characters"),
         ("ok-key-of-some-length often\n", "number of requests a minute"),
         ("ok-key-of-some-length 0\n", "number of requests a minute"),
         ("ok-key-of-some-length 3 4\n", "number of requests a minute"),

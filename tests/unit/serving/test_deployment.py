@@ -21,6 +21,7 @@ from selma_ray.serving.deployment import Deployments, application
 from selma_ray.serving.encoding import PNG
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full
 from selma_ray.serving.generator import Generator
+from selma_ray.serving.metrics import MeasureRequests, Metrics
 from selma_ray.serving.served import ServedModels
 
 IMAGES = Images([b"image"], 3, 77)
@@ -145,16 +146,23 @@ def test_time_is_limited_and_the_replica_is_told_to_stop() -> None:
 def test_when_the_client_goes_away_the_replica_is_told_to_stop() -> None:
     response = Response(lambda: asyncio.sleep(3600))
 
+    metrics = Metrics()
+
+    async def ask(scope: Any, receive: Any, send: Any) -> None:
+        await generate(response)
+
     async def leave() -> None:
-        task = asyncio.create_task(generate(response))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        scope = {"type": "http", "method": "POST"}
+        task = asyncio.create_task(MeasureRequests(ask, metrics)(scope, None, None))  # type: ignore[arg-type]
+        for _ in range(3):
+            await asyncio.sleep(0)
         task.cancel()
         await task
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(leave())
     assert response.cancelled
+    assert 'status="499"} 1.0' in metrics.exposition([]).decode()
 
 
 def test_what_dies_with_a_replica_is_asked_of_another() -> None:
