@@ -45,10 +45,16 @@ def quantised_linears(denoiser: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 def _quantised(
     bitsandbytes: Any, linear: torch.nn.Linear, weights: QuantisedWeights, compute_dtype: torch.dtype
 ) -> torch.nn.Linear:
-    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    shape, bias, nn = (linear.in_features, linear.out_features), linear.bias is not None, bitsandbytes.nn
+    # Made without weights, which take those of the layer as they are: drawing others, in fp32, took twice the memory of bf16.
+    with torch.device("meta"):
+        if weights == "int8":
+            layer = nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        else:
+            layer = nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4")
     if weights == "int8":
-        layer = bitsandbytes.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        layer.weight = nn.Int8Params(linear.weight.data, has_fp16_weights=False, requires_grad=False)
     else:
-        layer = bitsandbytes.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4")
-    layer.load_state_dict(linear.state_dict())
+        layer.weight = nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+    layer.bias = linear.bias
     return layer.requires_grad_(False)
