@@ -44,13 +44,13 @@ def main(words: Sequence[str] | None = None) -> int:
     import torch
 
     from benchmarks.common import print_result
-    from benchmarks.gpu_parts.device import describe
+    from benchmarks.gpu_parts.device import describe, the_device
     from benchmarks.gpu_parts.report import Report
     from benchmarks.gpu_parts.summary import summary
 
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device here; run it where there is one, or with --tiny on the CPU")
+    device = the_device(options.device)
     machine = describe(device)
     path = options.out / f"{_slug(machine['name'])}{'-tiny' if options.tiny else ''}.json"
     report = Report(path, {"machine": machine, "wheels": used, "tiny": options.tiny})

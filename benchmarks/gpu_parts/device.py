@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Memory", "describe", "free_memory", "peak_memory", "process_group", "rates_in_turns", "synchronize"]
+__all__ = [
+    "Memory",
+    "describe",
+    "fp32_products",
+    "free_memory",
+    "peak_memory",
+    "process_group",
+    "rates_in_turns",
+    "synchronize",
+    "the_device",
+]
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 
@@ -27,6 +37,11 @@ class Memory:
 
     peak_bytes: int = 0
     added_bytes: int = 0
+
+
+def the_device(kind: str) -> torch.device:
+    """Return the CPU or the first card, by its number, which some of PyTorch's functions insist on."""
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device(kind)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -105,6 +120,17 @@ def rates_in_turns(
         if number and time.monotonic() - started_s > seconds_left():
             break
     return {name: 1 / statistics.median(each) for name, each in seconds.items()}
+
+
+@contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """Let a card multiply matrices of fp32 in PyTorch's `highest` (its default: fp32) or `high` (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.drawn_run import draw_run
+from benchmarks.gpu_parts.device import fp32_products
 from benchmarks.gpu_parts.images import difference
 from benchmarks.gpu_parts.report import Report
 from selma_ray.adapters.config import LoraSettings
@@ -54,22 +55,22 @@ def measure_miniature(device: torch.device, report: Report, *, tiny: bool) -> No
     """Measure every precision, then encoding, the loss and an expert; a process group must be up. `tiny` takes fewer images and steps."""
     count, sampling = (2, TINY_SAMPLING) if tiny else (len(_PROMPTS), SAMPLING)
 
-    def images(dtype: str) -> dict[str, Any]:
-        return compare_images(dtype, device, count, sampling)
-
     with exact_fp32():
-        report.measure(PART, "fp32, no tf32", lambda: images("fp32"))
+        report.measure(PART, "fp32, no tf32", lambda: compare_images("fp32", device, count, sampling, tf32=False))
     for dtype in DTYPES:
-        report.measure(PART, dtype, lambda dtype=dtype: images(dtype))  # type: ignore[misc]
+        report.measure(PART, dtype, lambda dtype=dtype: compare_images(dtype, device, count, sampling))  # type: ignore[misc]
     report.measure(PART, "losses", lambda: compare_losses(device))
     report.measure(PART, "expert", lambda: fit_expert(device))
 
 
-def compare_images(dtype: str, device: torch.device, count: int, sampling: SamplingConfig) -> dict[str, Any]:
+def compare_images(
+    dtype: str, device: torch.device, count: int, sampling: SamplingConfig, *, tf32: bool = True
+) -> dict[str, Any]:
     """Return how far images drawn on the device are from the CPU's in fp32, and those of a batch from each alone."""
     prompts, seeds = _PROMPTS[:count], range(count)
     expected = Renderer(load_pipeline(ModelConfig(), "cpu"), sampling).render(prompts, seeds)
-    renderer = Renderer(load_pipeline(ModelConfig.model_validate({"dtype": dtype}), device), sampling)
+    model = ModelConfig.model_validate({"dtype": dtype, "card": {"tf32": tf32}})
+    renderer = Renderer(load_pipeline(model, device), sampling)
     batched = renderer.render(prompts, seeds)
     alone = [renderer.render([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
     return {"from_cpu_fp32": difference(batched, expected), "batched_from_alone": difference(batched, alone)}
@@ -124,14 +125,13 @@ def fit_expert(device: torch.device, precision: str = "auto") -> dict[str, Any]:
 @contextmanager
 def exact_fp32() -> Iterator[None]:
     """Let fp32 be fp32 on a card, where convolutions and products are done in TF32 otherwise."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with fp32_products("highest"):
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _encoded(folder: RunFolder, config: ExpertsConfig, gpus: int) -> ExpertJob:

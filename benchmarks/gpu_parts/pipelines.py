@@ -17,13 +17,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.gpu_parts.device import fp32_products
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.parts import DTYPES
+from selma_ray.models.placing import place_pipeline
 from selma_ray.models.published import write_configuration
 from selma_ray.run.recipe import load_recipe
 
-__all__ = ["FAMILIES", "Subject", "random_part", "random_pipeline", "subject"]
+__all__ = ["FAMILIES", "Subject", "as_diffusers_has_it", "random_part", "random_pipeline", "subject"]
 
 _RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
 _ROUNDS = 3
@@ -136,8 +138,20 @@ def subject(family: str, folder: Path, device: torch.device, *, tiny: bool) -> S
     )
 
 
+@contextmanager
+def as_diffusers_has_it(pipeline: Any, subject: Subject) -> Iterator[None]:
+    """Take back what `place_pipeline` sets, whose device the pipeline is on."""
+    device = pipeline._execution_device
+    pipeline.vae.disable_slicing()
+    try:
+        with fp32_products("highest"):
+            yield
+    finally:
+        place_pipeline(pipeline, subject.model, device)
+
+
 def random_pipeline(subject: Subject, device: torch.device) -> Any:
-    """Return the whole pipeline on a device, every part with random weights."""
+    """Return the whole pipeline on a device, every part with random weights, as diffusers has it."""
     torch.manual_seed(0)
     folder = Path(subject.model.name)
     index = json.loads((folder / "model_index.json").read_text())

@@ -15,7 +15,7 @@ from benchmarks.gpu_parts.pipelines import Subject
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.cost import TrainingCost, training_cost
-from selma_ray.plan.estimate import training_memory_bytes
+from selma_ray.run.memory import training_memory_parts
 
 __all__ = ["Plans"]
 
@@ -39,7 +39,7 @@ class Plans:
                 )
             traced = json.loads(out.splitlines()[-1])
             self._costs = {family: TrainingCost(**cost) for family, cost in traced.items()}
-        return training_memory_bytes(self._costs[family], config)
+        return sum(training_memory_parts(self._costs[family], config).values())
 
     def close(self) -> None:
         """Stop tracing."""

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu_parts.device import peak_memory, rates_in_turns, synchronize
 from benchmarks.gpu_parts.images import difference
-from benchmarks.gpu_parts.pipelines import Subject, random_pipeline
+from benchmarks.gpu_parts.pipelines import Subject, as_diffusers_has_it, random_pipeline
 from benchmarks.gpu_parts.report import Report
+from selma_ray.models.placing import place_pipeline
 from selma_ray.models.rendering import CPU_LANES, Renderer
 
 __all__ = ["measure_rendering", "render_too_large_a_batch"]
@@ -24,7 +26,7 @@ def measure_rendering(subject: Subject, device: torch.device, report: Report) ->
 
     def load() -> dict[str, Any]:
         with peak_memory(device) as memory:
-            made["pipeline"] = random_pipeline(subject, device)
+            made["pipeline"] = place_pipeline(random_pipeline(subject, device), subject.model, device)
         return {"weights_bytes": memory.added_bytes, "dtype": subject.model.dtype}
 
     if report.measure(PART, f"{subject.family} load", load) is None:
@@ -133,22 +135,21 @@ def _halved(pipeline: Any, subject: Subject, size: int) -> dict[str, Any]:
 @contextmanager
 def _memory_for(pipeline: Any, most: int) -> Iterator[None]:
     """Let decoding raise what PyTorch raises without memory, for more than `most` images."""
+    decode = pipeline.vae.decode
 
-    def refuse(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        if len(inputs[0]) > most:
+    def decode_few(latents_NChw: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if len(latents_NChw) > most:
             raise torch.OutOfMemoryError("CUDA out of memory (raised by the benchmark)")
+        return decode(latents_NChw, *arguments, **options)
 
-    handle = pipeline.vae.decoder.register_forward_pre_hook(refuse)
-    try:
+    with mock.patch.object(pipeline.vae, "decode", decode_few):
         yield
-    finally:
-        handle.remove()
 
 
 def _diffusers(pipeline: Any, subject: Subject, prompts: list[str], seeds: list[int]) -> Any:
     """Draw by diffusers' own call, as its documentation shows it."""
     sampling = subject.sampling
-    with torch.inference_mode():
+    with as_diffusers_has_it(pipeline, subject), torch.inference_mode():
         return pipeline(
             prompt=prompts,
             num_inference_steps=sampling.steps,

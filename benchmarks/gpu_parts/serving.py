@@ -12,10 +12,11 @@ from benchmarks.gpu_parts.device import rates_in_turns
 from benchmarks.gpu_parts.examples import CAPTIONS
 from benchmarks.gpu_parts.host_syncs import host_syncs
 from benchmarks.gpu_parts.images import difference
-from benchmarks.gpu_parts.pipelines import Subject, random_pipeline
+from benchmarks.gpu_parts.pipelines import Subject, as_diffusers_has_it, random_pipeline
 from benchmarks.gpu_parts.report import Report
 from selma_ray.adapters.mixing import Expert, LowRank, Mix
 from selma_ray.models.parts import denoiser_name, denoiser_of
+from selma_ray.models.placing import place_pipeline
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.denoiser import denoiser_for
@@ -53,7 +54,7 @@ def measure_serving(subject: Subject, device: torch.device, report: Report) -> N
 
 def served_pipelines(subject: Subject, device: torch.device) -> tuple[Any, Any]:
     """Return a pipeline, and another one on a denoiser of its own that shares the rest, for experts to be mixed on."""
-    pipeline = random_pipeline(subject, device)
+    pipeline = place_pipeline(random_pipeline(subject, device), subject.model, device)
     base = copy(pipeline)
     setattr(base, denoiser_name(pipeline), deepcopy(denoiser_of(pipeline)))
     return pipeline, base
@@ -79,7 +80,7 @@ def compare_with_solo(pipeline: Any, base: Any, subject: Subject) -> dict[str, A
     with _engine(pipeline, base, subject) as engine:
         together = _drawn(engine, requests)
         alone = [_drawn(engine, [request])[0] for request in requests]
-    by_diffusers = [_diffusers(pipeline, requests[index]) for index in merged]
+    by_diffusers = [_diffusers(pipeline, subject, requests[index]) for index in merged]
     return {
         "from_engine_alone": difference(together, alone),
         "from_diffusers": difference([together[index] for index in merged], by_diffusers),
@@ -104,7 +105,7 @@ def _speed(pipeline: Any, base: Any, subject: Subject, device: torch.device, rep
     with _engine(pipeline, base, subject) as engine:
         ways = {
             "ours": lambda: _drawn(engine, requests),
-            "diffusers": lambda: [_diffusers(pipeline, request) for request in requests],
+            "diffusers": lambda: [_diffusers(pipeline, subject, request) for request in requests],
         }
         rates = rates_in_turns(ways, device, report.seconds_left, subject.rounds)
         occupancy = {str(size): count for size, count in sorted(engine.stats().occupancy.items())}
@@ -166,8 +167,8 @@ def _drawn(engine: Engine, requests: Sequence[ImageRequest]) -> list[Image.Image
     return [future.result(timeout=600) for future in engine.submit(requests)]
 
 
-def _diffusers(pipeline: Any, request: ImageRequest) -> Image.Image:
-    with torch.inference_mode():
+def _diffusers(pipeline: Any, subject: Subject, request: ImageRequest) -> Image.Image:
+    with as_diffusers_has_it(pipeline, subject), torch.inference_mode():
         return pipeline(
             prompt=request.prompt,
             num_inference_steps=request.steps,

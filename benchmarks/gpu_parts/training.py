@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_parts.device import free_memory, peak_memory, rates_in_turns
+from benchmarks.gpu_parts.device import fp32_products, free_memory, peak_memory, rates_in_turns
 from benchmarks.gpu_parts.diffusers_training import diffusers_steps
 from benchmarks.gpu_parts.examples import random_job
 from benchmarks.gpu_parts.pipelines import Subject, random_part
@@ -35,14 +35,11 @@ _STEPS = 2
 
 def modes(config: ExpertsConfig) -> Iterator[tuple[str, ExpertsConfig]]:
     """Yield every way to keep the base and the activations, the recipe's own first."""
-    field = ExpertsConfig.model_fields.get("base_weights")
-    kept = typing.get_args(field.annotation) if field else (None,)
+    kept = typing.get_args(ExpertsConfig.model_fields["base_weights"].annotation)
     own = config.gradient_checkpointing
     for weights, checkpointing in itertools.product(kept, (own, not own)):
-        name = "checkpointing" if checkpointing else "no checkpointing"
-        changes: dict[str, Any] = {"gradient_checkpointing": checkpointing}
-        if weights is not None:
-            name, changes = f"{name}, {weights}", changes | {"base_weights": weights}
+        changes = {"gradient_checkpointing": checkpointing, "base_weights": weights}
+        name = f"{'checkpointing' if checkpointing else 'no checkpointing'}, {weights}"
         yield name, ExpertsConfig.model_validate(config.model_dump() | changes)
 
 
@@ -63,7 +60,8 @@ def measure_training(subject: Subject, device: torch.device, report: Report, pla
 
 def fit_steps(subject: Subject, config: ExpertsConfig, device: torch.device, folder: RunFolder) -> dict[str, Any]:
     """Take two steps and export; returns the losses, and whether an adapter is there."""
-    with random_denoisers(device):
+    # bitsandbytes quantises what comes from the host's memory.
+    with random_denoisers(device, kept_on=torch.device("cpu") if config.base_weights != "full" else device):
         trainer = ExpertTrainer(random_job(subject, config, folder))
     try:
         losses = [trainer.step() for _ in range(_STEPS)]
@@ -73,8 +71,13 @@ def fit_steps(subject: Subject, config: ExpertsConfig, device: torch.device, fol
         trainer.close()
 
 
+def _taken(steps: Iterator[float]) -> list[float]:
+    with fp32_products("highest"):
+        return list(itertools.islice(steps, _STEPS_A_TURN))
+
+
 @contextmanager
-def random_denoisers(device: torch.device) -> Iterator[None]:
+def random_denoisers(device: torch.device, kept_on: torch.device) -> Iterator[None]:
     """Let trainers make their denoiser on the device, with random weights, where they would load one."""
 
     def opened(model: Any) -> Any:
@@ -83,7 +86,7 @@ def random_denoisers(device: torch.device) -> Iterator[None]:
         def load_denoiser(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
             folder = Path(model.name)
             name = next(each for each in DENOISERS if (folder / each).is_dir())
-            return random_part(folder, name, dtype, device)
+            return random_part(folder, name, dtype, device).to(kept_on)
 
         family.load_denoiser = load_denoiser  # type: ignore[method-assign]
         return family
@@ -110,7 +113,7 @@ def _memory(
 
 def _speed(subject: Subject, device: torch.device, report: Report, folder: RunFolder) -> dict[str, Any]:
     """Return steps/s of our trainer, and of diffusers' loop with encoding at every step and with examples encoded before."""
-    with random_denoisers(device):
+    with random_denoisers(device, kept_on=device):
         trainer = ExpertTrainer(random_job(subject, subject.experts, folder))
     try:
         encoding, cached = (_against(trainer, subject, device, report, encode=encode) for encode in (True, False))
@@ -136,7 +139,7 @@ def _against(
     theirs = diffusers_steps(subject, device, encode=encode)
     ways = {
         "ours": lambda: [trainer.step() for _ in range(_STEPS_A_TURN)],
-        "diffusers": lambda: list(itertools.islice(theirs, _STEPS_A_TURN)),
+        "diffusers": lambda: _taken(theirs),
     }
     with report.share(0.5), contextlib.closing(theirs):
         rates = rates_in_turns(ways, device, report.seconds_left, subject.rounds)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_parts.device import process_group
+from benchmarks.gpu_parts.device import process_group, the_device
 from benchmarks.gpu_parts.pipelines import Subject, subject
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+    return the_device(request.param)
 
 
 @pytest.fixture(scope="session")

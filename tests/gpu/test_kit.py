@@ -35,6 +35,14 @@ def test_every_part_runs_without_ray(tmp_path: Path) -> None:
     assert "ratios say nothing of full-size models" in finished.stdout
 
 
+def test_what_a_card_needs_is_imported_without_ray() -> None:
+    parts = sorted(path.stem for path in (ROOT / "benchmarks" / "gpu_parts").glob("*.py"))
+    imported = ", ".join(f"benchmarks.gpu_parts.{name}" for name in parts if name != "__init__")
+    code = f"import sys; sys.modules.update(ray=None, vllm=None); import benchmarks.gpu, {imported}"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+
+
 def test_full_size_models_are_refused_without_a_card(tmp_path: Path) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)],
