@@ -67,7 +67,7 @@ def test_a_wheel_is_used_where_this_python_lacks_it_alone(tmp_path: Path, monkey
         with zipfile.ZipFile(kit / wheel, "w") as archive:
             archive.writestr(f"{wheel.partition('-')[0]}.py", "value = 7\n")
     assert use_wheels(kit) == ["laid_beside-1.0-py3-none-any.whl"]
-    import laid_beside  # type: ignore[import-not-found]
+    import laid_beside
 
     assert laid_beside.value == 7
     assert os.environ["PYTHONPATH"].endswith(f"{os.pathsep}before")
