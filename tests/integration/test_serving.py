@@ -173,7 +173,7 @@ def test_the_openai_client_gets_links_and_warnings(client: openai.OpenAI, http: 
     style, length = answer.warnings  # type: ignore[attr-defined]
     assert style.startswith("style is ignored")
     assert "of which the model sees the first 77" in length
-    assert answer.usage.image_steps == 2  # type: ignore[union-attr]
+    assert answer.usage.image_steps == 2  # type: ignore[attr-defined]
 
 
 def test_a_wrong_key_is_refused_everywhere_but_at_healthz(service: Service, client: openai.OpenAI) -> None:

@@ -153,7 +153,7 @@ def test_when_the_client_goes_away_the_replica_is_told_to_stop() -> None:
 
     async def leave() -> None:
         scope = {"type": "http", "method": "POST"}
-        task = asyncio.create_task(MeasureRequests(ask, metrics)(scope, None, None))  # type: ignore[arg-type]
+        task = asyncio.create_task(MeasureRequests(ask, metrics)(scope, None, None))
         for _ in range(3):
             await asyncio.sleep(0)
         task.cancel()
