@@ -102,6 +102,10 @@ def _add_data_commands(commands: Any) -> None:
     )
     status = data.add_parser("status", help="counts, rates, reasons and time left of prompts and images, at any time")
     status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument(
+        "--watch", type=_positive, nargs="?", const=2.0, metavar="SECONDS",
+        help="show it again every so many seconds (2) until prompts and images are finished",
+    )  # fmt: skip
     sheet = data.add_parser("sheet", help="a contact sheet of random images of every skill")
     sheet.add_argument("--out", help="a file named .html or .png (default: contact_sheet.html in the run's folder)")
     sheet.add_argument("--per-skill", type=int, default=12, help="images of a skill (default: 12)")

@@ -28,10 +28,21 @@ def execute(options: argparse.Namespace) -> None:
     if options.command == "export":
         _export(run, options.to, options.out)
     elif options.what == "status":
-        status = status_of(run)
-        console.print(json.dumps(status), markup=False) if options.json else _show(status)
+        _show_status(run, as_json=options.json, every_s=options.watch)
     else:
         _write_sheet(run, options.out, options.per_skill, options.seed)
+
+
+def _show_status(run: Run, *, as_json: bool, every_s: float | None) -> None:
+    """Show the status, once or every so many seconds until prompts and images are finished."""
+    while True:
+        status = status_of(run)
+        if every_s is not None and not as_json:
+            console.clear()  # of a terminal; in a file each status follows the one before
+        console.print(json.dumps(status), markup=False) if as_json else _show(status)
+        if every_s is None or status["state"] == "finished":
+            return
+        time.sleep(every_s)
 
 
 def status_of(run: Run) -> dict[str, Any]:

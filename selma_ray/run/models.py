@@ -13,7 +13,15 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.run.question_source import source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
 
-__all__ = ["NamedModel", "check_adapters", "check_models", "check_schedulers", "check_trainable", "fetch_models", "named_models"]
+__all__ = [
+    "NamedModel",
+    "check_adapters",
+    "check_models",
+    "check_schedulers",
+    "check_trainable",
+    "fetch_models",
+    "named_models",
+]
 
 Kind = Literal["text-to-image", "autoencoder", "language", "judge"]
 

@@ -56,6 +56,25 @@ def test_the_status_is_json_for_programs(run_dir: str, capsys: pytest.CaptureFix
     assert status["latest_start"]["prompts_per_s"] == pytest.approx(2)
 
 
+def test_a_status_is_watched_until_prompts_and_images_are_finished(
+    run_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            RunFolder(run_dir).mark_done("generate", {})
+
+    monkeypatch.setattr("selma_ray.cli.data.time.sleep", sleep)
+    assert cli.main(["data", "status", run_dir, "--json", "--watch", "0.5"]) == 0
+    states = [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["stopped"] * 3 + ["finished"]
+    assert waits == [0.5] * 3
+    assert cli.main(["data", "status", run_dir, "--watch"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
 def test_the_rate_of_an_earlier_start_is_not_shown(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = PromptProgress(wanted=80, kept=21, found=1, first_answer_at=1.0, updated_at=11.0)
     write_prompt_progress(RunFolder(run_dir), before)
