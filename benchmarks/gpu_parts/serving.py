@@ -28,7 +28,7 @@ __all__ = ["compare_with_solo", "measure_serving", "mixed_requests", "served_pip
 
 PART = "serving"
 _RANK = 16
-_WATCHED_STEPS = 6
+_WATCHED_STEPS = 4
 _MIXES: Sequence[Mix | None] = (
     MERGED, (("first", 1.0),), MERGED, (("first", 0.5), ("second", 0.5)), (), (("second", 1.0),), MERGED, (("first", 0.7), ("third", 0.3)),
 )  # fmt: skip
@@ -61,8 +61,8 @@ def served_pipelines(subject: Subject, device: torch.device) -> tuple[Any, Any]:
 
 
 def mixed_requests(subject: Subject, steps: Sequence[int] = ()) -> list[ImageRequest]:
-    """Return eight requests; their steps are up to the subject's unless they are given."""
-    most = subject.sampling.steps
+    """Return eight requests; their steps are up to half of the subject's unless they are given."""
+    most = max(2, subject.sampling.steps // 2)
     steps = steps or (most, max(2, most // 2), max(2, 3 * most // 4), most + 1)
     return [
         ImageRequest(
@@ -91,7 +91,7 @@ def steps_without_waiting(pipeline: Any, base: Any, subject: Subject, device: to
     """Return how often a step makes the host wait for the device; encoding, the first noise and decoding are outside."""
     mixing = _own_hooks(base)
     batch = StepBatch(denoiser_for(pipeline), len(_MIXES), _size_px(subject), denoiser_for(mixing, _experts(mixing)))
-    for request in mixed_requests(subject, steps=(2 * _WATCHED_STEPS,)):
+    for request in mixed_requests(subject, steps=(2 * _WATCHED_STEPS + 4,)):
         batch.submit(request)
     for _ in range(4):  # both lanes have their requests, and their experts stacked
         batch.step()
