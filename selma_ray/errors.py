@@ -5,6 +5,7 @@
     │   ├── SkillError          a skill file is wrong
     │   ├── ModelNotFoundError  a model folder or hub name cannot be opened
     │   └── RunMismatchError    the run folder belongs to another recipe
+    ├── ClusterError            Ray cannot be started or reached
     ├── StorageError            the run folder cannot be read or written
     ├── PromptYieldError        a skill cannot reach its number of prompts
     ├── LLMError                the language model keeps dying, refuses or cannot be reached
@@ -23,6 +24,7 @@ Each message is one line: key or file, rule, value, remedy.
 __all__ = [
     "AdapterError",
     "CaptionError",
+    "ClusterError",
     "ConfigError",
     "DrawingError",
     "JudgeError",
@@ -67,6 +69,10 @@ class ModelNotFoundError(ConfigError):
 
 class RunMismatchError(ConfigError):
     """A run folder was made with a different recipe."""
+
+
+class ClusterError(SelmaError):
+    """Ray cannot be started or reached."""
 
 
 class StorageError(SelmaError):

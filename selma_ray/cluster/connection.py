@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from selma_ray.cluster.config import ClusterConfig
+from selma_ray.errors import ClusterError, first_line
 
 __all__ = ["connect", "cpu_count"]
 
@@ -52,9 +54,27 @@ def connect(config: ClusterConfig) -> None:
             # Ray warns of four times as many workers, and a few pools on two cores come to that.
             "worker_maximum_startup_concurrency": max(_SPARE_WORKERS, num_cpus),
         }
-    ray.init(**options)
+    with _start_errors(options["address"]):
+        ray.init(**options)
     _end_on_sigterm()
     _configure_output(config)
+
+
+@contextmanager
+def _start_errors(address: str) -> Iterator[None]:
+    """Turn what Ray raises where it does not come up in time, or is not there, into one line with a remedy."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray answers at {address} ({first_line(error)}); start it there, or fix cluster.address or RAY_ADDRESS"
+        ) from None
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise ClusterError(
+            "Ray did not start in time: this machine is too busy, or short of memory; run the same command again when it is not"
+        ) from None
 
 
 def _not_of_job(variables: Mapping[str, str]) -> dict[str, str]:
