@@ -24,7 +24,9 @@ class RayNode:
         self, *words: str, log: Path, environment: Mapping[str, str] = ENVIRONMENT, hidden: Path | None = None
     ) -> None:
         self._log = log
-        start = [RAY, "start", *words, "--block", "--disable-usage-stats"]
+        # A node whose agent finds its port taken, by another node of this machine, does not come up.
+        agent = f"--dashboard-agent-listen-port={free_port()}"
+        start = [RAY, "start", *words, agent, "--block", "--disable-usage-stats"]
         if hidden is not None:  # another filesystem lies over it in a mount namespace of the node's own
             start = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden), *start]
         with log.open("w") as output:

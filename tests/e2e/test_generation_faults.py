@@ -129,7 +129,7 @@ class TwoNodes:
     @staticmethod
     def _common(role: str) -> list[str]:
         return [
-            f"--labels=role={role}", "--object-store-memory=150000000", f"--dashboard-agent-listen-port={free_port()}"
+            f"--labels=role={role}", "--object-store-memory=150000000"
         ]  # fmt: skip
 
 

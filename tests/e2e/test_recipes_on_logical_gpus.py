@@ -18,6 +18,7 @@ from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_u
 from tests.unit.judging.tiny_judges import save_tiny_vilt
 
 LARGE = ["sd14", "sd2", "sdxl", "sd35", "flux", "paper_sd14", "paper_sd2", "paper_sdxl", "workstation"]
+_STORE = "--object-store-memory=150000000"
 SIZE = "width_px: 64, height_px: 64"
 
 
@@ -113,12 +114,13 @@ def labelled_cluster(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         "--num-cpus=2",
         "--num-gpus=0",
         "--include-dashboard=false",
+        _STORE,
     ]
     nodes = [RayNode(*head, log=log)]
     try:
         wait_until(lambda: nodes[0].started, log, nodes[0].process)
         for role in ("llm", "render", "train", "serve"):
-            words = [f"--address={address}", "--num-cpus=4", "--num-gpus=1", f"--labels=role={role}"]
+            words = [f"--address={address}", "--num-cpus=4", "--num-gpus=1", f"--labels=role={role}", _STORE]
             nodes.append(RayNode(*words, log=tmp_path / f"{role}.log"))
         for node, role in zip(nodes[1:], ("llm", "render", "train", "serve"), strict=True):
             wait_until(lambda node=node: node.started, tmp_path / f"{role}.log", node.process)  # type: ignore[misc]

@@ -20,6 +20,9 @@ pytestmark = [
 ]
 
 
+_STORE = "--object-store-memory=150000000"
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
     """Yield the address of two nodes, a folder that the second does not see, and one that both see."""
@@ -29,12 +32,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     shared.mkdir()
     host, port = own_address(), free_port()
     head = RayNode(
-        "--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=2", "--include-dashboard=false", log=folder / "head.log"
+        "--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=2", "--include-dashboard=false", _STORE,
+        log=folder / "head.log",
     )  # fmt: skip
     nodes = [head]
     try:
         wait_until(lambda: head.started, folder / "head.log", head.process)
-        worker = RayNode(f"--address={host}:{port}", "--num-cpus=2", log=folder / "worker.log", hidden=private)
+        worker = RayNode(f"--address={host}:{port}", "--num-cpus=2", _STORE, log=folder / "worker.log", hidden=private)
         nodes.append(worker)
         wait_until(lambda: worker.started, folder / "worker.log", worker.process)
         yield f"{host}:{port}", private, shared
