@@ -58,7 +58,7 @@ def service(ray_cluster: None, tiny_pipeline_dir: Path, tmp_path_factory: pytest
     keys.write_text(f"# keys of the test\n{KEY}\n")
     config = ServingConfig(
         port=0, api_keys_file=str(keys), sampling=SAMPLING, max_steps=500, max_batch_size=4, max_queued_requests=6,
-        num_threads=1, request_timeout_s=60, num_cpus=0.25,
+        num_threads=1, request_timeout_s=600, num_cpus=0.25,
     )  # fmt: skip
     model = ModelConfig(name=str(tiny_pipeline_dir))
     models = ServedModels(
