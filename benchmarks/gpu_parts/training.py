@@ -86,6 +86,7 @@ def random_denoisers(device: torch.device, kept_on: torch.device) -> Iterator[No
         def load_denoiser(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
             folder = Path(model.name)
             name = next(each for each in DENOISERS if (folder / each).is_dir())
+            torch.manual_seed(0)  # the same weights in every mode
             return random_part(folder, name, dtype, device).to(kept_on)
 
         family.load_denoiser = load_denoiser  # type: ignore[method-assign]
