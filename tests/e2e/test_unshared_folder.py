@@ -12,6 +12,7 @@ from tests.e2e.conftest import REPOSITORY
 from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
 
 pytestmark = [
+    pytest.mark.heavy,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
