@@ -26,9 +26,18 @@ COST = TrainingCost(
         ({"precision": "bf16", "base_weights": "int8"}, 2 * 300 + 800 + 2 * 100 + 12 * 100 + 8 * 200 + 2 * 100),
         ({"precision": "bf16", "base_weights": "nf4"}, 2 * 300 + 450 + 2 * 100 + 12 * 100 + 8 * 200 + 2 * 100),
         ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 0}, 2 * 1100 + 2 * 100 + 12 * 100 + 4 * 200),
-        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1}, 2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200 + 2 * 100),
-        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2}, 2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200 + 2 * 100),
-        ({"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3}, 1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200 + 2 * 100),
+        (
+            {"precision": "bf16", "workers_per_expert": 2, "zero_stage": 1},
+            2 * 1100 + 2 * 100 + 6 * 100 + 4 * 200 + 2 * 100,
+        ),
+        (
+            {"precision": "bf16", "workers_per_expert": 2, "zero_stage": 2},
+            2 * 1100 + 1 * 100 + 6 * 100 + 4 * 200 + 2 * 100,
+        ),
+        (
+            {"precision": "bf16", "workers_per_expert": 2, "zero_stage": 3},
+            1 * 1100 + 1 * 100 + 6 * 100 + 4 * 200 + 2 * 100,
+        ),
     ],
 )
 def test_a_worker_s_memory_is_what_it_holds(settings: Any, expected: Any) -> None:
