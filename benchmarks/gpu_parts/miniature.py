@@ -1,13 +1,15 @@
 """The miniature on the device against its images on the CPU, precision by precision; batches against rows alone; an expert of it."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.drawn_run import draw_run
 from benchmarks.gpu_parts.device import fp32_products
@@ -31,6 +33,7 @@ __all__ = [
     "TINY_SAMPLING",
     "compare_images",
     "compare_losses",
+    "cpu_images",
     "exact_fp32",
     "fit_expert",
     "measure_miniature",
@@ -55,21 +58,29 @@ _STEPS = 4
 def measure_miniature(device: torch.device, report: Report, *, tiny: bool) -> None:
     """Measure every precision, then encoding, the loss and an expert; a process group must be up. `tiny` takes fewer images and steps."""
     count, sampling = (2, TINY_SAMPLING) if tiny else (len(_PROMPTS), SAMPLING)
+    expected = cpu_images(count, sampling)
+
+    def images(dtype: str, *, tf32: bool = True) -> dict[str, Any]:
+        return compare_images(dtype, device, expected, sampling, tf32=tf32)
 
     with exact_fp32():
-        report.measure(PART, "fp32, no tf32", lambda: compare_images("fp32", device, count, sampling, tf32=False))
+        report.measure(PART, "fp32, no tf32", lambda: images("fp32", tf32=False))
     for dtype in DTYPES:
-        report.measure(PART, dtype, lambda dtype=dtype: compare_images(dtype, device, count, sampling))  # type: ignore[misc]
+        report.measure(PART, dtype, partial(images, dtype))
     report.measure(PART, "losses", lambda: compare_losses(device))
     report.measure(PART, "expert", lambda: fit_expert(device))
 
 
+def cpu_images(count: int, sampling: SamplingConfig) -> list[Image.Image]:
+    """Draw the first prompts in fp32 on the CPU."""
+    return Renderer(load_pipeline(ModelConfig(), "cpu"), sampling).render(_PROMPTS[:count], range(count))
+
+
 def compare_images(
-    dtype: str, device: torch.device, count: int, sampling: SamplingConfig, *, tf32: bool = True
+    dtype: str, device: torch.device, expected: Sequence[Image.Image], sampling: SamplingConfig, *, tf32: bool = True
 ) -> dict[str, Any]:
-    """Return how far images drawn on the device are from the CPU's in fp32, and those of a batch from each alone."""
-    prompts, seeds = _PROMPTS[:count], range(count)
-    expected = Renderer(load_pipeline(ModelConfig(), "cpu"), sampling).render(prompts, seeds)
+    """Return how far images drawn on the device are from the `expected` ones, the CPU's, and those of a batch from each alone."""
+    prompts, seeds = _PROMPTS[: len(expected)], range(len(expected))
     model = ModelConfig.model_validate({"dtype": dtype, "card": {"tf32": tf32}})
     renderer = Renderer(load_pipeline(model, device), sampling)
     with _noise_drawn_in_fp32():

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"sdxl", "sd3", "flux"}
 
 
+@pytest.mark.timeout(1800)  # minutes where nothing else runs
 def test_every_part_runs_without_ray(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(ray=None, vllm=None)\n")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))

@@ -10,6 +10,7 @@ from benchmarks.gpu_parts.miniature import (
     TINY_SAMPLING,
     compare_images,
     compare_losses,
+    cpu_images,
     exact_fp32,
     fit_expert,
 )
@@ -22,7 +23,7 @@ MOST_OF_255 = {"fp32": 0.05, "bf16": 4.0, "fp16": 0.5}
 def test_images_are_those_of_the_cpu_and_no_batch_changes_them(device: torch.device, dtype: str) -> None:
     count, sampling = (2, TINY_SAMPLING) if device.type == "cpu" else (4, SAMPLING)
     with exact_fp32():
-        found = compare_images(dtype, device, count, sampling, tf32=False)
+        found = compare_images(dtype, device, cpu_images(count, sampling), sampling, tf32=False)
     for difference in found.values():
         assert difference["mean_of_255"] <= MOST_OF_255[dtype], found
     if device.type == "cpu" and dtype == "fp32":
