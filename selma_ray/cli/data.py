@@ -14,6 +14,7 @@ from rich.table import Table
 from selma_ray.cli.show import console
 from selma_ray.errors import ConfigError
 from selma_ray.run.generate import prompts_from
+from selma_ray.run.lease import seconds_since_sign
 from selma_ray.run.opening import Run, open_run
 from selma_ray.storage import RunFolder
 
@@ -55,14 +56,16 @@ def status_of(run: Run) -> dict[str, Any]:
     progress, written = read_progress(run.folder), read_prompt_progress(run.folder)
     status: dict[str, Any] = {
         "run": run.folder.uri,
-        "state": "finished" if run.folder.done("generate") else "not started",
+        "state": "finished" if run.folder.done("generate") is not None else "not started",
         "prompts_wanted": run.recipe.prompts.per_skill * len(run.skills),
         "prompts": prompt_summary(run.folder, run.skill_names),
         "images": image_summary(run.folder, run.skill_names),
         "images_unjudged": count_candidates(run.folder),
     }
     if progress is not None:
-        silent_s = time.time() - progress.updated_at
+        # While its models load, a run says nothing of images; its driver says that it is there.
+        signs_s = [time.time() - progress.updated_at, seconds_since_sign(run.folder)]
+        silent_s = min(each_s for each_s in signs_s if each_s is not None)
         if status["state"] != "finished":
             status["state"] = "stopped" if progress.ended or silent_s > _SILENT_AFTER_S else "running"
         status["latest_start"] = {

@@ -15,11 +15,12 @@ from typing import Any
 from selma_ray.errors import ConfigError, StorageError
 from selma_ray.storage import RunFolder
 
-__all__ = ["held"]
+__all__ = ["held", "seconds_since_sign"]
 
 logger = logging.getLogger(__name__)
 
 _LEASE = "lease.json"
+_FIELDS = {"holder", "host", "pid", "started", "since", "beat", "renewed_at"}
 _BEAT_EVERY_S = 10.0
 _SILENT_AFTER_S = 3 * _BEAT_EVERY_S
 _POLL_S = 1.0
@@ -47,6 +48,12 @@ def held(folder: RunFolder) -> Iterator[None]:
         lease.end()
 
 
+def seconds_since_sign(folder: RunFolder) -> float | None:
+    """Return how long ago a driver last said that it works on a folder; None where none holds it."""
+    lease = _read(folder)
+    return None if lease is None else max(0.0, time.time() - lease["renewed_at"])
+
+
 class _Heartbeat:
     """Writes the lease anew from a thread of its own until it is ended."""
 
@@ -55,6 +62,7 @@ class _Heartbeat:
         self._lease: dict[str, Any] = {
             "holder": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()),
             "since": datetime.now(UTC).isoformat(timespec="seconds"), "beat": 0,
+            "renewed_at": time.time(),
         }  # fmt: skip
         self._ended = threading.Event()
         self._folder.write_json(self._lease, _LEASE)
@@ -74,7 +82,7 @@ class _Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT_EVERY_S):
-            self._lease["beat"] += 1
+            self._lease |= {"beat": self._lease["beat"] + 1, "renewed_at": time.time()}
             try:
                 self._folder.write_json(self._lease, _LEASE)
             except StorageError as error:
@@ -120,7 +128,7 @@ def _read(folder: RunFolder) -> dict[str, Any] | None:
         return None
     try:
         lease = folder.read_json(_LEASE)
-        return lease if {"holder", "host", "pid", "started", "since", "beat"} <= lease.keys() else None
+        return lease if lease.keys() >= _FIELDS else None
     except (StorageError, AttributeError):
         return None
 

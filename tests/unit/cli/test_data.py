@@ -1,6 +1,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_status_is_watched_until_prompts_and_images_are_finished(
         if len(waits) == 3:
             RunFolder(run_dir).mark_done("generate", {})
 
-    monkeypatch.setattr("selma_ray.cli.data.time.sleep", sleep)
+    monkeypatch.setattr("selma_ray.cli.data.time", SimpleNamespace(sleep=sleep, time=time.time))  # not other threads'
     assert cli.main(["data", "status", run_dir, "--json", "--watch", "0.5"]) == 0
     states = [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()]
     assert states == ["stopped"] * 3 + ["finished"]

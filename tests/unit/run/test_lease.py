@@ -13,7 +13,7 @@ import pytest
 
 from selma_ray.errors import ConfigError
 from selma_ray.run import lease
-from selma_ray.run.lease import held
+from selma_ray.run.lease import held, seconds_since_sign
 from selma_ray.storage import RunFolder
 
 HOLDER = """
@@ -124,3 +124,11 @@ def test_the_heart_beats(folder: RunFolder) -> None:
         while folder.read_json("lease.json")["beat"] < 2:
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
+
+
+def test_a_driver_that_works_there_gives_a_sign(folder: RunFolder) -> None:
+    assert seconds_since_sign(folder) is None
+    with held(folder):
+        assert seconds_since_sign(folder) < 60
+    write_lease(folder, renewed_at=time.time() - 100)
+    assert 100 <= seconds_since_sign(folder) < 160
