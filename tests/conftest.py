@@ -53,6 +53,17 @@ def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """Give this process a process group, as Ray Train gives a worker; one for all suites, as DeepSpeed keeps the first for good."""
+    import torch
+
+    from benchmarks.gpu_parts.device import process_group
+
+    with process_group(torch.device("cpu")):
+        yield
+
+
 # Not for the whole session: Playwright keeps an event loop running in the thread that started it.
 @pytest.fixture(scope="module")
 def chromium() -> Iterator["Browser"]:

@@ -136,7 +136,7 @@ def fp32_products(precision: str) -> Iterator[None]:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Give this process a process group of its own, as Ray Train gives a worker; one for all that it fits, as DeepSpeed keeps the first."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     backend = "nccl" if device.type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group(

@@ -16,11 +16,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def worker(device: torch.device) -> Iterator[None]:
+def worker(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
     """Be what Ray Train makes of a process."""
-    if device.type == "cpu" and torch.cuda.is_available():
+    if device.type == "cuda":
+        with process_group(device):
+            yield
+    elif torch.cuda.is_available():
         pytest.skip("DeepSpeed takes the card of this machine for the CPU's tests, too")
-    with process_group(device):
+    else:
+        request.getfixturevalue("process_group")
         yield
 
 
