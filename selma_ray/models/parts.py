@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from selma_ray.errors import ModelNotFoundError, first_line
+from selma_ray.errors import ModelNotFoundError, RenderError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import Batch
 from selma_ray.models.locate import LocatedModel, locate_part
@@ -29,6 +29,7 @@ __all__ = [
     "load_denoiser",
     "load_errors",
     "noise_like",
+    "not_finite",
     "replaced_autoencoder",
     "sample_latents",
     "squared_errors",
@@ -124,6 +125,13 @@ def sample_latents(
 def noise_like(tensor: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Return standard normal noise, drawn on the CPU example by example so that devices and batches do not matter."""
     return randn_tensor(tuple(tensor.shape), generator=list(generators), device=tensor.device, dtype=torch.float32)
+
+
+def not_finite(dtype: torch.dtype) -> RenderError:
+    """Return the error of an image that a model of this precision did not draw; a conversion to pixels would make it black."""
+    return RenderError(
+        f"the decoded image is not finite; the model's dtype may overflow: set it to bf16 or fp32 (now {dtype})"
+    )
 
 
 def squared_errors(prediction_NChw: torch.Tensor, target_NChw: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from selma_ray.errors import RenderError
 from selma_ray.models.conditions import Condition, Conditions, Texts, stacked
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
-from selma_ray.models.parts import denoiser_of
+from selma_ray.models.parts import denoiser_of, not_finite
 from selma_ray.models.prompt_length import count_tokens
 
 __all__ = ["PipelinePredictor"]
@@ -65,7 +65,7 @@ class PipelinePredictor(ABC):
             if finite_N.any()
             else ()
         )
-        return [next(drawn) if finite else self._not_finite() for finite in finite_N.tolist()]
+        return [next(drawn) if finite else not_finite(self._dtype) for finite in finite_N.tolist()]
 
     @abstractmethod
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
@@ -82,11 +82,6 @@ class PipelinePredictor(ABC):
         denoiser: Any, noisy_NChw: torch.Tensor, timesteps_N: torch.Tensor, conditioning: Condition
     ) -> torch.Tensor:
         """Call the denoiser with what the family conditions on; returns its prediction (NChw)."""
-
-    def _not_finite(self) -> RenderError:
-        return RenderError(
-            f"the decoded image is not finite; the model's dtype may overflow: set it to bf16 or fp32 (now {self._dtype})"
-        )
 
     def _embed(self, texts: list[str]) -> list[Condition]:
         if self._device.type == "cpu" and len(texts) > 1:  # no faster together there, and rounded by how many there are

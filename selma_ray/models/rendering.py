@@ -9,12 +9,12 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from PIL import Image
 
-from selma_ray.errors import ModelNotFoundError, RenderError, first_line
+from selma_ray.errors import ModelNotFoundError, first_line
 from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.models.long_prompts import read_in_chunks
-from selma_ray.models.parts import DTYPES, replaced_autoencoder
+from selma_ray.models.parts import DTYPES, not_finite, replaced_autoencoder
 from selma_ray.models.placing import place_pipeline
 from selma_ray.models.schedulers import use_scheduler
 
@@ -100,9 +100,7 @@ class Renderer:
         with _autoencoder_restored(self.pipeline):
             images_NHW3 = self._draw(prompts, seeds)
         if not np.isfinite(images_NHW3).all():
-            raise RenderError(
-                f"the decoded image is not finite; the model's dtype may overflow: set it to bf16 or fp32 (now {self.pipeline.dtype})"
-            )
+            raise not_finite(self.pipeline.dtype)
         return self.pipeline.numpy_to_pil(images_NHW3)
 
     def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:

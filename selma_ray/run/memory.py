@@ -234,14 +234,20 @@ def _renderer(
     )
     predicting = batch_size * predictions * cost.row_bytes * width / 4
     parts = {"weights": resident, "drawing": max(predicting, decoding)}
-    if judge and judge.engine == "vllm" and gpu_bytes:
+    if judge and gpu_bytes and _is_in_vllm(judge):
         parts["judge"] = (judge.gpu_memory_fraction or _VLLM_SHARE) * gpu_bytes
     return Need(stage, "a renderer" if stage != SERVE else "a generator", parts, tuple(remedies))
 
 
 def _judge(stage: str, key: str, judge: JudgeConfig) -> Iterator[Need]:
-    if judge.engine == "vllm" and judge.num_gpus:
+    if judge.num_gpus and _is_in_vllm(judge):
         yield from _engine(stage, "the judge", key, judge, judge.gpu_memory_fraction or _VLLM_SHARE)
+
+
+def _is_in_vllm(judge: JudgeConfig) -> bool:
+    from selma_ray.judging.judges.opening import judge_engine
+
+    return judge_engine(judge) == "vllm"
 
 
 def _engine(

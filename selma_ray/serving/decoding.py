@@ -88,7 +88,7 @@ def _answered(image: Image.Image | Exception, request: ImageRequest) -> Image.Im
     """Turn what is known to go wrong into the refusal that the client gets."""
     if isinstance(image, RenderError):
         logger.error("seed %d: %s", request.seed, image)
-        return failed_image(str(image))
+        return failed_image()
     if isinstance(image, Exception) and is_out_of_memory(image):
         return too_large_for_memory(request.size_px)
     return image

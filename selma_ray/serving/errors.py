@@ -87,9 +87,9 @@ def content_refused(reason: str, param: str | None = None) -> RequestError:
     return invalid_request(f"{reason}; change the prompt or take another seed", param, "content_policy_violation")
 
 
-def failed_image(reason: str) -> RequestError:
-    """Return the answer to a request whose image came out unusable."""
-    return RequestError(reason, 500, "image_failed")
+def failed_image() -> RequestError:
+    """Return the answer to a request whose image came out unusable; why is for the operator, in the log."""
+    return RequestError("the model drew nothing usable; take another seed or fewer steps", 500, "image_failed")
 
 
 def too_large_for_memory(size_px: tuple[int, int]) -> RequestError:

@@ -210,5 +210,9 @@ def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None
     from selma_ray.models.parts import denoiser_name, denoiser_of
 
     other = copy(pipeline)
-    setattr(other, denoiser_name(pipeline), denoiser_of(load_adapted_pipeline(model, adapter_dir, pipeline.device)))
+    setattr(
+        other,
+        denoiser_name(pipeline),
+        denoiser_of(load_adapted_pipeline(model, adapter_dir, pipeline._execution_device)),
+    )
     return other

@@ -14,7 +14,7 @@ from selma_ray.judging.tifa import ChoiceFinder, choose
 from selma_ray.models.device import device_of
 from selma_ray.models.locate import LocatedModel, locate_judge
 
-__all__ = ["ChoosingJudge", "judge_identity", "open_judge"]
+__all__ = ["ChoosingJudge", "judge_engine", "judge_identity", "open_judge"]
 
 _MINIATURE = "selma_miniature_judge"
 _VQA = ("vilt", "blip")
@@ -44,6 +44,11 @@ def judge_identity(config: JudgeConfig) -> dict[str, str | None]:
     if config.embedder is not None:
         identity["embedder"] = f"{config.embedder}@{locate_judge(config.embedder).revision}"
     return dict(identity)
+
+
+def judge_engine(config: JudgeConfig) -> str:
+    """Return what runs the judge that `config` names: miniature, transformers or vllm."""
+    return _engine(config, locate_judge(config.name, config.revision))
 
 
 class ChoosingJudge:

@@ -14,23 +14,9 @@ from selma_ray.models.cost import pipeline_parameters, training_cost
 from selma_ray.models.family import open_family
 from selma_ray.models.rendering import load_pipeline
 from tests.unit.models.measuring import most_allocated_bytes
-from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
-from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
 LORA = LoraSettings(rank=4, alpha=4)
-SAVERS = {"sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3, "flux": save_tiny_flux}
 BATCH = 4
-
-
-@pytest.fixture(scope="module", params=["sd", *SAVERS])
-def model(
-    request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ModelConfig:
-    if request.param == "sd":
-        return ModelConfig(name=str(tiny_pipeline_dir))
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    SAVERS[request.param](folder, tiny_pipeline_dir)
-    return ModelConfig(name=str(folder))
 
 
 @pytest.fixture(scope="module")

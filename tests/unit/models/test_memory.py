@@ -14,22 +14,8 @@ from selma_ray.models.published import configured
 from selma_ray.models.published_language import PUBLISHED_LANGUAGE
 from selma_ray.models.rendering import load_pipeline
 from tests.unit.models.measuring import most_allocated_bytes
-from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
-from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
-SAVERS = {"sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3, "flux": save_tiny_flux}
 GIB = 1024**3
-
-
-@pytest.fixture(scope="module", params=["sd", *SAVERS])
-def model(
-    request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ModelConfig:
-    if request.param == "sd":
-        return ModelConfig(name=str(tiny_pipeline_dir))
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    SAVERS[request.param](folder, tiny_pipeline_dir)
-    return ModelConfig(name=str(folder))
 
 
 def test_a_decoded_image_takes_what_it_takes_when_measured(model: ModelConfig) -> None:

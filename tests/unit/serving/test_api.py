@@ -39,11 +39,6 @@ def red_of(b64_json: str) -> int:
 
 
 @pytest.fixture
-def backend() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
 def client(backend: Recorder) -> TestClient:
     return client_for(backend)
 

@@ -65,11 +65,6 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def backend() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
 def client(backend: Recorder) -> TestClient:
     return client_for(backend)
 
