@@ -46,6 +46,7 @@ def write_lease(folder: RunFolder, **changes: Any) -> None:
         "started": 1,
         "since": "2026-01-01",
         "beat": 0,
+        "renewed_at": time.time(),
     }
     folder.write_json(mine | changes, "lease.json")
 
