@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,10 +22,21 @@ from pyarrow import fs
 
 from selma_ray.errors import StorageError
 
-__all__ = ["RunFolder", "storage_errors"]
+__all__ = ["READERS", "RunFolder", "StoredFile", "storage_errors"]
+
+READERS = 16
+"""Threads that read or write side by side: an object store answers late and many at once."""
 
 _PART_SUFFIX = ".part"
-_READERS = 16  # an object store answers late and many at once
+_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What a storage says of a file without its being read."""
+
+    size_bytes: int
+    changed_ns: int | None
 
 
 class RunFolder:
@@ -37,6 +49,11 @@ class RunFolder:
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"run folder {uri!r} cannot be opened ({error}); use a path, s3://… or gs://…") from None
         self.is_local = isinstance(self._filesystem, fs.LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        """Return the last part of the root's path."""
+        return PurePosixPath(self._root).name
 
     def __repr__(self) -> str:
         return f"RunFolder({self.uri!r})"
@@ -51,9 +68,7 @@ class RunFolder:
     def local_path(self, *parts: str) -> Path:
         """Return a local path below the root; raises StorageError where the run is not on a mounted filesystem."""
         if not self.is_local:
-            raise StorageError(
-                f"{self.uri} is not a mounted folder; training needs run_dir on a filesystem all nodes share"
-            )
+            raise StorageError(f"{self.uri} must be a mounted folder here; name a path")
         return Path(self.uri, *parts)
 
     def exists(self, *parts: str) -> bool:
@@ -72,6 +87,52 @@ class RunFolder:
             for info in found
             if info.type == fs.FileType.File and info.path.endswith(suffix) and not info.path.endswith(_PART_SUFFIX)
         )
+
+    def listing(self) -> dict[str, StoredFile]:
+        """Return all finished files below the root by relative path; where the root is a file, that one, by the empty name."""
+        with _reading(self.uri):
+            root = self._filesystem.get_file_info(self._root)
+            if root.type == fs.FileType.File:
+                return {"": StoredFile(root.size, root.mtime_ns)}
+            found = self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True))
+        prefix = len(self._root.rstrip("/")) + 1
+        return {
+            info.path[prefix:]: StoredFile(info.size, info.mtime_ns)
+            for info in sorted(found, key=lambda info: info.path)
+            if info.type == fs.FileType.File and not info.path.endswith(_PART_SUFFIX)
+        }
+
+    def download(self, target: Path, *parts: str) -> None:
+        """Copy an object to a local file; raises StorageError where it cannot be read."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _reading(self.path(*parts)):
+            fs.copy_files(self._inner(*parts), str(target), source_filesystem=self._filesystem, chunk_size=_CHUNK_BYTES)
+
+    def upload(self, source: Path, *parts: str) -> None:
+        """Copy a local file to an object; raises StorageError where it cannot be written."""
+        self._receive(fs.LocalFileSystem(), str(source), self._inner(*parts))
+
+    def copy_files(self, target: "RunFolder", paths: Sequence[str]) -> None:
+        """Copy files to the same paths of another folder; raises StorageError where one cannot be read or written."""
+        with ThreadPoolExecutor(READERS) as copiers:
+            list(
+                copiers.map(
+                    lambda path: target._receive(self._filesystem, self._inner(path), target._inner(path)), paths
+                )
+            )
+
+    def _receive(self, filesystem: fs.FileSystem, source: str, target: str) -> None:
+        with storage_errors(target):
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+            fs.copy_files(
+                source, target, source_filesystem=filesystem, destination_filesystem=self._filesystem,
+                chunk_size=_CHUNK_BYTES,
+            )  # fmt: skip
+
+    def place(self, *parts: str) -> tuple[fs.FileSystem, str]:
+        """Return the filesystem and the path of `parts` on it, as libraries that write to pyarrow's filesystems take them."""
+        return self._filesystem, self._inner(*parts)
 
     def read_bytes(self, *parts: str) -> bytes:
         """Return an object's bytes; raises StorageError where it cannot be read."""
@@ -105,7 +166,7 @@ class RunFolder:
     def read_table(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of several Parquet files as one table; `paths` must not be empty."""
         wanted = list(columns) if columns else None
-        with ThreadPoolExecutor(_READERS) as readers:
+        with ThreadPoolExecutor(READERS) as readers:
             tables = list(readers.map(lambda path: self._read_table(path, wanted), paths))
         return pa.concat_tables(tables, promote_options="default")
 
@@ -144,7 +205,7 @@ class RunFolder:
             return pq.read_table(file, columns=columns)
 
     def _inner(self, *parts: str) -> str:
-        return "/".join((self._root.rstrip("/"), *parts))
+        return "/".join((self._root.rstrip("/"), *filter(None, parts)))
 
 
 def _replace_file(target: Path, content: bytes | memoryview) -> None:

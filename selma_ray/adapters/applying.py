@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from selma_ray.adapters.files import local_adapter
 from selma_ray.adapters.mixture_of_experts import is_mixture, load_mixture
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.parts import denoiser_name, denoiser_of
@@ -16,13 +17,18 @@ __all__ = ["load_adapted_pipeline"]
 
 
 def load_adapted_pipeline(model: ModelConfig, adapter_dir: str | Path | None, device: torch.device | str) -> Any:
-    """Load a pipeline onto a device, with a PEFT adapter folder folded into its denoiser, or a mixture put into it."""
+    """Load a pipeline onto a device, with a PEFT adapter folder (a path, or a URI) folded into its denoiser, or a mixture put into it."""
     pipeline: Any = open_pipeline(model)
     if model.card.offload == "none":
         pipeline.to(device)  # where folding is fastest; what is kept in the host's memory is folded there
-    if adapter_dir is not None and is_mixture(adapter_dir):
-        load_mixture(denoiser_of(pipeline), adapter_dir)
-    elif adapter_dir is not None:
-        adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(adapter_dir)).merge_and_unload()
-        pipeline.register_modules(**{denoiser_name(pipeline): adapted})
+    if adapter_dir is not None:
+        _apply(pipeline, local_adapter(adapter_dir))
     return place_pipeline(pipeline, model, device)
+
+
+def _apply(pipeline: Any, folder: Path) -> None:
+    if is_mixture(folder):
+        load_mixture(denoiser_of(pipeline), folder)
+        return
+    adapted = PeftModel.from_pretrained(denoiser_of(pipeline), str(folder)).merge_and_unload()
+    pipeline.register_modules(**{denoiser_name(pipeline): adapted})

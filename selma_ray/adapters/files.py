@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
+from selma_ray.local_copies import local_copy
 from selma_ray.storage import RunFolder
 
-__all__ = ["ADAPTER_FILES", "CONFIG_FILE", "WEIGHTS_FILE", "adapter_digest", "is_adapter"]
+__all__ = ["ADAPTER_FILES", "CONFIG_FILE", "WEIGHTS_FILE", "adapter_digest", "is_adapter", "local_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -18,9 +19,14 @@ def is_adapter(folder: RunFolder, directory: str) -> bool:
     return folder.exists(directory, CONFIG_FILE)
 
 
-def adapter_digest(adapter_dir: Path) -> str:
+def local_adapter(place: str | Path) -> Path:
+    """Return a local folder with an adapter's files; one on object storage is fetched. Raises StorageError where it cannot be read."""
+    return local_copy(place, only=ADAPTER_FILES)
+
+
+def adapter_digest(place: str | Path) -> str:
     """Return a hash of an adapter's weights and settings."""
-    digest = hashlib.sha256()
+    digest, adapter_dir = hashlib.sha256(), local_adapter(place)
     for name in ADAPTER_FILES:
         with (adapter_dir / name).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

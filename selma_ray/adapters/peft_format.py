@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from selma_ray.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from selma_ray.adapters.files import CONFIG_FILE, WEIGHTS_FILE, local_adapter
 from selma_ray.adapters.streaming import TensorSpec, write_safetensors
 from selma_ray.errors import AdapterError
 
@@ -101,8 +101,8 @@ class Adapter:
 
 
 def open_adapter(folder: str | Path) -> Adapter:
-    """Open an adapter folder; raises AdapterError, naming file, key and remedy, where it is no plain LoRA adapter."""
-    folder = Path(folder)
+    """Open an adapter folder (a path, or a URI); raises AdapterError, naming file, key and remedy, where it is no plain LoRA adapter."""
+    folder = local_adapter(folder)
     config = _read_config(folder)
     rank = config["r"]
     shapes = _read_shapes(folder)

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -122,9 +121,8 @@ class RenderChunk:
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # frees the previous pipeline before the next is loaded
             tested = self._models[name]
-            adapter_dir = Path(tested.adapter_dir) if tested.adapter_dir else None
             device = device_of(self._config.num_gpus, "evaluation.num_gpus")
-            pipeline = load_adapted_pipeline(tested.model, adapter_dir, device)
+            pipeline = load_adapted_pipeline(tested.model, tested.adapter_dir, device)
             self._loaded = (name, Renderer(pipeline, self._config.sampling))
         return self._loaded[1]
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -289,4 +288,4 @@ def _revision(tested: ModelUnderTest) -> str:
     model = model_identity(tested.model)
     if tested.adapter_dir is None:
         return content_id(model=model)
-    return content_id(model=model, adapter=adapter_digest(Path(tested.adapter_dir)))
+    return content_id(model=model, adapter=adapter_digest(tested.adapter_dir))

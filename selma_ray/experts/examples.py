@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from selma_ray.errors import TrainingError
 from selma_ray.experts.layout import EMPTY_CAPTION
+from selma_ray.local_copies import local_copy
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
 
@@ -26,7 +27,7 @@ class EncodedExamples:
 
     def __init__(self, folder: RunFolder, cache_directories: Sequence[str]) -> None:
         self._shards: list[dict[str, torch.Tensor]] = []
-        self._empty_path = folder.local_path(cache_directories[0], EMPTY_CAPTION)
+        self._empty_path = local_copy(folder.path(cache_directories[0], EMPTY_CAPTION))
         places: dict[str, tuple[int, int]] = {}
         pairs: dict[str, str] = {}
         ordered: list[str] = []
@@ -35,7 +36,7 @@ class EncodedExamples:
             pairs |= dict(index.get("pairs", ()))
             ordered += index["ids"]
             for path in index["shards"]:
-                ids = self._open(str(folder.local_path(path)))
+                ids = self._open(str(local_copy(folder.path(path))))
                 places |= {row_id: (len(self._shards) - 1, row) for row, row_id in enumerate(ids)}
         self.ids = list(pairs) or ordered
         self._places = [places[row_id] for row_id in self.ids]

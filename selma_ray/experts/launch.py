@@ -52,7 +52,6 @@ def train_experts(
         mixed = tuple(job for job in jobs if job.name in expert.experts)
         jobs.append(_job(expert, [caches[skill] for skill in expert.skills], mixed, folder, model, seed))
     if any(finished_result(job) is None for job in jobs):
-        folder.local_path("experts")  # refuses object stores before any work is done
         config = planned[0].config  # placement and caches are alike for all
         slots = _slots(config, cluster)
         encode_caches(folder, _needed_caches(jobs, caches.values()), model, config, cluster)
@@ -155,6 +154,7 @@ def _run(lane: Lane, cluster: ClusterConfig) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = lane.jobs[0].config  # placement is alike for all
+    filesystem, place = lane.jobs[0].folder.place(lane.directory)
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"lane": lane},
@@ -167,7 +167,8 @@ def _run(lane: Lane, cluster: ClusterConfig) -> None:
         ),
         run_config=RunConfig(
             name=lane.checkpoints,
-            storage_path=str(lane.jobs[0].folder.local_path(lane.directory)),
+            storage_path=place,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),

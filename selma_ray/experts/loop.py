@@ -51,6 +51,8 @@ def _fit_expert(job: ExpertJob) -> None:
             trainer.export_candidate()
         if step % job.config.checkpoint_every_steps == 0 and step < job.config.steps:
             _checkpoint(trainer)
+            if curves:
+                curves.keep()
     if curves:
         curves.close()
     trainer.export(time.monotonic() - started_s)

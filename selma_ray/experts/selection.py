@@ -138,5 +138,5 @@ def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int, num_gpus: 
     from selma_ray.experts.curves import log_scalars
 
     scores = dict(score(job.folder.path(job.candidate(step)), job.skills))
-    log_scalars(job.folder.local_path(job.directory, "tensorboard"), {"dev/dsg": scores["dsg"]}, step)
+    log_scalars(job, {"dev/dsg": scores["dsg"]}, step)
     return scores

@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from diffusers.optimization import get_scheduler
 
-from selma_ray.adapters.files import CONFIG_FILE, is_adapter
+from selma_ray.adapters.files import CONFIG_FILE, is_adapter, local_adapter
 from selma_ray.adapters.mixture_of_experts import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import TrainingError
@@ -174,7 +174,7 @@ class ExpertTrainer:
         return add_adapter(denoiser, job.config.lora, job.model.name, job.seed, self._family.located.revision)
 
     def _experts(self) -> dict[str, Factors]:
-        return read_experts([each.folder.local_path(each.directory) for each in self.job.experts])
+        return read_experts([local_adapter(each.folder.path(each.directory)) for each in self.job.experts])
 
     def _write_adapter(self, weights: dict[str, torch.Tensor], directory: str) -> None:
         job = self.job

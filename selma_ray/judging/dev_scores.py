@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from pathlib import Path
 from statistics import fmean
 
 from selma_ray.errors import RenderError
@@ -49,7 +48,7 @@ class DevScorer:
         torch.set_num_threads(max(1, int(self.num_cpus)))
         prompts = self._prompts_of(skills)
         device = device_of(self.num_gpus, self.num_gpus_key)
-        renderer = Renderer(load_adapted_pipeline(self.model, Path(adapter_dir), device), self.sampling)
+        renderer = Renderer(load_adapted_pipeline(self.model, adapter_dir, device), self.sampling)
         judge = open_judge(self.judge)
         scores: list[float] = []
         for start in range(0, len(prompts), self.batch_size):

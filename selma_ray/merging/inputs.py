@@ -17,7 +17,7 @@ def open_adapters(folder: RunFolder, skills: Sequence[str], model: ModelConfig) 
     trained = folder.done("train") or {}
     adapters = {}
     for skill in skills:
-        adapter = open_adapter(folder.local_path("experts", skill))
+        adapter = open_adapter(folder.path("experts", skill))
         _check_base(adapter, model)
         _check_run(folder, skill, trained.get(skill, {}).get("key"))
         adapters[skill] = adapter

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +15,11 @@ from selma_ray.adapters.files import adapter_digest
 from selma_ray.adapters.peft_format import Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.config import identity
 from selma_ray.errors import AdapterError
+from selma_ray.local_copies import whole_folder
 from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.inputs import open_adapters
 from selma_ray.merging.methods import DENSE_METHODS, MEANS, METHODS, MergeOptions, default_weight, shares
-from selma_ray.merging.replacing import replace_folder
 from selma_ray.merging.report import MergeReport
 from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights, weights_of
@@ -29,7 +27,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.identity import model_identity
 from selma_ray.models.parts import DTYPES
 from selma_ray.records import content_id
-from selma_ray.storage import RunFolder, storage_errors
+from selma_ray.storage import RunFolder
 
 __all__ = ["MergeSummary", "merge_experts", "write_candidate"]
 
@@ -78,25 +76,18 @@ def merge_experts(
     adapters = open_adapters(folder, skills, model)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: _weights(skills, model, config)}
-    target = folder.local_path("merged", config.name)
+    place = ("merged", config.name)
     key = _content_key(adapters, weights, model, config, seed)
-    before = folder.read_json("merged", config.name, _REPORT_FILE) if (target / _REPORT_FILE).is_file() else None
+    before = folder.read_json(*place, _REPORT_FILE) if folder.exists(*place, _REPORT_FILE) else None
     if before and before["key"] == key:
-        logger.info("%s holds this merge already", target)
+        logger.info("%s holds this merge already", folder.path(*place))
         return _summary(before, config)
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    with storage_errors(str(target)):
-        _remove_leftovers(target)
-        try:
-            part.mkdir(parents=True)
-            report = _build(part, adapters, weights, model, config, seed)
-            report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
-            if found:
-                report["search"] = {"weights": found.weights, **found.as_dict()}
-            (part / _REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
-            replace_folder(part, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(folder, *place, last=_REPORT_FILE) as part:
+        report = _build(part, adapters, weights, model, config, seed)
+        report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
+        if found:
+            report["search"] = {"weights": found.weights, **found.as_dict()}
+        (part / _REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     return _summary(report, config)
 
 
@@ -223,11 +214,6 @@ def _content_key(
         seed=seed,
         base=model_identity(model),
     )
-
-
-def _remove_leftovers(target: Path) -> None:
-    for leftover in target.parent.glob(f"{target.name}.*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _summary(report: Mapping[str, Any], config: MergingConfig) -> MergeSummary:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selma_ray.errors import ModelNotFoundError
+from selma_ray.local_copies import local_copy
 from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
 from selma_ray.models.fingerprint import fingerprint
 
@@ -54,7 +55,7 @@ def _locate(
     if name in shipped:
         folder = shipped[name]()
         return LocatedModel(str(folder), fingerprint(folder))
-    folder = Path(name).expanduser().absolute()
+    folder = local_copy(name) if "://" in name else Path(name).expanduser().absolute()
     if folder.is_dir():
         if not (folder / required_file).is_file():
             raise ModelNotFoundError(

@@ -12,6 +12,7 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.run.question_source import source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
+from selma_ray.storage import RunFolder
 
 __all__ = [
     "NamedModel",
@@ -89,7 +90,7 @@ def check_schedulers(recipe: Recipe) -> None:
 def check_adapters(recipe: Recipe) -> None:
     """Raise ModelNotFoundError where evaluation.models names an adapter that is not there."""
     for name, other in recipe.evaluation.models.items():
-        if other.adapter_dir is not None and not Path(other.adapter_dir, CONFIG_FILE).is_file():
+        if other.adapter_dir is not None and not RunFolder(other.adapter_dir).exists(CONFIG_FILE):
             raise ModelNotFoundError(
                 f"evaluation.models.{name}.adapter_dir {other.adapter_dir} must hold {CONFIG_FILE}; name a PEFT adapter's folder"
             )

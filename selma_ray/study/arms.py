@@ -11,10 +11,13 @@ from selma_ray.config import identity, set_values, validate
 from selma_ray.errors import ConfigError
 from selma_ray.run.opening import Run
 from selma_ray.run.recipe import Recipe
+from selma_ray.storage import RunFolder
 from selma_ray.study.study import Study
 
 __all__ = ["arm_recipe", "check_study", "reuse", "shared_values"]
 
+_UNFINISHED = "sharing"
+"""Markers of folders that are being copied, on storage that cannot rename one."""
 _BASELINES = ("mixed", "moe")  # what is fitted beside the experts, and does not change them
 
 
@@ -64,17 +67,16 @@ def arm_recipe(study: Study, name: str, seed: int) -> Recipe:
 
 
 def reuse(run: Run, earlier: Sequence[Run]) -> None:
-    """Give a run whatever earlier runs have made by the same values; files are linked, not copied."""
-    target = run.folder.local_path()
+    """Give a run whatever earlier runs have made by the same values; files are linked where they can be."""
     for part in _PARTS:
-        if (target / part.name).exists():
+        if run.folder.exists(part.name) and not run.folder.exists(_UNFINISHED, part.name):
             continue
         wanted = shared_values(run.recipe, part.name)
         made = (each for each in earlier if _made(each, part))
         source = next((each for each in made if shared_values(each.recipe, part.name) == wanted), None)
         if source is None:
             return
-        _link_tree(source.folder.local_path(part.name), target / part.name)
+        _share(source.folder, run.folder, part.name)
         if part.is_last and _has_baselines(source.recipe, run.recipe):
             run.folder.mark_done(part.stage, source.folder.done(part.stage) or {})
 
@@ -103,8 +105,18 @@ def _value(mapping: Any, key_path: str) -> Any:
     return mapping
 
 
+def _share(source: RunFolder, target: RunFolder, name: str) -> None:
+    """Give a run a finished folder of another; files are never changed in place, so links do."""
+    if source.is_local and target.is_local:
+        _link_tree(source.local_path(name), target.local_path(name))
+        return
+    target.write_bytes(b"", _UNFINISHED, name)
+    source.copy_files(target, source.files(name))
+    target.delete(_UNFINISHED, name)
+
+
 def _link_tree(source: Path, target: Path) -> None:
-    """Link a finished folder into another run; the target appears whole or not at all. Files are never changed in place."""
+    """Link a finished folder into another run; the target appears whole or not at all."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_or_copy)

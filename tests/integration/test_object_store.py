@@ -1,5 +1,7 @@
 """A run's folder on a server that speaks S3, on loopback."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,9 @@ import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 
-from selma_ray.errors import StorageError
+from selma_ray.errors import ConfigError, StorageError
 from selma_ray.images.shards import existing_ids, forget_failures, read_images, write_shards
+from selma_ray.local_copies import local_copy, upload_folder, whole_folder
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.images.test_crashes import ids as rendered_ids
@@ -40,6 +43,12 @@ def folder(server: Any, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
     filesystem.create_dir(BUCKET)
     return RunFolder(f"s3://{BUCKET}/run")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SELMA_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def test_objects_tables_and_markers_come_back_and_go(folder: RunFolder) -> None:
@@ -88,6 +97,94 @@ def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_one_li
         with pytest.raises(StorageError) as caught:
             touch()
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_appears_when_its_last_file_does_and_replaces_what_was_there(folder: RunFolder) -> None:
+    for version in (1, 2):
+        with whole_folder(folder, "merged", "m", last="report.json") as part:
+            (part / "adapter").mkdir()
+            (part / "adapter" / f"{version}.bin").write_bytes(b"x" * version)
+            (part / "report.json").write_text(str(version))
+    assert folder.files("merged") == ["merged/m/adapter/2.bin", "merged/m/report.json"]
+    with pytest.raises(ZeroDivisionError), whole_folder(folder, "merged", "m", last="report.json") as part:
+        (part / "report.json").write_text(str(1 / 0))
+    assert folder.read_bytes("merged", "m", "report.json") == b"2"
+
+    with pytest.raises(StorageError):
+        _write_version_3(Deaf(folder.uri, "adapter"))
+    assert not folder.exists("merged", "m", "report.json")
+
+
+def _write_version_3(folder: RunFolder) -> None:
+    with whole_folder(folder, "merged", "m", last="report.json") as part:
+        (part / "adapter").write_bytes(b"x")
+        (part / "report.json").write_text("3")
+
+
+class Deaf(RunFolder):
+    """Cannot be written where a name stands in the path."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        super().__init__(uri)
+        self._name = name
+
+    def upload(self, source: Path, *parts: str) -> None:
+        if self._name in parts:
+            raise StorageError("no answer")
+        super().upload(source, *parts)
+
+
+def test_a_node_reads_through_copies_of_its_own(
+    folder: RunFolder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_bytes(b"one", "experts", "a", "weights")
+    folder.write_bytes(b"log", "experts", "a", "tensorboard", "events")
+    copy = local_copy(folder.path("experts", "a"), only=["weights", "config"])
+    assert (copy.name, [path.name for path in copy.rglob("*")]) == ("a", ["weights"])
+    (copy / "weights").write_bytes(b"eno")  # a second reading does not fetch it again
+    assert local_copy(folder.path("experts", "a"), only=["weights"]).joinpath("weights").read_bytes() == b"eno"
+    assert local_copy(folder.path("experts", "a", "weights")).read_bytes() == b"one"
+    folder.write_bytes(b"three", "experts", "a", "weights")
+    assert local_copy(folder.path("experts", "a", "weights")).read_bytes() == b"three"
+    assert local_copy(cache) == cache
+    with pytest.raises(StorageError, match=r"s3://selma/run/experts/b must hold weights, nothing is there"):
+        local_copy(folder.path("experts", "b"), only=["weights"])
+
+
+def test_the_copies_of_a_node_are_bounded(folder: RunFolder, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELMA_CACHE_GB", "2.5e-6")  # two of a thousand bytes
+    for number in range(4):
+        folder.write_bytes(b"x" * 1000, "objects", str(number))
+    copies = [local_copy(folder.path("objects", str(number))) for number in range(3)]
+    assert all(copy.exists() for copy in copies)  # each may be being read
+    for copy in copies[:2]:
+        os.utime(copy.parent, (time.time() - 7200,) * 2)
+    local_copy(folder.path("objects", "1"))
+    copies.append(local_copy(folder.path("objects", "3")))
+    assert [copy.exists() for copy in copies] == [False, True, True, True]
+    monkeypatch.setenv("SELMA_CACHE_GB", "much")
+    folder.write_bytes(b"x", "objects", "4")
+    with pytest.raises(ConfigError, match="SELMA_CACHE_GB must be a number above 0, got 'much'"):
+        local_copy(folder.path("objects", "4"))
+
+
+def test_a_model_and_an_adapter_are_loaded_from_the_store(
+    folder: RunFolder, cache: Path, tiny_pipeline_dir: Path
+) -> None:
+    from selma_ray.models.identity import model_identity
+    from selma_ray.models.rendering import load_pipeline
+
+    upload_folder(tiny_pipeline_dir, folder, "model")
+    stored, local = ModelConfig(name=folder.path("model")), ModelConfig(name=str(tiny_pipeline_dir))
+    assert model_identity(stored) == model_identity(local)
+    assert load_pipeline(stored, "cpu").unet.config.sample_size == load_pipeline(local, "cpu").unet.config.sample_size
+
+
+def test_files_are_copied_between_any_two_folders(folder: RunFolder, tmp_path: Path) -> None:
+    folder.write_bytes(b"x", "images", "a", "b.parquet")
+    for target in (RunFolder(str(tmp_path / "run")), RunFolder(folder.path("other"))):
+        folder.copy_files(target, ["images/a/b.parquet"])
+        assert target.files() == ["images/a/b.parquet"]
 
 
 class CutFolder(RunFolder):

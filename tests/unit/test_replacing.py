@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from selma_ray.merging import replacing
-from selma_ray.merging.replacing import replace_folder
+from selma_ray import replacing
+from selma_ray.replacing import replace_folder
 
 
 def write(folder: Any, text: Any) -> Any:
