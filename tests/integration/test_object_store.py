@@ -2,43 +2,35 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from selma_ray.errors import ConfigError, StorageError
 from selma_ray.images.shards import existing_ids, forget_failures, read_images, write_shards
 from selma_ray.local_copies import local_copy, upload_folder, whole_folder
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
+from tests.object_store import BUCKET, object_store
 from tests.unit.images.test_crashes import ids as rendered_ids
 from tests.unit.images.test_crashes import run as render_all
 from tests.unit.images.test_shards import row, table
 
-BUCKET = "selma"
-
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server
-    server.stop()
+def server() -> Iterator[Mapping[str, str]]:
+    with object_store() as environment:
+        yield environment
 
 
 @pytest.fixture
-def folder(server: Any, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def folder(server: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     from pyarrow import fs
 
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
+    for name, value in server.items():
         monkeypatch.setenv(name, value)
     filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
     filesystem.create_dir(BUCKET)
@@ -77,10 +69,12 @@ def test_images_are_written_read_and_forgotten(folder: RunFolder) -> None:
     assert read_images(folder, "one")["id"].to_pylist() == ["a"]
 
 
-def test_an_endpoint_may_stand_in_the_address(server: Any, monkeypatch: pytest.MonkeyPatch, folder: RunFolder) -> None:
+def test_an_endpoint_may_stand_in_the_address(
+    server: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    host, port = server.get_host_and_port()
-    named = RunFolder(f"s3://{BUCKET}/named?scheme=http&endpoint_override={host}:{port}")
+    address = server["AWS_ENDPOINT_URL"].removeprefix("http://")
+    named = RunFolder(f"s3://{BUCKET}/named?scheme=http&endpoint_override={address}")
     named.write_bytes(b"x", "a", "b")
     assert named.files() == ["a/b"]
     assert RunFolder(named.path("a")).read_bytes("b") == b"x"
@@ -203,7 +197,11 @@ class CutFolder(RunFolder):
 
 
 def test_rendering_that_loses_its_server_stops_and_resumes(
-    folder: RunFolder, server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline_dir: Path
+    folder: RunFolder,
+    server: Mapping[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_pipeline_dir: Path,
 ) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     undisturbed = RunFolder(str(tmp_path))
@@ -217,8 +215,7 @@ def test_rendering_that_loses_its_server_stops_and_resumes(
     with pytest.raises(StorageError, match=r"s3://selma/cut/.* cannot be written: .*run the same command again"):
         render_all(cut_off, model)
 
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
     again = RunFolder(cut_off.uri)
     before = existing_ids(again)
     assert 0 < len(before) < len(existing_ids(undisturbed))

@@ -1,0 +1,118 @@
+"""The whole loop with its run on object storage, on two nodes that share nothing else, killed and started again in every stage."""
+
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from selma_ray.storage import RunFolder
+from tests.e2e.conftest import DEMO, REPOSITORY, SMALL
+from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
+from tests.object_store import BUCKET, object_store
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(
+        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
+        reason="a node with another filesystem needs a mount namespace, which this machine does not give",
+    ),
+]
+
+_STORE = "--object-store-memory=300000000"
+_STAGE_S = 900
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Yield the environment of a driver: two nodes, each with a home that the other does not have, and a store of objects."""
+    folder = tmp_path_factory.mktemp("nodes")
+    homes = [folder / name for name in ("head-home", "worker-home")]
+    for home in homes:
+        home.mkdir()
+    host, port = own_address(), free_port()
+    logging.getLogger("werkzeug").setLevel("ERROR")  # a line per request
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.items():
+            patch.setenv(name, value)
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
+        filesystem.create_dir(BUCKET)
+        of_nodes = [{**ENVIRONMENT, **store, "HOME": str(home)} for home in homes]
+        for each in of_nodes:
+            each.pop("XDG_CACHE_HOME", None)
+        head = RayNode(
+            "--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=2", "--include-dashboard=false", _STORE,
+            log=folder / "head.log", environment=of_nodes[0], hidden=homes[1],
+        )  # fmt: skip
+        nodes = [head]
+        try:
+            wait_until(lambda: head.started, folder / "head.log", head.process)
+            worker = RayNode(
+                f"--address={host}:{port}", "--num-cpus=2", _STORE,
+                log=folder / "worker.log", environment=of_nodes[1], hidden=homes[0],
+            )  # fmt: skip
+            nodes.append(worker)
+            wait_until(lambda: worker.started, folder / "worker.log", worker.process)
+            yield {**of_nodes[0], "RAY_ADDRESS": f"{host}:{port}"}
+        finally:
+            for node in reversed(nodes):
+                node.stop()
+
+
+def test_every_stage_goes_on_where_it_was_killed(environment: dict[str, str]) -> None:
+    folder = RunFolder(f"s3://{BUCKET}/run")
+    reached: dict[str, Callable[[], bool]] = {
+        "prompts": lambda: bool(folder.files("prompts")),
+        "images": lambda: bool(folder.files("images", suffix=".parquet")),
+        "train": lambda: any("checkpoint" in path for path in folder.files("experts")),
+        "merge": lambda: folder.done("train") is not None,
+        "evaluate": lambda: bool(folder.files("evaluation", suffix=".parquet")),
+    }
+    for stage, holds in reached.items():
+        _killed_when(holds, stage, folder, environment)
+    finished = subprocess.run(
+        _command(folder), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=_STAGE_S, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    ids = _ids(folder)
+    assert len(ids) == len(set(ids)) == 2 * 7 * 2, "every training prompt of two skills has two images, none twice"
+    report = folder.read_json("report.json")
+    assert set(report["evaluation"]["models"]) == {"base", "common", "counting", "merged"}
+    assert folder.read_bytes("served.png").startswith(b"\x89PNG")
+    assert [path for path in folder.files("experts") if "tensorboard" in path]
+    assert not [path for path in folder.files() if path.endswith(".part")]
+    assert not folder.exists("lease.json")
+
+
+def _killed_when(holds: Callable[[], bool], stage: str, folder: RunFolder, environment: dict[str, str]) -> None:
+    process = subprocess.Popen(
+        _command(folder), cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline_s = time.monotonic() + _STAGE_S
+    try:
+        while not holds():
+            assert process.poll() is None, f"{stage}: {process.stderr.read()[-3000:]}"
+            assert time.monotonic() < deadline_s, stage
+            time.sleep(0.3)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+def _command(folder: RunFolder) -> list[str]:
+    return [sys.executable, "-m", "selma_ray.cli", "run", str(DEMO), f"run_dir={folder.uri}", *SMALL]
+
+
+def _ids(folder: RunFolder) -> list[str]:
+    shards = folder.files("images", suffix=".parquet")
+    return [row for path in shards for row in pq.read_table(io.BytesIO(folder.read_bytes(path)))["id"].to_pylist()]
