@@ -60,6 +60,9 @@ def vllm_stage(
         preprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
         postprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
     )
+    for stage in map(processor.get_stage_by_name, processor.list_stage_names()):
+        if "model" in stage.fn_constructor_kwargs:
+            stage.fn = _finding_its_model(stage.fn, llm.name, llm.revision)
     engine = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs
     # Ray Data starts dead actors anew for ever.
     engine["max_restarts"] = llm.max_restarts
@@ -122,6 +125,17 @@ def chat_template_of(llm: LLMConfig) -> str | None:
         raise ConfigError(
             f"prompts.llm.chat_template {llm.chat_template} cannot be read ({error}); name a text file"
         ) from None
+
+
+def _finding_its_model(stage: type, name: str, revision: str | None) -> type:
+    """Return a stage of Ray Data that looks for its model on the node where it runs, whose folders may not be the driver's."""
+
+    class FindingItsModel(stage):  # type: ignore[misc]
+        def __init__(self, *positional: Any, model: str, **options: Any) -> None:
+            super().__init__(*positional, model=locate_llm(name, revision).path, **options)
+
+    FindingItsModel.__name__ = FindingItsModel.__qualname__ = stage.__name__
+    return FindingItsModel
 
 
 def _template_stage(llm: LLMConfig) -> dict[str, Any]:

@@ -51,6 +51,24 @@ def test_a_chat_model_is_sent_a_message_and_numbers_its_answer_from_the_first() 
     assert answer == {"skill": "strict", "request": 5, "answer": "\n3. a cat", "truncated": True}
 
 
+class _Engine:
+    def __init__(self, data_column: str, *, model: str, batch_size: int) -> None:
+        self.given = (data_column, model, batch_size)
+
+
+def test_an_engine_looks_for_its_model_on_its_own_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import cloudpickle
+
+    stage = vllm_engine._finding_its_model(_Engine, "miniature", None)
+    home = tmp_path / "selma_ray" / "smollm2-135m-instruct"  # of a node on which it was unpacked
+    home.mkdir(parents=True)
+    (home / "config.json").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    there = cloudpickle.loads(cloudpickle.dumps(stage))
+    assert there("rows", model="/driver/home/smollm2", batch_size=2).given == ("rows", str(home), 2)
+    assert there.__name__ == "_Engine"
+
+
 def test_a_base_model_completes_the_list() -> None:
     asked = vllm_engine._Preprocess([PLAIN], CONFIG, chat=False)(request(PLAIN))
     assert asked["prompt"].endswith("\n2. two dogs\n3.")
