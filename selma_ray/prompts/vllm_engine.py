@@ -130,7 +130,7 @@ def chat_template_of(llm: LLMConfig) -> str | None:
 def _finding_its_model(stage: type, name: str, revision: str | None) -> type:
     """Return a stage of Ray Data that looks for its model on the node where it runs, whose folders may not be the driver's."""
 
-    class FindingItsModel(stage):  # type: ignore[misc]
+    class FindingItsModel(stage):
         def __init__(self, *positional: Any, model: str, **options: Any) -> None:
             super().__init__(*positional, model=locate_llm(name, revision).path, **options)
 
