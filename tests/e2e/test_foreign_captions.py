@@ -1,5 +1,7 @@
-"""The loop on captions that no grammar made: a language model writes prompts and questions, a tiny pipeline renders, a tiny VLM judges.
+"""The loop on captions that no grammar made: every stage takes them as they are.
 
+A language model writes prompts and questions, a tiny pipeline renders, a tiny VLM in vLLM chooses among images, a tiny VQA model scores:
+each start of vLLM takes half a minute of a small machine.
 Every engine is real and none is good: what is tested is that each stage takes such captions, and that every count is right.
 """
 
@@ -12,7 +14,7 @@ import pytest
 import yaml
 
 from selma_ray.judging.sources import WHOLE
-from tests.unit.judging.tiny_judges import save_tiny_idefics3
+from tests.unit.judging.tiny_judges import save_tiny_idefics3, save_tiny_vilt
 
 SKILLS = ["coco", "whoops"]
 PER_SKILL, DEV, PER_PROMPT = 4, 1, 2
@@ -48,7 +50,10 @@ def recipe(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
             "steps": 2, "batch_size": 2, "checkpoint_every_steps": 1, "lora": {"rank": 2, "alpha": 2}, "selection": {"every_steps": 2},
         },
         "merging": {"method": "search", "search": {"generations": 1, "candidates": 2, "max_prompts": 1}},
-        "evaluation": {"suite": str(tmp_path / "suite.jsonl"), "sampling": SAMPLING, "judge": judge},
+        "evaluation": {
+            "suite": str(tmp_path / "suite.jsonl"), "sampling": SAMPLING,
+            "judge": {"name": str(save_tiny_vilt(tmp_path / "scorer")), "engine": "transformers"},
+        },
         "serving": {"port": 0, "evaluator_replicas": 0, "sampling": SAMPLING},
     }  # fmt: skip
     path = tmp_path / "recipe.yaml"

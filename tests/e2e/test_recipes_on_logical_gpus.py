@@ -18,6 +18,8 @@ from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_u
 from tests.unit.judging.tiny_judges import save_tiny_vilt
 
 LARGE = ["sd14", "sd2", "sdxl", "sd35", "flux", "paper_sd14", "paper_sd2", "paper_sdxl", "workstation"]
+QUICK = {("sdxl", 1), ("flux", 8)}
+"""The others differ from these in numbers alone; that each of them fits is in tests/unit/run/test_demands.py."""
 _STORE = "--object-store-memory=150000000"
 SIZE = "width_px: 64, height_px: 64"
 
@@ -67,16 +69,15 @@ def runs_on(recipe: str, gpus: int, stand_ins: list[str], run_dir: Path) -> None
         assert "they run one after the other" in done.stderr
 
 
-@pytest.mark.timeout(900)
-def test_a_large_recipe_runs_on_one_gpu(stand_ins: list[str], tmp_path: Path) -> None:
-    """The other recipes differ from this one in numbers alone; that each of them fits is in tests/unit/run/test_demands.py."""
-    runs_on("sdxl", 1, stand_ins, tmp_path / "run")
-
-
-@pytest.mark.heavy
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("gpus", [1, 8])
-@pytest.mark.parametrize("recipe", LARGE)
+@pytest.mark.parametrize(
+    ("recipe", "gpus"),
+    [
+        pytest.param(recipe, gpus, marks=() if (recipe, gpus) in QUICK else pytest.mark.heavy)
+        for recipe in LARGE
+        for gpus in (1, 8)
+    ],
+)
 def test_every_recipe_runs_on_one_gpu_and_on_eight(
     recipe: str, gpus: int, stand_ins: list[str], tmp_path: Path
 ) -> None:
@@ -102,20 +103,13 @@ def test_labels_on_one_machine_are_refused_at_once(stand_ins: list[str], tmp_pat
 
 
 @pytest.fixture
-def labelled_cluster(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """Start a head without GPUs and a node of one GPU for each role; yield its address and a log."""
+def labelled_cluster(tmp_path: Path) -> Iterator[str]:
+    """Start a head without GPUs and a node of one GPU for each role; yield its address."""
     port, host = free_port(), own_address()
-    address = f"{host}:{port}"
-    log = tmp_path / "head.log"
+    address, log = f"{host}:{port}", tmp_path / "head.log"
     head = [
-        "--head",
-        f"--port={port}",
-        f"--node-ip-address={host}",
-        "--num-cpus=2",
-        "--num-gpus=0",
-        "--include-dashboard=false",
-        _STORE,
-    ]
+        "--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", _STORE
+    ]  # fmt: skip
     nodes = [RayNode(*head, log=log)]
     try:
         wait_until(lambda: nodes[0].started, log, nodes[0].process)
@@ -124,17 +118,17 @@ def labelled_cluster(tmp_path: Path) -> Iterator[tuple[str, Path]]:
             nodes.append(RayNode(*words, log=tmp_path / f"{role}.log"))
         for node, role in zip(nodes[1:], ("llm", "render", "train", "serve"), strict=True):
             wait_until(lambda node=node: node.started, tmp_path / f"{role}.log", node.process)  # type: ignore[misc]
-        yield address, log
+        yield address
     finally:
         for node in reversed(nodes):
             node.stop()
 
 
-@pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_a_recipe_runs_on_a_labelled_cluster_of_one_gpu_nodes(
-    labelled_cluster: tuple[str, Path], stand_ins: list[str], tmp_path: Path
+    labelled_cluster: str, stand_ins: list[str], tmp_path: Path
 ) -> None:
-    address, _ = labelled_cluster
     words = [f"run_dir={tmp_path / 'run'}", *stand_ins, "cluster.use_labels=true"]
-    check_finished(selma("sdxl", *words, environment={**ENVIRONMENT, "RAY_ADDRESS": address}), tmp_path / "run")
+    check_finished(
+        selma("sdxl", *words, environment={**ENVIRONMENT, "RAY_ADDRESS": labelled_cluster}), tmp_path / "run"
+    )
