@@ -1,6 +1,7 @@
 """cluster.yaml passes Ray's own validation; the Kubernetes manifests and serve/config.yaml have the parts they need."""
 
 import re
+import subprocess
 import typing
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,61 @@ def test_a_worker_group_of_the_launcher_bears_every_role(cluster: dict[str, Any]
 
 
 def test_the_launchers_autoscaler_heeds_labels(cluster: dict[str, Any]) -> None:
-    assert cluster["head_start_ray_commands"][-1].startswith("RAY_enable_autoscaler_v2=1 ray start --head")
+    assert "RAY_enable_autoscaler_v2=1 ray start --head" in cluster["head_start_ray_commands"][-1]
+
+
+STUB = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LOG"
+case "$(basename "$0")" in
+  python) echo secret ;;
+  ray) echo "HF_TOKEN=$HF_TOKEN" >> "$LOG" ;;
+  sudo) "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "called", "variables"),
+    [
+        ("initialization_commands", ["sudo mkdir -p /opt/dlami/nvme", "sudo chmod 1777 /opt/dlami/nvme"], {}),
+        ("setup_commands", ["pip install --no-deps -r requirements/gpu.txt", "pip install --no-deps ."], {}),
+        ("head_start_ray_commands", ["python /home/ray/selma_ray/jobs/hub_token.py", "ray start --head"], {}),
+        ("worker_start_ray_commands", ["ray start --address=10.0.0.1:6379"], {"RAY_HEAD_IP": "10.0.0.1"}),
+    ],
+)
+def test_the_launchers_commands_run_with_what_a_node_knows(
+    cluster: dict[str, Any], stage: str, called: list[str], variables: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("sudo", "mkdir", "chmod", "pip", "python", "ray"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    known = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "LOG": str(log), **variables}
+    for command in cluster[stage]:
+        there = command.replace("cd /home/ray/selma_ray", f"cd {ROOT}")
+        done = subprocess.run(["bash", "-u", "-e", "-c", there], env=known, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), command
+    assert all(line in log.read_text() for line in called)
+    if "start_ray" in stage:
+        assert log.read_text().endswith("HF_TOKEN=secret\n")
+    assert "secret" not in "".join(cluster[stage])
+
+
+def test_a_node_reads_its_token_where_it_may(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import boto3
+    from moto import mock_aws
+
+    from jobs.hub_token import main
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "us-west-2")
+    with mock_aws():
+        boto3.client("ssm").put_parameter(Name="/selma/hf_token", Value="hf_x", Type="SecureString")
+        assert main("/selma/hf_token") == "hf_x"
+        assert main("/other") == ""
+    assert "/other was not read (ParameterNotFound): gated models cannot be fetched here" in capsys.readouterr().err
 
 
 def test_the_launchers_head_takes_no_tasks(cluster: dict[str, Any]) -> None:
@@ -52,7 +107,7 @@ def test_the_launchers_head_takes_no_tasks(cluster: dict[str, Any]) -> None:
 
 
 def test_the_launcher_installs_this_project_beside_the_pinned_ray(cluster: dict[str, Any]) -> None:
-    assert any('pip install ".[gpu]"' in command for command in cluster["setup_commands"])
+    assert any("requirements/gpu.txt && pip install --no-deps ." in command for command in cluster["setup_commands"])
     assert f":{ray_version()}-" in cluster["docker"]["worker_image"]
 
 

@@ -29,18 +29,32 @@ def record(required: str = "", **fields: Any) -> dict[str, Any]:
 TEXT, WHOLE, TRUTH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 WORDS = {"type": "object", "additionalProperties": TEXT}
 QUANTITIES = {"type": "object", "additionalProperties": {"type": "string", "pattern": r"^\d+(\.\d+)?(m|Ki|Mi|Gi|Ti)?$"}}
+VARIABLE = record(
+    "name",
+    name=TEXT,
+    value=TEXT,
+    valueFrom=record("secretKeyRef", secretKeyRef=record("name key", name=TEXT, key=TEXT, optional=TRUTH)),
+)
 CONTAINER = record(
     "name image resources",
     name=TEXT,
     image=TEXT,
     resources=record("requests limits", requests=QUANTITIES, limits=QUANTITIES),
+    env={"type": "array", "items": VARIABLE},
+    readinessProbe=record(
+        "httpGet",
+        httpGet=record("path port", path=TEXT, port=WHOLE),
+        periodSeconds=WHOLE,
+        timeoutSeconds=WHOLE,
+        failureThreshold=WHOLE,
+    ),
     ports={"type": "array", "items": record("containerPort", containerPort=WHOLE, name=TEXT)},
     volumeMounts={"type": "array", "items": record("name mountPath", name=TEXT, mountPath=TEXT, readOnly=TRUTH)},
 )
 VOLUME = record(
     "name",
     name=TEXT,
-    persistentVolumeClaim=record("claimName", claimName=TEXT),
+    emptyDir=record("sizeLimit", sizeLimit=TEXT),
     secret=record("secretName", secretName=TEXT),
 )
 PODS = record(
@@ -49,6 +63,9 @@ PODS = record(
         "containers",
         containers={"type": "array", "items": CONTAINER},
         volumes={"type": "array", "items": VOLUME},
+        serviceAccountName=TEXT,
+        securityContext=record("fsGroup", fsGroup=WHOLE),
+        tolerations={"type": "array", "items": record("key operator effect", key=TEXT, operator=TEXT, effect=TEXT)},
     ),
 )
 CLUSTER = record(
