@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--gpu-memory", type=_positive, metavar="GB", help="tell whether everything fits GPUs of this size"
             )
+            command.add_argument("--cluster", action="store_true", help="list the groups of nodes that it can use, too")
         if name == "evaluate":
             _add_rating_options(command)
     _add_data_commands(commands)
@@ -147,7 +148,7 @@ def _execute(options: argparse.Namespace) -> None:
     if options.command == "plan":
         from selma_ray.cli.show_plan import show_plan
 
-        show_plan(recipe, options.tflops, options.gpu_memory)
+        show_plan(recipe, options.tflops, options.gpu_memory, cluster=options.cluster)
         return
     from selma_ray.cli import show as console
 

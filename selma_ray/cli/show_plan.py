@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from selma_ray.plan.estimate import plan_recipe, study_hours
+from selma_ray.plan.nodes import NodeGroup, node_groups
 from selma_ray.run.demands import SERVE
 from selma_ray.run.memory import CUDA_BYTES, Need, check_memory
 from selma_ray.run.recipe import Recipe
@@ -20,8 +21,8 @@ __all__ = ["show_plan", "show_study_plan"]
 _GB = 1e9
 
 
-def show_plan(recipe: Recipe, tflops: float, gpu_gb: float | None = None) -> None:
-    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s, and whether it fits cards of `gpu_gb`."""
+def show_plan(recipe: Recipe, tflops: float, gpu_gb: float | None = None, *, cluster: bool = False) -> None:
+    """Print a recipe's plan at a sustained rate of `tflops` TFLOP/s, whether it fits cards of `gpu_gb`, and a cluster for it."""
     plan = plan_recipe(recipe, gpu_gb and gpu_gb * _GB)
     console = Console(highlight=False, soft_wrap=True)
     parts = ", ".join(f"{name} {_count(count)}" for name, count in plan.parameters.items())
@@ -45,6 +46,11 @@ def show_plan(recipe: Recipe, tflops: float, gpu_gb: float | None = None) -> Non
         console.print(
             f"Beside these, CUDA takes about {CUDA_BYTES / _GB:g} GB of a card in each process; judges of transformers are left out."
         )
+    if cluster:
+        console.print(_node_table(node_groups(recipe, gpu_gb and gpu_gb * _GB)), soft_wrap=False)
+        console.print(
+            "Nodes of a group bear the label role=GROUP; with cluster.use_labels=true each stage takes its own."
+        )
     if gpu_gb:
         check_memory(recipe, [*STAGES, SERVE], gpu_gb * _GB)
 
@@ -67,6 +73,16 @@ def _memory_table(needs: Sequence[Need], gpu_gb: float | None) -> Table:
             allowed,
             parts if fits else f"[red]does not fit[/red]: {parts}",
         )
+    return table
+
+
+def _node_table(groups: Sequence[NodeGroup]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title="Nodes", title_justify="left")
+    for heading in ("group", "CPUs", "GPUs", "GB a GPU, at least", "nodes"):
+        table.add_column(heading, justify="left" if heading == "group" else "right")
+    for group in groups:
+        counts = str(group.fewest) if group.fewest == group.most else f"{group.fewest} to {group.most}"
+        table.add_row(group.role, str(group.cpus), str(group.gpus), _gb(group.card_bytes), counts)
     return table
 
 

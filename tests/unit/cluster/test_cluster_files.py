@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from selma_ray.cluster.config import Role
+from selma_ray.plan.nodes import node_groups
+from selma_ray.run.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
+_L40S_BYTES = 48e9  # the card of AWS's g6e instances
 ROLES = set(typing.get_args(Role))
 
 
@@ -42,6 +45,17 @@ def test_a_worker_group_of_the_launcher_bears_every_role(cluster: dict[str, Any]
     assert all(
         group["min_workers"] == 0 and group["max_workers"] > 0 for name, group in groups.items() if name != "head"
     )
+
+
+def test_the_launchers_nodes_hold_what_the_recipe_of_its_first_lines_takes(cluster: dict[str, Any]) -> None:
+    recipe = load_recipe(ROOT / "jobs" / "recipes" / "sdxl.yaml", [])
+    for group in node_groups(recipe, _L40S_BYTES):
+        node = cluster["available_node_types"][group.role]
+        assert node["resources"]["CPU"] >= group.cpus
+        assert node["resources"]["GPU"] == group.gpus
+        assert node["max_workers"] >= group.fewest
+        assert node["node_config"]["InstanceType"].startswith("g6e.")
+        assert group.card_bytes < _L40S_BYTES
 
 
 def test_the_launchers_autoscaler_heeds_labels(cluster: dict[str, Any]) -> None:
