@@ -19,6 +19,7 @@ from selma_ray import errors
 from selma_ray.adapters.files import adapter_digest
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import cpu_count
+from selma_ray.cluster.metrics import count
 from selma_ray.cluster.placement import Demand, check_fit, role_options, shared_resources
 from selma_ray.errors import RenderError
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
@@ -70,6 +71,9 @@ def evaluate_models(
             if number == 0:  # the judge's name is known, and little work lost
                 refuse_other_judges(_judge_name(folder, chunk, judge_key), others, config)
             done += len(chunk.prompts)
+            count("selma_images_scored", len(chunk.prompts), folder.uri, "evaluate")
+            asked = sum(len(prompt.questions) for prompt in chunk.prompts)
+            count("selma_questions_answered", asked, folder.uri, "evaluate")
             if report:
                 report(Progress("evaluate", done, total, chunk.model))
     scores = {name: _scores(folder, name, of_model, judge_key, config) for name, of_model in chunks.items()}

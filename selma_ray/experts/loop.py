@@ -10,6 +10,7 @@ import ray.train
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 
+from selma_ray.cluster.metrics import count
 from selma_ray.experts.curves import CurveLog
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.lanes import Lane
@@ -47,6 +48,7 @@ def _fit_expert(job: ExpertJob) -> None:
         if progress and curves:
             progress.update(step, loss)
             curves.add(step, trainer.curve.latest())
+            count("selma_training_steps", 1, job.folder.uri, "train", expert=job.name)
         if step in job.candidate_steps:
             trainer.export_candidate()
         if step % job.config.checkpoint_every_steps == 0 and step < job.config.steps:

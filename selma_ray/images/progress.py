@@ -12,6 +12,7 @@ from typing import Any
 from ray.data import Dataset
 
 from selma_ray.cluster.errors import actor_failure
+from selma_ray.cluster.metrics import count
 from selma_ray.errors import RenderError
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
@@ -93,6 +94,7 @@ def follow(
         if row["error"] is not None:
             reasons[row["error"]] += 1
         progress = _advanced(progress, row, reasons)
+        _count(row, folder.uri)
         if progress.failed > config.max_failed_fraction * total:
             _write(folder, progress)
             raise too_many_failures(progress.failed, total, dict(reasons.most_common(3)), config)
@@ -150,6 +152,19 @@ def _advanced(progress: RenderingProgress, row: dict[str, Any], reasons: Counter
         updated_at=now,
         reasons=dict(reasons.most_common(3)),
     )
+
+
+def _count(row: dict[str, Any], run: str) -> None:
+    """Count an image for whoever watches the cluster."""
+    counted = {
+        "selma_images_rendered": row["error"] is None,
+        "selma_images_rejected": row["split"] == "rejected",
+        "selma_images_failed": row["error"] is not None and row["split"] != "rejected",
+        "selma_images_scored": row["score"] is not None,
+        "selma_render_seconds": row["seconds"] or 0,
+    }
+    for name, amount in counted.items():
+        count(name, amount, run, "generate")
 
 
 def _write(folder: RunFolder, progress: RenderingProgress) -> None:

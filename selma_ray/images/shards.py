@@ -51,7 +51,7 @@ class WriteImages:
         """Write rows of RENDERED_SCHEMA; returns a light row for each."""
         self._write(self._folder, rendered)
         finish_batches(self._folder, rendered["batch"].unique().to_pylist())
-        return rendered.select(["id", "skill", "prompt", "split", "error", "seconds", "again"])
+        return rendered.select(["id", "skill", "prompt", "split", "error", "seconds", "again", "score"])
 
 
 def write_shards(folder: RunFolder, rows: pa.Table) -> None:

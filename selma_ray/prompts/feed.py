@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from selma_ray.cluster.metrics import count
 from selma_ray.errors import SelmaError
 from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.pool import PromptPool, WrittenAnswer
@@ -94,13 +96,21 @@ class PromptFeed:
 
     def _take(self, answer: WrittenAnswer) -> list[dict[str, Any]]:
         try:
+            before = Counter(self._pool.rejected)
             kept = self._pool.hand_in(answer)
+            self._count(len(kept), self._pool.rejected - before)
             self._record_progress(len(kept))
             return kept
         except SelmaError as error:
             self._failure = error
             self._changed.notify_all()
             raise
+
+    def _count(self, kept: int, rejected: Counter[str]) -> None:
+        """Count prompts for whoever watches the cluster."""
+        count("selma_prompts_kept", kept, self._folder.uri, "generate")
+        for reason, number in rejected.items():
+            count("selma_prompts_rejected", number, self._folder.uri, "generate", reason=reason)
 
     def _record_progress(self, newly_kept: int) -> None:
         """Write how far the prompts are, now and then and at the end."""

@@ -61,7 +61,9 @@ def vllm_stage(
         postprocess_map_kwargs={"num_cpus": 0, "compute": TaskPoolStrategy(size=1)},
     )
     for name, stage in list(processor.stages.items()):
-        if "model" in stage.fn_constructor_kwargs:  # a copy: assigning to a stage computes its resources anew, with a GPU
+        if (
+            "model" in stage.fn_constructor_kwargs
+        ):  # a copy: assigning to a stage computes its resources anew, with a GPU
             found = _finding_its_model(stage.fn, llm.name, llm.revision)
             processor.stages[name] = stage.model_copy(update={"fn": found})
     engine = processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs

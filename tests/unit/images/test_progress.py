@@ -27,7 +27,7 @@ class Stream:
     def iter_rows(self) -> Iterator[Any]:
         for error in self._errors:
             self.taken += 1
-            yield {"id": "x", "split": "train", "error": error, "again": self._again}
+            yield {"id": "x", "split": "train", "error": error, "again": self._again, "seconds": 0.5, "score": None}
 
 
 @pytest.fixture
