@@ -34,6 +34,9 @@ class ServingConfig(StrictModel):
     """Origins whose pages may ask this service from a browser, such as https://app.example.com, or "*"; default: none."""
     public_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+[^/]$")] | None = None
     """Address under which clients reach the service, for links to images; default: the one that a request came to."""
+    image_metadata: bool = True
+    """Write into each image's file what drew it: prompts, model, seed, steps, guidance, size and scheduler. PNG has all of it, and the
+    line `parameters` that other tools read, which is the Exif comment of JPEG and WebP."""
     url_lifetime_s: float = Field(default=3600, gt=0)
     """Seconds for which a link to an image works (response_format url)."""
     url_store_mb: float = Field(default=256, gt=0)

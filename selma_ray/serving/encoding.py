@@ -4,14 +4,15 @@ import base64
 import binascii
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from selma_ray.serving.errors import RequestError, invalid_request, too_large
+from selma_ray.serving.metadata import PARAMETERS
 
 __all__ = [
     "PNG",
@@ -44,17 +45,36 @@ class FileFormat:
 PNG = FileFormat()
 
 
-def encode(image: Image.Image, file_format: FileFormat) -> bytes:
-    """Return the image's file."""
+def encode(image: Image.Image, file_format: FileFormat, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the image's file, with `metadata` in it: all of it in PNG, its `parameters` as the Exif comment of the others."""
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 4} if file_format.kind == "png" else {"quality": file_format.quality}
+    if file_format.kind == "png":
+        options: dict[str, Any] = {"compress_level": 4, "pnginfo": _text_chunks(metadata or {})}
+    else:
+        options = {"quality": file_format.quality, "exif": _comment((metadata or {}).get(PARAMETERS, ""))}
     image.save(buffer, format=file_format.kind.upper(), **options)
     return buffer.getvalue()
 
 
 def reencode(content: bytes, file_format: FileFormat) -> bytes:
-    """Return an image file of our own in another format."""
-    return encode(Image.open(io.BytesIO(content)), file_format)
+    """Return a PNG file of our own in another format, with the metadata that it has."""
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return encode(image, file_format, getattr(image, "text", {}))
+
+
+def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+        chunks.add_text(name, text.replace("\0", ""))  # which would end the text
+    return chunks
+
+
+def _comment(text: str) -> Image.Exif:
+    exif = Image.Exif()
+    if text:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif
 
 
 def base64_of(content: bytes) -> str:
