@@ -92,6 +92,8 @@ class ServingConfig(StrictModel):
     request_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which a request is answered 504; one that would take longer, by the measured time of its images and of what is
     before them, is refused at once."""
+    drain_s: float = Field(default=30, ge=0)
+    """Seconds that accepted requests have to finish once the service is told to end; new ones are answered 503 meanwhile."""
     stall_timeout_s: float = Field(default=120, gt=0)
     """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
     judge: JudgeSetting | None = JudgeConfig()

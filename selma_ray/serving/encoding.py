@@ -21,6 +21,7 @@ __all__ = [
     "base64_of",
     "bytes_of_base64",
     "count_pixels",
+    "decode_alpha",
     "decode_upload",
     "encode",
     "reencode",
@@ -104,6 +105,20 @@ def decode_upload(content: bytes, max_pixels: int, background: str = "white") ->
         return _as_seen(_open(content, max_pixels), background)
 
 
+def decode_alpha(content: bytes, max_pixels: int, param: str = "image") -> Image.Image | None:
+    """Return the opacity of an image in a file from a stranger, turned as its camera says; None where all of it is opaque.
+
+    Raises RequestError as `decode_upload` does, about `param`.
+    """
+    with _refusals(max_pixels, param):
+        _open(content, max_pixels, param).verify()
+        image = ImageOps.exif_transpose(_open(content, max_pixels, param))
+        if not image.has_transparency_data:
+            return None
+        alpha = image.convert("RGBA").getchannel("A")
+        return alpha if alpha.getextrema() != (255, 255) else None
+
+
 def count_pixels(content: bytes, max_pixels: int) -> int:
     """Return how many pixels a file from a stranger has, by its header alone; raises RequestError as `decode_upload` does."""
     with _refusals(max_pixels):
@@ -112,22 +127,22 @@ def count_pixels(content: bytes, max_pixels: int) -> int:
 
 
 @contextmanager
-def _refusals(max_pixels: int) -> Iterator[None]:
+def _refusals(max_pixels: int, param: str = "image") -> Iterator[None]:
     try:
         yield
     except RequestError:
         raise
     except Image.DecompressionBombError:
-        raise too_large(_too_many_pixels(max_pixels), "image") from None
+        raise too_large(_too_many_pixels(max_pixels, param), param) from None
     except Exception as error:  # Decoders raise whatever a broken file makes them stumble over.
         logger.info("an uploaded image was refused: %s", type(error).__name__)
-        raise invalid_request("image must be a whole PNG, JPEG or WebP file", "image", "invalid_image") from None
+        raise invalid_request(f"{param} must be a whole PNG, JPEG or WebP file", param, "invalid_image") from None
 
 
-def _open(content: bytes, max_pixels: int) -> Image.Image:
+def _open(content: bytes, max_pixels: int, param: str = "image") -> Image.Image:
     image = Image.open(io.BytesIO(content), formats=_ACCEPTED)
     if image.width * image.height > max_pixels:
-        raise too_large(_too_many_pixels(max_pixels), "image")
+        raise too_large(_too_many_pixels(max_pixels, param), param)
     return image
 
 
@@ -142,5 +157,5 @@ def _as_seen(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _too_many_pixels(max_pixels: int) -> str:
-    return f"image must have at most {max_pixels} pixels; send a smaller one"
+def _too_many_pixels(max_pixels: int, param: str) -> str:
+    return f"{param} must have at most {max_pixels} pixels; send a smaller one"
