@@ -40,6 +40,8 @@ __all__ = [
 
 _LINE_EVERY_S = 10.0
 _DETAIL_CHARS = 80
+_SHUTDOWN_S = 3.0
+"""Seconds for Ray Serve to end; a local Ray ends with this process, whatever it still does."""
 
 _TITLES = {
     "generate": "Prompts and images: vLLM streams into the renderers",
@@ -149,7 +151,7 @@ def show_ratings(run: Run, files: Sequence[str]) -> None:
 
 
 def serve(run: Run) -> None:
-    """Serve the merged model until interrupted."""
+    """Serve the merged model until interrupted or terminated, then finish what was accepted."""
     service = _start_service(run)
     try:
         console.print(f"Serving {run.recipe.merging.name} at [bold]{service.url}[/bold] (interrupt to stop)")
@@ -159,10 +161,11 @@ def serve(run: Run) -> None:
             f"  curl {service.url}/v1/images/generations -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
             markup=False,
         )
-        while True:
-            time.sleep(3600)
+        service.wait()
+        console.print(f"Stopping; accepted requests have {run.recipe.serving.drain_s:g} s (interrupt to stop at once)")
+        service.drain()
     finally:
-        service.stop()
+        service.stop(within_s=_SHUTDOWN_S)
 
 
 def _start_service(run: Run) -> Any:

@@ -140,6 +140,12 @@ class FlowPredictor(PipelinePredictor):
         latents_NChw = latents_NChw / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents_NChw, return_dict=False)[0]
 
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        vae = self._pipeline.vae
+        return (
+            vae.encode(pixels_N3HW).latent_dist.sample(generator) - vae.config.shift_factor
+        ) * vae.config.scaling_factor
+
     def _course(self, drawing: Drawing, channels: int, patch: int, schedule: Mapping[str, Any]) -> Course:
         """Draw the initial noise as diffusers' pipelines do; raises DrawingError for a size that has no whole patches."""
         unit_px = self._pipeline.vae_scale_factor * patch
@@ -151,8 +157,9 @@ class FlowPredictor(PipelinePredictor):
         scale = self._pipeline.vae_scale_factor
         shape_NChw = (1, channels, drawing.height_px // scale, drawing.width_px // scale)
         return Course(
-            self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device, schedule
-        )
+            self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device, schedule,
+            self._start_of(drawing),
+        )  # fmt: skip
 
     def _shift(self, drawing: Drawing, patch: int, default_most: float) -> float:
         """Return how far noise levels are shifted for an image of this size (2403.03206, section 5.3.2)."""

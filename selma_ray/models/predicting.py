@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from selma_ray.errors import RenderError
 from selma_ray.models.conditions import Condition, Conditions, Texts, stacked
-from selma_ray.models.course import Course
+from selma_ray.models.course import Course, Start
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.parts import denoiser_of, not_finite
 from selma_ray.models.prompt_length import count_tokens
@@ -66,6 +67,24 @@ class PipelinePredictor(ABC):
             else ()
         )
         return [next(drawn) if finite else not_finite(self._dtype) for finite in finite_N.tolist()]
+
+    def _start_of(self, drawing: Drawing) -> Start | None:
+        """Return the image that a drawing starts from, on the device and ready to be sampled; none where it starts from noise."""
+        source = drawing.source
+        if source is None:
+            return None
+        pixels_13HW = self._pipeline.image_processor.preprocess(source.image).to(self._device, self._dtype)
+        mask_11hw = None
+        if source.mask is not None:
+            scale = self._pipeline.vae_scale_factor
+            size = (drawing.height_px // scale, drawing.width_px // scale)
+            anew_11HW = torch.from_numpy(np.asarray(source.mask) >= 128)[None, None].float()
+            mask_11hw = torch.nn.functional.interpolate(anew_11HW, size=size).to(self._device, self._dtype)
+        return Start(lambda generator: self._sample(pixels_13HW, generator), source.strength, mask_11hw)
+
+    @abstractmethod
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Draw the denoiser's latents of images (-1 to 1) from the autoencoder's distribution."""
 
     @abstractmethod
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:

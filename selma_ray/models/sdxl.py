@@ -4,7 +4,9 @@ Shapes: N examples or images, T text tokens, D text width (both encoders togethe
 h x w latent pixels.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from selma_ray.models.parts import encoding_pipeline, load_config
 from selma_ray.models.stable_diffusion import StableDiffusion, StableDiffusionEncoders, StableDiffusionPredictor
 
 __all__ = ["StableDiffusionXL", "StableDiffusionXLEncoders", "StableDiffusionXLPredictor"]
+
+_PRECISION = threading.Lock()
 
 
 def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
@@ -95,24 +99,51 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
         return conditions
 
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
-        """Decode, in full precision where the autoencoder overflows in half; it has its own again whatever fails."""
+        """Decode, in full precision where the autoencoder overflows in half."""
         pipeline, vae = self._pipeline, self._pipeline.vae
-        dtype = vae.dtype
-        try:
-            if dtype == torch.float16 and vae.config.force_upcast:
-                vae.to(torch.float32)
+        with _upcast(vae):
             latents_NChw = latents_NChw.to(vae.dtype) / vae.config.scaling_factor
             if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-                std_C = latents_NChw.new_tensor(vae.config.latents_std)
-                mean_C = latents_NChw.new_tensor(vae.config.latents_mean)
-                latents_NChw = latents_NChw * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
+                mean_1C11, std_1C11 = self._latent_mean_and_std(latents_NChw)
+                latents_NChw = latents_NChw * std_1C11 + mean_1C11
             pixels_N3HW = vae.decode(latents_NChw, return_dict=False)[0]
-        finally:
-            vae.to(dtype)  # where it has that precision this does nothing
         if pipeline.watermark is not None:
             pixels_N3HW = pipeline.watermark.apply_watermark(pixels_N3HW)
         return pixels_N3HW
 
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Encode, in full precision where the autoencoder overflows in half."""
+        vae = self._pipeline.vae
+        with _upcast(vae):
+            latents_NChw = vae.encode(pixels_N3HW.to(vae.dtype)).latent_dist.sample(generator).to(self._dtype)
+        if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+            mean_1C11, std_1C11 = self._latent_mean_and_std(latents_NChw)
+            latents_NChw = (latents_NChw - mean_1C11) / std_1C11
+        return latents_NChw * vae.config.scaling_factor
+
+    def _latent_mean_and_std(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self._pipeline.vae.config
+        mean_C, std_C = like.new_tensor(config.latents_mean), like.new_tensor(config.latents_std)
+        return mean_C.view(1, -1, 1, 1), std_C.view(1, -1, 1, 1)
+
 
 def _zeroed(condition: Condition) -> Condition:
     return {name: torch.zeros_like(tensor) for name, tensor in condition.items()}
+
+
+@contextmanager
+def _upcast(autoencoder: Any) -> Iterator[None]:
+    """Give an autoencoder that overflows in half precision the full one, one caller at a time; it has its own again whatever fails."""
+    if not autoencoder.config.force_upcast:
+        yield
+        return
+    with _PRECISION:
+        dtype = autoencoder.dtype
+        try:
+            if dtype == torch.float16:
+                autoencoder.to(torch.float32)
+            yield
+        finally:
+            if dtype == torch.float16 and autoencoder.device.type == "cuda":
+                torch.cuda.current_stream(autoencoder.device).synchronize()  # another stream may be the next to use it
+            autoencoder.to(dtype)  # where it has that precision this does nothing

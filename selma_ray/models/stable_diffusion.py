@@ -168,10 +168,17 @@ class StableDiffusionPredictor(PipelinePredictor):
             )
 
     def start(self, drawing: Drawing) -> Course:
-        """Draw the initial noise of an image as diffusers' pipeline draws it."""
+        """Draw the initial noise of an image as diffusers' pipeline draws it, and put what it starts from below."""
         scale = self._pipeline.vae_scale_factor
         shape_NChw = (1, self.denoiser.config.in_channels, drawing.height_px // scale, drawing.width_px // scale)
-        return Course(self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device)
+        return Course(
+            self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device,
+            start=self._start_of(drawing),
+        )  # fmt: skip
+
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        vae = self._pipeline.vae
+        return vae.config.scaling_factor * vae.encode(pixels_N3HW).latent_dist.sample(generator)
 
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae

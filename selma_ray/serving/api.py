@@ -1,7 +1,9 @@
 """The HTTP API: a FastAPI application over whatever draws images and scores them."""
 
+import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from selma_ray import __version__
 from selma_ray.serving.backend import Backend
 from selma_ray.serving.bodies import (
+    EditBody,
     Generation,
     GenerationBody,
     Model,
@@ -21,8 +24,11 @@ from selma_ray.serving.bodies import (
 )
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.description import describe
+from selma_ray.serving.draining import Gate, KeepGate
+from selma_ray.serving.edits import FILES, edit_requests
 from selma_ray.serving.encoding import FileFormat, bytes_of_base64
 from selma_ray.serving.errors import RequestError, invalid_request
+from selma_ray.serving.forms import form_body_of, read_form
 from selma_ray.serving.generation import Wanted, draw, event_stream
 from selma_ray.serving.guards import AnswerFaults, AnswerHead, LimitBody, RequireKey, SecureHeaders, error_response
 from selma_ray.serving.idempotency import RepeatAnswers
@@ -32,11 +38,13 @@ from selma_ray.serving.metrics import MeasureRequests, Metrics
 from selma_ray.serving.page import PAGE_PATHS, add_page
 from selma_ray.serving.parsing import read_body, request_body_of
 from selma_ray.serving.reading import image_requests, wanted_metrics, warnings_of
+from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
 
 __all__ = ["build_app"]
 
 _PROBES = ("/healthz", "/readyz")
+_TO_THE_END = ("/healthz", "/metrics")
 _BODY_TIMEOUT_S = 30
 _EXPOSED_HEADERS = (
     "Retry-After", "x-request-id", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
@@ -47,10 +55,13 @@ _EVENT = {
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["event", "data"],
 }
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
-def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: Sequence[ApiKey]) -> FastAPI:
-    """Return the API around `backend`; `keys` is empty where only loopback is answered."""
+def build_app(
+    backend: Backend, config: ServingConfig, names: ModelNames, keys: Sequence[ApiKey], gate: Gate | None = None
+) -> FastAPI:
+    """Return the API around `backend`; `keys` is empty where only loopback is answered, and closing `gate` ends it."""
     metrics = Metrics()
     app = FastAPI(title="selma_ray", version=__version__, docs_url=None, redoc_url=None)
     _add_probes(app, backend, metrics)
@@ -64,6 +75,7 @@ def build_app(backend: Backend, config: ServingConfig, names: ModelNames, keys: 
     app.add_middleware(RequireKey, keys=keys, open_paths=(*_PROBES, *PAGE_PATHS), open_folders=(FILES_PATH,))
     app.add_middleware(AnswerHead)
     app.add_middleware(AnswerFaults)
+    app.add_middleware(KeepGate, gate=gate or Gate(), open_paths=_TO_THE_END)
     app.add_middleware(MeasureRequests, metrics=metrics)
     app.add_middleware(SecureHeaders)
     if config.cors_origins:
@@ -123,16 +135,7 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         """Return an image that a link names."""
         return links.answer(name, expires, signature)
 
-    @app.post(
-        "/v1/images/generations",
-        response_model=Generation,
-        responses={200: {"content": {"text/event-stream": {"schema": _EVENT}}}},
-        openapi_extra=request_body_of(GenerationBody),
-    )
-    async def generations(request: Request) -> Any:
-        """Draw images."""
-        body = await read_body(request, GenerationBody)
-        wanted = _wanted(body, config, names)
+    async def answered(request: Request, body: GenerationBody, wanted: Wanted) -> Any:
         if body.stream:
             return await event_stream(backend, wanted)
 
@@ -144,6 +147,28 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         for candidate in generation.candidates or ():
             metrics.count_scores(candidate.scores)
         return generation
+
+    @app.post(
+        "/v1/images/generations",
+        response_model=Generation,
+        responses=_STREAMED,
+        openapi_extra=request_body_of(GenerationBody),
+    )
+    async def generations(request: Request) -> Any:
+        """Draw images."""
+        body = await read_body(request, GenerationBody)
+        return await answered(request, body, _wanted(body, config, names, image_requests(body, config, names)))
+
+    @app.post("/v1/images/edits", response_model=Generation, responses=_STREAMED, openapi_extra=form_body_of(EditBody))
+    async def edits(request: Request) -> Any:
+        """Change an image, as a whole or where its mask is transparent."""
+        form = await read_form(request, FILES)
+        body = form.validated(EditBody)
+        requests, warnings = await asyncio.to_thread(edit_requests, body, form.files, config, names)
+        wanted = _wanted(body, config, names, requests)
+        return await answered(
+            request, body, replace(wanted, event="image_edit", warnings=[*warnings, *wanted.warnings])
+        )
 
     @app.post("/v1/scores", openapi_extra=request_body_of(ScoreBody))
     async def scores(request: Request) -> Scores:
@@ -162,9 +187,8 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         return answer
 
 
-def _wanted(body: GenerationBody, config: ServingConfig, names: ModelNames) -> Wanted:
+def _wanted(body: GenerationBody, config: ServingConfig, names: ModelNames, requests: Sequence[ImageRequest]) -> Wanted:
     """Return what a body asks for; raises RequestError where it leaves the service's bounds."""
-    requests = image_requests(body, config, names)
     best_by = None
     if body.best_of is not None:
         (best_by,) = wanted_metrics(body.metric and [body.metric], config, "metric")

@@ -7,6 +7,7 @@ experts have different weights and therefore different lanes; all mixes share on
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class StepBatch:
         return {
             key: sum(
                 [self.pace.steps_s(each.request, each.course.steps_in_all - each.course.steps_done) or 0.0 for each in lane.running]
-                + [self.pace.steps_s(request, request.steps) or 0.0 for _, request in lane.waiting]
+                + [self.pace.steps_s(request, request.steps_to_take) or 0.0 for _, request in lane.waiting]
             )
             for key, lane in self._lanes.items()
         }  # fmt: skip
@@ -191,12 +192,15 @@ class StepBatch:
         admitted = lane.pop_admitted()
         if not admitted:
             return []
+        started_s = time.perf_counter()
         try:
             lane.running += _started(lane.denoiser, admitted)
+            return []
         except Exception:
             # One of them cannot be started: alone, each of the others can.
             return [failure for entry in admitted for failure in self._admit_alone(lane, entry)]
-        return []
+        finally:
+            lane.had_s += (time.perf_counter() - started_s) / lane.weight  # encoding an image takes as long as steps do
 
     def _admit_alone(self, lane: _Lane, entry: tuple[int, ImageRequest]) -> list[Failure]:
         try:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from selma_ray.serving.encoding import OutputFormat
 
@@ -10,6 +10,7 @@ __all__ = [
     "AnsweredQuestion",
     "AskedQuestion",
     "DrawnCandidate",
+    "EditBody",
     "GeneratedImage",
     "Generation",
     "GenerationBody",
@@ -79,8 +80,10 @@ class GenerationBody(_Body):
     """How many partial images to stream of each image, evenly over the steps."""
     negative_prompt: str | None = None
     """What the image should not show."""
-    num_inference_steps: int | None = Field(default=None, ge=1)
-    """Denoising steps."""
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, validation_alias=AliasChoices("num_inference_steps", "steps")
+    )
+    """Denoising steps; `steps` is another name for it."""
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Classifier-free guidance scale; up to 1 is none."""
     seed: int | None = Field(default=None, ge=-1, le=_MAX_SEED)
@@ -93,6 +96,17 @@ class GenerationBody(_Body):
     """What best_of chooses by, a metric of POST /v1/scores; default: the first that is served, dsg where there is a judge."""
     questions: "list[AskedQuestion] | None" = Field(default=None, min_length=1, max_length=64)
     """What the judge is asked to choose the best_of by; default: what the service's source of questions knows of the prompt."""
+
+
+class EditBody(GenerationBody):
+    """What POST /v1/images/edits takes beside its files: `image` (of several the first is changed), and `mask`, a PNG of the same size
+    that is transparent where the image is drawn anew.
+    """
+
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels, multiples of 8, which the image is brought to; auto: its own where that can be drawn."""
+    strength: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """How far the image is changed: 1 draws nearly anew, and takes all the steps; default: 0.8, with a mask 1."""
 
 
 class GeneratedImage(BaseModel):

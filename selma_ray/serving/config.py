@@ -34,6 +34,9 @@ class ServingConfig(StrictModel):
     """Origins whose pages may ask this service from a browser, such as https://app.example.com, or "*"; default: none."""
     public_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+[^/]$")] | None = None
     """Address under which clients reach the service, for links to images; default: the one that a request came to."""
+    image_metadata: bool = True
+    """Write into each image's file what drew it: prompts, model, seed, steps, guidance, size and scheduler. PNG has all of it, and the
+    line `parameters` that other tools read, which is the Exif comment of JPEG and WebP."""
     url_lifetime_s: float = Field(default=3600, gt=0)
     """Seconds for which a link to an image works (response_format url)."""
     url_store_mb: float = Field(default=256, gt=0)
@@ -89,6 +92,8 @@ class ServingConfig(StrictModel):
     request_timeout_s: float = Field(default=120, gt=0)
     """Seconds after which a request is answered 504; one that would take longer, by the measured time of its images and of what is
     before them, is refused at once."""
+    drain_s: float = Field(default=30, ge=0)
+    """Seconds that accepted requests have to finish once the service is told to end; new ones are answered 503 meanwhile."""
     stall_timeout_s: float = Field(default=120, gt=0)
     """Seconds without a denoising step, with work at hand, after which a generator is replaced; set it well above a step."""
     judge: JudgeSetting | None = JudgeConfig()

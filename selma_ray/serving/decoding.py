@@ -64,9 +64,8 @@ class Decoder:
 
     def _chunk(self, latents: Sequence[Latents]) -> list[Image.Image | Exception]:
         """Decode together, then ask about what could be decoded whether it may be shown."""
-        images: list[Image.Image | Exception] = list(
-            latents[0].denoiser.decode(torch.cat([each.values for each in latents]))
-        )
+        decoded = latents[0].denoiser.decode(torch.cat([each.values for each in latents]))
+        images = [_as_wanted(image, each.request) for image, each in zip(decoded, latents, strict=True)]
         shown = [index for index, image in enumerate(images) if isinstance(image, Image.Image)]
         if self._check is None or not shown:
             return images
@@ -76,6 +75,11 @@ class Decoder:
             if refusal is not None:
                 images[index] = refusal
         return images
+
+
+def _as_wanted(image: Image.Image | Exception, request: ImageRequest) -> Image.Image | Exception:
+    """Return an image with what its request wants to stay as it was."""
+    return image if isinstance(image, Exception) or request.source is None else request.source.kept(image)
 
 
 def _chunk_size(size_px: tuple[int, int], denoiser: Denoiser) -> int:

@@ -23,6 +23,7 @@ from selma_ray.errors import ServingError
 from selma_ray.serving.api import build_app
 from selma_ray.serving.backend import Drawn, Images
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.draining import Gate
 from selma_ray.serving.encoding import FileFormat
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full, timed_out, unavailable
 from selma_ray.serving.evaluator import Evaluator, Scorer
@@ -135,10 +136,16 @@ class _Api:
         generator: DeploymentHandle,
         evaluator: DeploymentHandle | None,
     ) -> None:
-        self._app = build_app(Deployments(generator, evaluator, config.request_timeout_s), config, names, keys)
+        self._gate = Gate()
+        backend = Deployments(generator, evaluator, config.request_timeout_s)
+        self._app = build_app(backend, config, names, keys, self._gate)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse new requests and wait for those in progress; returns how many were cut off after `timeout_s`."""
+        return await self._gate.close(timeout_s)
 
 
 class Deployments:

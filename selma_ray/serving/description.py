@@ -5,13 +5,14 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from selma_ray.serving.bodies import GenerationBody, ScoreBody
+from selma_ray.serving.bodies import EditBody, GenerationBody, ScoreBody
 from selma_ray.serving.config import ServingConfig
 
 __all__ = ["describe"]
 
 _REFUSED = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
-_BODIES = (GenerationBody, ScoreBody)
+_BODIES = (GenerationBody, EditBody, ScoreBody)
+_FILE = {"type": "string", "format": "binary", "description": "A PNG, JPEG or WebP file."}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -40,6 +41,9 @@ def describe(app: FastAPI, config: ServingConfig) -> None:
         schemas = schema.setdefault("components", {}).setdefault("schemas", {})
         for body_class in _BODIES:
             schemas.update(_schemas_of(body_class))
+        edit = schemas["EditBody"]
+        edit["properties"] = {"image": _FILE, "mask": _FILE, **edit["properties"]}
+        edit["required"] = ["image", *edit["required"]]
         for name, bounds in _bounds(config).items():
             for parameter, bound in bounds.items():
                 _bound(schemas[name]["properties"][parameter], bound)
@@ -62,16 +66,18 @@ def _schemas_of(body_class: type[BaseModel]) -> dict[str, Any]:
 def _bounds(config: ServingConfig) -> dict[str, dict[str, dict[str, Any]]]:
     """Return what the configuration bounds, by body and parameter, in JSON Schema's words."""
     prompt, images = {"maxLength": config.max_prompt_chars}, {"maximum": config.max_images}
+    drawing: dict[str, dict[str, Any]] = {
+        "prompt": prompt,
+        "negative_prompt": prompt,
+        "n": images,
+        "best_of": images,
+        "num_inference_steps": {"maximum": config.max_steps},
+        "guidance_scale": {"maximum": config.max_guidance_scale},
+        "partial_images": {"maximum": config.max_previews},
+    }
     return {
-        "GenerationBody": {
-            "prompt": prompt,
-            "negative_prompt": prompt,
-            "n": images,
-            "best_of": images,
-            "num_inference_steps": {"maximum": config.max_steps},
-            "guidance_scale": {"maximum": config.max_guidance_scale},
-            "partial_images": {"maximum": config.max_previews},
-        },
+        "GenerationBody": drawing,
+        "EditBody": drawing,
         "ScoreBody": {"prompt": prompt, "images": {"maxItems": config.max_images}},
     }
 

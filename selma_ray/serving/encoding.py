@@ -4,14 +4,15 @@ import base64
 import binascii
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from selma_ray.serving.errors import RequestError, invalid_request, too_large
+from selma_ray.serving.metadata import PARAMETERS
 
 __all__ = [
     "PNG",
@@ -20,6 +21,7 @@ __all__ = [
     "base64_of",
     "bytes_of_base64",
     "count_pixels",
+    "decode_alpha",
     "decode_upload",
     "encode",
     "reencode",
@@ -44,17 +46,36 @@ class FileFormat:
 PNG = FileFormat()
 
 
-def encode(image: Image.Image, file_format: FileFormat) -> bytes:
-    """Return the image's file."""
+def encode(image: Image.Image, file_format: FileFormat, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the image's file, with `metadata` in it: all of it in PNG, its `parameters` as the Exif comment of the others."""
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 4} if file_format.kind == "png" else {"quality": file_format.quality}
+    if file_format.kind == "png":
+        options: dict[str, Any] = {"compress_level": 4, "pnginfo": _text_chunks(metadata or {})}
+    else:
+        options = {"quality": file_format.quality, "exif": _comment((metadata or {}).get(PARAMETERS, ""))}
     image.save(buffer, format=file_format.kind.upper(), **options)
     return buffer.getvalue()
 
 
 def reencode(content: bytes, file_format: FileFormat) -> bytes:
-    """Return an image file of our own in another format."""
-    return encode(Image.open(io.BytesIO(content)), file_format)
+    """Return a PNG file of our own in another format, with the metadata that it has."""
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return encode(image, file_format, getattr(image, "text", {}))
+
+
+def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+        chunks.add_text(name, text.replace("\0", ""))  # which would end the text
+    return chunks
+
+
+def _comment(text: str) -> Image.Exif:
+    exif = Image.Exif()
+    if text:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif
 
 
 def base64_of(content: bytes) -> str:
@@ -84,6 +105,20 @@ def decode_upload(content: bytes, max_pixels: int, background: str = "white") ->
         return _as_seen(_open(content, max_pixels), background)
 
 
+def decode_alpha(content: bytes, max_pixels: int, param: str = "image") -> Image.Image | None:
+    """Return the opacity of an image in a file from a stranger, turned as its camera says; None where all of it is opaque.
+
+    Raises RequestError as `decode_upload` does, about `param`.
+    """
+    with _refusals(max_pixels, param):
+        _open(content, max_pixels, param).verify()
+        image = ImageOps.exif_transpose(_open(content, max_pixels, param))
+        if not image.has_transparency_data:
+            return None
+        alpha = image.convert("RGBA").getchannel("A")
+        return alpha if alpha.getextrema() != (255, 255) else None
+
+
 def count_pixels(content: bytes, max_pixels: int) -> int:
     """Return how many pixels a file from a stranger has, by its header alone; raises RequestError as `decode_upload` does."""
     with _refusals(max_pixels):
@@ -92,22 +127,22 @@ def count_pixels(content: bytes, max_pixels: int) -> int:
 
 
 @contextmanager
-def _refusals(max_pixels: int) -> Iterator[None]:
+def _refusals(max_pixels: int, param: str = "image") -> Iterator[None]:
     try:
         yield
     except RequestError:
         raise
     except Image.DecompressionBombError:
-        raise too_large(_too_many_pixels(max_pixels), "image") from None
+        raise too_large(_too_many_pixels(max_pixels, param), param) from None
     except Exception as error:  # Decoders raise whatever a broken file makes them stumble over.
         logger.info("an uploaded image was refused: %s", type(error).__name__)
-        raise invalid_request("image must be a whole PNG, JPEG or WebP file", "image", "invalid_image") from None
+        raise invalid_request(f"{param} must be a whole PNG, JPEG or WebP file", param, "invalid_image") from None
 
 
-def _open(content: bytes, max_pixels: int) -> Image.Image:
+def _open(content: bytes, max_pixels: int, param: str = "image") -> Image.Image:
     image = Image.open(io.BytesIO(content), formats=_ACCEPTED)
     if image.width * image.height > max_pixels:
-        raise too_large(_too_many_pixels(max_pixels), "image")
+        raise too_large(_too_many_pixels(max_pixels, param), param)
     return image
 
 
@@ -122,5 +157,5 @@ def _as_seen(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _too_many_pixels(max_pixels: int) -> str:
-    return f"image must have at most {max_pixels} pixels; send a smaller one"
+def _too_many_pixels(max_pixels: int, param: str) -> str:
+    return f"{param} must have at most {max_pixels} pixels; send a smaller one"

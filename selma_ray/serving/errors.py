@@ -17,6 +17,7 @@ __all__ = [
     "queue_full",
     "queue_too_long",
     "rate_limited",
+    "shutting_down",
     "timed_out",
     "too_large",
     "too_large_for_memory",
@@ -148,6 +149,11 @@ def internal_error() -> RequestError:
 def unavailable(what: str) -> RequestError:
     """Return the answer while a part of the service is down."""
     return RequestError(f"the {what} is not available; try again later", 503, f"{what}_unavailable", retry_after_s=5)
+
+
+def shutting_down() -> RequestError:
+    """Return the answer of a service that is about to end."""
+    return RequestError("the service is shutting down; try again later", 503, "shutting_down", retry_after_s=5)
 
 
 def timed_out(timeout_s: float) -> RequestError:

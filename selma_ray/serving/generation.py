@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: images at once, the best of several, or as server-sent events while they form."""
+"""What POST /v1/images/generations and /edits answer: images at once, the best of several, or as server-sent events while they form."""
 
 import asyncio
 import json
@@ -38,6 +38,8 @@ class Wanted:
     """The metric by which the best are chosen, where more are drawn than are returned."""
     questions: Sequence[Mapping[str, Any]] | None = None
     """What the judge is asked then; default: the prompt's own."""
+    event: str = "image_generation"
+    """What the events of a stream are called by."""
 
     def usage(self, prompt_tokens: int) -> Usage:
         """Return what the request took."""
@@ -45,7 +47,7 @@ class Wanted:
             input_tokens=prompt_tokens,
             input_tokens_details={"text_tokens": prompt_tokens, "image_tokens": 0},
             total_tokens=prompt_tokens,
-            image_steps=sum(request.steps for request in self.requests),
+            image_steps=sum(request.steps_to_take for request in self.requests),
         )
 
 
@@ -147,10 +149,10 @@ def _event(drawn: Drawn, wanted: Wanted) -> str:
         "seed": request.seed,
     }
     if drawn.preview is not None:
-        return _sse("image_generation.partial_image", content | {"partial_image_index": drawn.preview})
+        return _sse(f"{wanted.event}.partial_image", content | {"partial_image_index": drawn.preview})
     content["usage"] = wanted.usage(drawn.prompt_tokens).model_dump()
     content["warnings"] = [*wanted.warnings, *token_warnings(drawn.prompt_tokens, drawn.token_limit)]
-    return _sse("image_generation.completed", content)
+    return _sse(f"{wanted.event}.completed", content)
 
 
 def _sse(event: str, content: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from PIL import Image
+
 from selma_ray.adapters.mixing import Expert, Mix
 from selma_ray.config import StrictModel, validate
 from selma_ray.models.config import ModelConfig
@@ -21,6 +23,7 @@ from selma_ray.serving.encoding import FileFormat, encode
 from selma_ray.serving.engine import Engine
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.filters import Filters, open_filters
+from selma_ray.serving.metadata import metadata_of
 from selma_ray.serving.requests import MERGED, ImageRequest
 from selma_ray.serving.served import ServedModels
 
@@ -81,7 +84,7 @@ class Generator:
             # When the caller goes away, or one image fails, the slots of the others are freed.
             for future in futures:
                 future.cancel()
-        files = await asyncio.to_thread(lambda: [encode(image, file_format) for image in images])
+        files = await asyncio.to_thread(lambda: list(map(partial(self._encoded, file_format), images, requests)))
         return Images(files, *self._tokens(requests))
 
     async def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
@@ -103,7 +106,8 @@ class Generator:
                 if preview is None:
                     unfinished -= 1
                     image = image.result()
-                yield Drawn(index, await asyncio.to_thread(encode, image, file_format), preview, *tokens)
+                file = await asyncio.to_thread(self._encoded, file_format, image, requests[index])
+                yield Drawn(index, file, preview, *tokens)
         finally:
             for future in futures:
                 future.cancel()
@@ -138,6 +142,12 @@ class Generator:
     def close(self) -> None:
         """Stop the engine after the step in progress."""
         self._engine.close()
+
+    def _encoded(self, file_format: FileFormat, image: Image.Image, request: ImageRequest) -> bytes:
+        metadata = None
+        if self._config.image_metadata:
+            metadata = metadata_of(request, self._models.name, type(self._pipeline.scheduler).__name__)
+        return encode(image, file_format, metadata)
 
     def _tokens(self, requests: Sequence[ImageRequest]) -> tuple[int, int]:
         """Return how many tokens the prompt of some requests has, and how many the model sees."""

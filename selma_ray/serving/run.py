@@ -6,7 +6,9 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import connect
@@ -27,7 +31,12 @@ from selma_ray.serving.served import ServedModels
 
 __all__ = ["APPLICATION_NAME", "Service", "check_start", "start_service"]
 
+logger = logging.getLogger(__name__)
+
 APPLICATION_NAME = "selma"
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_POLL_S = 0.5
+_ANSWER_S = 3.0  # beyond the time to drain
 
 # Ray Serve replaces a proxy that is not ready in 5 s, which on a busy machine none is.
 _PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
@@ -48,9 +57,41 @@ class Service:
         answer = self._post("/v1/images/generations", {"prompt": prompt, "seed": seed})
         return base64.b64decode(answer["data"][0]["b64_json"])
 
-    def stop(self) -> None:
-        """Shut Ray Serve down, after the requests in progress."""
-        serve.shutdown()
+    def wait(self) -> None:
+        """Return when the process is interrupted or told to terminate; whoever does so again ends it at once."""
+        told = threading.Event()
+        before = {number: signal.getsignal(number) for number in _ENDING}
+
+        def note(number: int, frame: Any) -> None:
+            told.set()
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in _ENDING:
+            signal.signal(number, note)
+        while not told.wait(_POLL_S):  # a wait without end would hold the signal back
+            pass
+
+    def drain(self) -> None:
+        """Refuse new requests, and wait for those that were accepted as long as serving.drain_s says; a service that is dead has none."""
+        timeout_s = self.config.drain_s
+        try:
+            api = serve.get_app_handle(APPLICATION_NAME)
+            cut_off = api.drain.remote(timeout_s).result(timeout_s=timeout_s + _ANSWER_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            logger.warning("the service ends without its requests in progress: %s", first_line(error))
+            return
+        if cut_off:
+            logger.warning("%d requests were cut off after serving.drain_s %g; set it higher", cut_off, timeout_s)
+
+    def stop(self, within_s: float | None = None) -> None:
+        """Shut Ray Serve down; with `within_s`, return after so many seconds whether it is down or still ending on its own."""
+        if within_s is None:
+            serve.shutdown()
+            return
+        thread = threading.Thread(target=serve.shutdown, name="shutdown", daemon=True)
+        thread.start()
+        thread.join(within_s)
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -26,17 +26,17 @@ from transformers import (
 _LATENT_CHANNELS = 4
 
 
-def save_tiny_sd3(folder: Path, tiny_stable_diffusion: Path) -> None:
+def save_tiny_sd3(folder: Path, tiny_stable_diffusion: Path, latent_channels: int = _LATENT_CHANNELS) -> None:
     """Write a StableDiffusion3Pipeline folder; the CLIP tokenizer is that of the other tiny model."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(tiny_stable_diffusion / "tokenizer")
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=_LATENT_CHANNELS, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=32, out_channels=_LATENT_CHANNELS,
+        sample_size=16, patch_size=2, in_channels=latent_channels, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=32, out_channels=latent_channels,
         pos_embed_max_size=16,
     )  # fmt: skip
     StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_autoencoder(),
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_autoencoder(latent_channels),
         text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer)), tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer)), tokenizer_2=tokenizer,
         text_encoder_3=_t5(64), tokenizer_3=_letter_tokenizer(),
@@ -58,9 +58,9 @@ def save_tiny_flux(folder: Path, tiny_stable_diffusion: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def _autoencoder() -> AutoencoderKL:
+def _autoencoder(latent_channels: int = _LATENT_CHANNELS) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 16, 32), latent_channels=_LATENT_CHANNELS, norm_num_groups=8, sample_size=64,
+        block_out_channels=(16, 16, 32), latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305,
     )  # fmt: skip

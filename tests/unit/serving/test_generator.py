@@ -62,6 +62,18 @@ def test_the_base_beside_the_merged_model_is_itself(generator: Generator) -> Non
     assert not np.array_equal(image(generator), image(generator, mix=(("counting", 1.0),)))
 
 
+def test_a_file_says_what_drew_it_unless_that_is_off(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts() -> dict[str, str]:
+        (file,) = asyncio.run(generator.generate([request(seed=5, mix=(("counting", 1.0),))], PNG)).files
+        image = Image.open(io.BytesIO(file))
+        image.load()
+        return dict(image.text)  # type: ignore[attr-defined]
+
+    assert (texts()["seed"], texts()["model"], texts()["scheduler"]) == ("5", "counting", "DDIMScheduler")
+    monkeypatch.setattr(generator, "_config", CONFIG.model_copy(update={"image_metadata": False}))
+    assert texts() == {}
+
+
 def test_a_stream_yields_previews_and_then_images(generator: Generator) -> None:
     async def collect() -> list:
         requests = [request(steps=6, num_previews=2), request(steps=2, seed=1)]
