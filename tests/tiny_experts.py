@@ -16,7 +16,7 @@ def save_experts(pipeline: Any, folder: Path) -> dict[str, str]:
     linear = {
         name: module.weight.shape
         for name, module in denoiser_of(pipeline).named_modules()
-        if isinstance(module, torch.nn.Linear) and ("attn" in name or ".ff." in name)
+        if isinstance(module, torch.nn.Linear) and any(part in name for part in ("attn", "attention", ".ff."))
     }
     generator = torch.Generator().manual_seed(0)
     for index, (name, rank) in enumerate(RANKS.items()):

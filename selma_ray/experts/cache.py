@@ -137,15 +137,16 @@ class EncodeExamples:
         return {"shard": list(batch["shard"]), "examples": counts}
 
     def _encode_file(self, source: str, shard: str) -> int:
-        import torch
         from safetensors.torch import save
+
+        from selma_ray.models.conditions import stacked
 
         if not source:
             self._folder.write_bytes(save(self._encoders.encode_no_caption()), shard)
             return 0
         rows = _rows_to_encode(self._folder.read_table([source]), self._ids).to_pylist()
         parts = [self._encode_rows(rows[first : first + _DECODED]) for first in range(0, len(rows), _DECODED)]
-        tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+        tensors = {name: tensor.contiguous() for name, tensor in stacked(parts).items()}
         ids = json.dumps([row["id"] for row in rows])
         self._folder.write_bytes(save(tensors, metadata={"ids": ids}), shard)
         return len(rows)

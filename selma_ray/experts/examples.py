@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from selma_ray.errors import TrainingError
 from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.local_copies import local_copy
+from selma_ray.models.conditions import stacked, trimmed
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
 
@@ -51,17 +52,19 @@ class EncodedExamples:
         All must have one size.
         """
         places = [of_side[position] for of_side in (self._places, self._rejected) if of_side for position in positions]
-        rows = [(self._shards[shard], row) for shard, row in places]
-        return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
+        rows = [{name: tensor[row : row + 1] for name, tensor in self._shards[shard].items()} for shard, row in places]
+        return trimmed(stacked(rows))
 
     def without(self, batch: Mapping[str, torch.Tensor], dropped: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return `batch` with the captions of the rows `dropped` replaced by the empty one."""
         if not dropped:
             return dict(batch)
-        replaced = {name: batch[name].clone() for name in self._empty_caption}
-        for name, tensor in replaced.items():
-            tensor[list(dropped)] = self._empty_caption[name].to(tensor.dtype)
-        return {**batch, **replaced}
+        told = {name: batch[name] for name in self._empty_caption}
+        count = len(next(iter(batch.values())))
+        empty = {name: tensor.to(told[name].dtype) for name, tensor in self._empty_caption.items()}
+        with_empty = stacked([told, empty])  # as the last row
+        order = [count if row in dropped else row for row in range(count)]
+        return {**batch, **{name: tensor[order] for name, tensor in with_empty.items()}}
 
     @cached_property
     def _empty_caption(self) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from selma_ray.models.drawing import Drawing
 
-__all__ = ["Condition", "Conditions", "Texts", "stacked"]
+__all__ = ["Condition", "Conditions", "Texts", "stacked", "trimmed"]
 
 _REMEMBERED = 64  # of FLUX a text takes 4 MB
 
@@ -44,17 +44,56 @@ class Texts:
             self._known.popitem(last=False)
         return found
 
-    def guided(self, drawings: Sequence[Drawing]) -> list[Conditions]:
-        """Return the conditions of each image: of its prompt and, with a guidance scale above 1, of its negative prompt."""
-        guided = [drawing.guidance_scale > 1 for drawing in drawings]
-        negatives = [drawing.negative_prompt for drawing, needed in zip(drawings, guided, strict=True) if needed]
-        embedded = self.embedded([drawing.prompt for drawing in drawings] + negatives)
+    def guided(self, drawings: Sequence[Drawing], above: float = 1.0, unprompted: str = "") -> list[Conditions]:
+        """Return the conditions of each image: of its prompt and, with a guidance scale `above` that, of its negative prompt.
+
+        `unprompted` stands for a negative prompt that is empty.
+        """
+        negatives = [
+            (drawing.negative_prompt or unprompted) if drawing.guidance_scale > above else None for drawing in drawings
+        ]
+        needed = [negative for negative in negatives if negative is not None]
+        embedded = self.embedded([drawing.prompt for drawing in drawings] + needed)
         return [
-            Conditions(embedded[drawing.prompt], embedded[drawing.negative_prompt] if needed else None)
-            for drawing, needed in zip(drawings, guided, strict=True)
+            Conditions(embedded[drawing.prompt], None if negative is None else embedded[negative])
+            for drawing, negative in zip(drawings, negatives, strict=True)
         ]
 
 
-def stacked(conditions: Sequence[Condition]) -> dict[str, torch.Tensor]:
-    """Return the conditioning of a batch, N first, of rows whose texts are equally long."""
-    return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+def stacked(parts: Sequence[Condition]) -> dict[str, torch.Tensor]:
+    """Return one batch, N first, of parts with N first; texts (T in a tensor's name) are filled up with zeros to the longest."""
+    return {name: torch.cat(_equally_long(name, [part[name] for part in parts])) for name in parts[0]}
+
+
+def trimmed(batch: Condition) -> dict[str, torch.Tensor]:
+    """Return a batch without the tokens that `mask_NT` rules out in all of its rows; one without a mask as it is."""
+    if "mask_NT" not in batch:
+        return dict(batch)
+    longest = int(batch["mask_NT"].sum(1).max())
+    return {
+        name: tensor if (axis := _text_axis(name)) is None else tensor.narrow(axis, 0, longest)
+        for name, tensor in batch.items()
+    }
+
+
+def _equally_long(name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    axis = _text_axis(name)
+    if axis is None:
+        return list(tensors)
+    longest = max(tensor.shape[axis] for tensor in tensors)
+    return [_filled_up(tensor, axis, longest) for tensor in tensors]
+
+
+def _filled_up(tensor: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    missing = length - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = [*tensor.shape]
+    shape[axis] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+
+
+def _text_axis(name: str) -> int | None:
+    """Return which axis of a tensor counts tokens, by the shape that its name ends with."""
+    shape = name.rpartition("_")[2]
+    return shape.index("T") if shape.isupper() and "T" in shape else None

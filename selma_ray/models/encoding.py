@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from selma_ray.models.batches import HalvingBatches
+from selma_ray.models.conditions import stacked
 
 __all__ = ["CARD_ROWS", "EncodeTexts", "PipelineEncoders"]
 
@@ -42,9 +43,11 @@ class PipelineEncoders:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], height_px: int = 0, width_px: int = 0) -> dict[str, torch.Tensor]:
-        """Return the conditioning of each prompt in the encoders' precision, on the CPU; sizes matter to some families alone."""
-        rows = self._batches.map(self._conditions, list(prompts))
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        """Return the conditioning of each prompt in the encoders' precision, on the CPU; sizes matter to some families alone.
+
+        Where lengths differ, texts are filled up to the longest of the call, and `mask_NT` tells which tokens are theirs.
+        """
+        return stacked(self._batches.map(self._conditions, list(prompts)))
 
     def encode_no_caption(self) -> dict[str, torch.Tensor]:
         """Return the conditioning of the empty prompt, which guidance starts from at sampling time."""
@@ -53,9 +56,14 @@ class PipelineEncoders:
     def _posteriors(self, images_HW3: Sequence[np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pixels_N3HW = torch.from_numpy(np.stack(images_HW3)).permute(0, 3, 1, 2)
         scaled_N3HW = pixels_N3HW.to(self._pipeline._execution_device, self._pipeline.vae.dtype) / 127.5 - 1.0
-        posterior = self._pipeline.vae.encode(scaled_N3HW).latent_dist
-        return list(zip(posterior.mean.float().cpu(), posterior.std.float().cpu(), strict=True))
+        mean_NChw, std_NChw = self._posterior(scaled_N3HW)
+        return list(zip(mean_NChw.float().cpu(), std_NChw.float().cpu(), strict=True))
+
+    def _posterior(self, pixels_N3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of the latents (NChw); families whose latents have statistics apply them here."""
+        posterior = self._pipeline.vae.encode(pixels_N3HW).latent_dist
+        return posterior.mean, posterior.std
 
     def _conditions(self, prompts: Sequence[str]) -> list[Mapping[str, torch.Tensor]]:
         encoded = {name: tensor.cpu() for name, tensor in self._encode_texts(self._pipeline, list(prompts)).items()}
-        return [{name: tensor[row] for name, tensor in encoded.items()} for row in range(len(prompts))]
+        return [{name: tensor[row : row + 1] for name, tensor in encoded.items()} for row in range(len(prompts))]

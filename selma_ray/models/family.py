@@ -18,7 +18,7 @@ from PIL import Image
 
 from selma_ray.errors import ConfigError, ModelNotFoundError, RenderError
 from selma_ray.models.conditions import Condition, Conditions
-from selma_ray.models.config import ModelConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.families import FAMILIES
@@ -35,10 +35,15 @@ __all__ = [
     "has_part",
     "open_family",
     "open_predictor",
+    "pipeline_class_of",
+    "predictor_class",
 ]
 
 Batch = Mapping[str, torch.Tensor]
-"""Encoded examples by name, N first: `latent_mean` and `latent_std` (NChw) and whatever the family conditions on."""
+"""Encoded examples by name, N first: `latent_mean` and `latent_std` (NChw) and whatever the family conditions on.
+
+A name ends with its tensor's shape; what has a T there may be of any length, and `mask_NT` tells which tokens are the text's own.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Encoders(Protocol):
     """The parts that turn images and captions into what the denoiser learns from."""
 
     def encode_images(self, images_NHW3: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return `latent_mean` and `latent_std` (NChw, unscaled) of uint8 images."""
+        """Return `latent_mean` and `latent_std` (NChw) of uint8 images, unscaled but for what the autoencoder's weights scale."""
 
     def encode_prompts(self, prompts: Sequence[str], height_px: int, width_px: int) -> dict[str, torch.Tensor]:
         """Return the conditioning of each prompt, N first; sizes are those of its image."""
@@ -87,7 +92,10 @@ class Family(Protocol):
         """Return the denoiser as its configuration says, on the default device, without its weights."""
 
     def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of an encoded example, without N."""
+        """Return the shape of each tensor of an encoded example, without N; of a text of any length that of the longest."""
+
+    def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
+        """Return the shape, without N, of what the autoencoder turns into an image."""
 
     def errors(
         self,
@@ -110,6 +118,13 @@ class Predictor(Protocol):
 
     def tokens(self, text: str) -> tuple[int, int]:
         """Return how many tokens a text has, and how many of them the model sees."""
+
+    texts_vary: bool
+    """Whether conditions of different texts differ in length."""
+
+    @staticmethod
+    def call_arguments(pipeline: Any, sampling: SamplingConfig, count: int) -> dict[str, Any]:
+        """Return the guidance, and what it starts from, as a call of the pipeline for `count` images takes them."""
 
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the texts of each image; raises DrawingError for what the model cannot draw."""
@@ -134,7 +149,7 @@ class Predictor(Protocol):
 def open_family(model: ModelConfig) -> Family:
     """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
     located = locate_text_to_image(model.name, model.revision)
-    pipeline_class = _pipeline_class(model, located)
+    pipeline_class = pipeline_class_of(model, located)
     if pipeline_class not in FAMILIES:
         raise ConfigError(
             f"model.name must be a family that experts can be fitted to ({', '.join(FAMILIES)}), got {model.name} ({pipeline_class})"
@@ -148,8 +163,17 @@ def open_predictor(pipeline: Any) -> Predictor:
     name = type(pipeline).__name__
     if name not in FAMILIES:
         raise ConfigError(f"the model to serve must be one of {', '.join(FAMILIES)}, got {name}")
-    module, _, predictor = FAMILIES[name]
-    return getattr(import_module(f"selma_ray.models.{module}"), predictor)(pipeline)
+    return predictor_class(name)(pipeline)
+
+
+def predictor_class(pipeline_class: str) -> Any:
+    """Return the predictor of a family by the name of its pipeline's class; of an unknown one, what most families do alike."""
+    from selma_ray.models.predicting import PipelinePredictor
+
+    if pipeline_class not in FAMILIES:
+        return PipelinePredictor
+    module, _, predictor = FAMILIES[pipeline_class]
+    return getattr(import_module(f"selma_ray.models.{module}"), predictor)
 
 
 def has_part(model: ModelConfig, name: str) -> bool:
@@ -157,7 +181,8 @@ def has_part(model: ModelConfig, name: str) -> bool:
     return any(_index(model, locate_text_to_image(model.name, model.revision)).get(name) or ())
 
 
-def _pipeline_class(model: ModelConfig, located: LocatedModel) -> str:
+def pipeline_class_of(model: ModelConfig, located: LocatedModel) -> str:
+    """Return the name of the pipeline's class that a model's `model_index.json` gives."""
     return _index(model, located)["_class_name"]
 
 

@@ -1,4 +1,4 @@
-"""Flow matching, as SD3 and FLUX have it: a transformer predicts the velocity from latents to noise (2403.03206, section 3).
+"""Flow matching: a transformer predicts the velocity from latents to noise (2403.03206, section 3).
 
 Shapes: N examples or images, C latent channels, h x w latent pixels.
 """
@@ -31,7 +31,7 @@ from selma_ray.models.parts import (
 )
 from selma_ray.models.predicting import PipelinePredictor
 
-__all__ = ["FlowMatching", "FlowPredictor"]
+__all__ = ["FlowMatching", "FlowPredictor", "shift_of_size"]
 
 
 class FlowMatching(ABC):
@@ -40,8 +40,13 @@ class FlowMatching(ABC):
     predictions_per_step = 2
     upcasts_autoencoder = False
     transformer_class: ClassVar[Any]
+    autoencoder_class: ClassVar[Any] = AutoencoderKL
     tokens: ClassVar[int]
-    """Length of an encoded prompt."""
+    """Length of an encoded prompt, or of the longest."""
+    token_latents: ClassVar[int] = 2
+    """Latents of an example on each side of what the transformer sees as one."""
+    shifts_by_size: ClassVar[bool] = False
+    """Whether noise levels of training follow the image's size where the scheduler's do; diffusers' scripts lose that shift."""
 
     def __init__(self, model: ModelConfig, located: LocatedModel) -> None:
         self.model = model
@@ -57,10 +62,20 @@ class FlowMatching(ABC):
 
     def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of an encoded example, without N."""
-        latents = latent_shape(self._autoencoder, height_px, width_px)
+        latents = self._latent_shape(height_px, width_px)
+        return {"latent_mean": latents, "latent_std": latents, **self._text_shapes()}
+
+    def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
+        """Return the shape, without N, of what the autoencoder turns into an image."""
+        return latent_shape(self._autoencoder, height_px, width_px)
+
+    def _latent_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
+        """Return the shape of an example's latents."""
+        return self.decoded_shape(height_px, width_px)
+
+    def _text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of an encoded prompt, without N."""
         return {
-            "latent_mean": latents,
-            "latent_std": latents,
             "text_NTD": (self.tokens, self._transformer["joint_attention_dim"]),
             "pooled_NP": (self._transformer["pooled_projection_dim"],),
         }
@@ -71,7 +86,7 @@ class FlowMatching(ABC):
 
     @cached_property
     def _autoencoder(self) -> Any:
-        return autoencoder_config(self.model, self.located, AutoencoderKL)
+        return autoencoder_config(self.model, self.located, self.autoencoder_class)
 
     @cached_property
     def latent_scale_and_shift(self) -> tuple[float, float]:
@@ -105,11 +120,13 @@ class FlowMatching(ABC):
             )
         latents_NChw = sample_latents(batch, generators, *self.latent_scale_and_shift)
         noise_NChw = noise_like(latents_NChw, generators)
-        sigmas_N = self._sample_sigmas(generators).to(latents_NChw.device)
+        sigmas_N = self._sample_sigmas(generators, latents_NChw.shape[2:]).to(latents_NChw.device)
         sigmas_N111 = sigmas_N[:, None, None, None]
         noisy_NChw = (1.0 - sigmas_N111) * latents_NChw + sigmas_N111 * noise_NChw
         dtype = next(denoiser.parameters()).dtype
-        conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
+        conditioning = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()
+        }
         timesteps_N = sigmas_N * self.schedule.config.num_train_timesteps
         velocity_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, self._told(conditioning, settings))
         return squared_errors(velocity_NChw, noise_NChw - latents_NChw)
@@ -125,15 +142,24 @@ class FlowMatching(ABC):
         """Return what the transformer is told in training, given what was encoded."""
         return conditioning
 
-    def _sample_sigmas(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def _sample_sigmas(self, generators: Sequence[torch.Generator], size_hw: Sequence[int]) -> torch.Tensor:
         """Draw noise levels in (0, 1), logit-normal and then shifted as the scheduler's are (2403.03206, section 5.3.2)."""
         uniform_N = torch.cat([torch.randn(1, generator=generator) for generator in generators]).sigmoid()
-        shift = 1.0 if self.schedule.config.use_dynamic_shifting else self.schedule.config.shift
+        config = self.schedule.config
+        if config.use_dynamic_shifting and self.shifts_by_size:
+            tokens = (size_hw[0] // self.token_latents) * (size_hw[1] // self.token_latents)
+            return self.schedule.time_shift(shift_of_size(config, tokens), 1.0, uniform_N)
+        shift = 1.0 if config.use_dynamic_shifting else config.get("flow_shift", config.shift)
         return shift * uniform_N / (1.0 + (shift - 1.0) * uniform_N)
 
 
 class FlowPredictor(PipelinePredictor):
     """What families of flow matching do alike: a velocity's course, and the autoencoder's shift."""
+
+    position_latents: ClassVar[int] = 1
+    """The autoencoder's latents on each side of a position of the course, which has them as channels."""
+    latents_dtype: ClassVar[torch.dtype | None] = None
+    """Precision of the course; None is the denoiser's."""
 
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
@@ -154,20 +180,27 @@ class FlowPredictor(PipelinePredictor):
                 f"size must have sides that are multiples of {unit_px} with this model, got {drawing.width_px}x{drawing.height_px}",
                 "size_px",
             )
-        scale = self._pipeline.vae_scale_factor
+        scale = self._pipeline.vae_scale_factor * self.position_latents
         shape_NChw = (1, channels, drawing.height_px // scale, drawing.width_px // scale)
+        dtype = self.latents_dtype or self._dtype
         return Course(
-            self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, self._dtype, self._device, schedule,
+            self._pipeline.scheduler, drawing.steps, drawing.seed, shape_NChw, dtype, self._device, schedule,
             self._start_of(drawing),
         )  # fmt: skip
 
     def _shift(self, drawing: Drawing, patch: int, default_most: float) -> float:
         """Return how far noise levels are shifted for an image of this size (2403.03206, section 5.3.2)."""
-        config, unit_px = self._pipeline.scheduler.config, self._pipeline.vae_scale_factor * patch
-        return calculate_shift(
-            (drawing.height_px // unit_px) * (drawing.width_px // unit_px),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", default_most),
-        )
+        unit_px = self._pipeline.vae_scale_factor * patch
+        tokens = (drawing.height_px // unit_px) * (drawing.width_px // unit_px)
+        return shift_of_size(self._pipeline.scheduler.config, tokens, default_most)
+
+
+def shift_of_size(config: Mapping[str, Any], tokens: int, default_most: float = 1.15) -> float:
+    """Return how far a scheduler shifts the noise levels of an image of so many tokens (2403.03206, section 5.3.2)."""
+    return calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", default_most),
+    )

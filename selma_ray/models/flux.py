@@ -17,7 +17,7 @@ from selma_ray.models.drawing import Drawing
 from selma_ray.models.encoding import PipelineEncoders
 from selma_ray.models.family import LossSettings
 from selma_ray.models.flow_matching import FlowMatching, FlowPredictor
-from selma_ray.models.parts import encoding_pipeline
+from selma_ray.models.parts import encoding_pipeline, own_config
 
 __all__ = ["Flux", "FluxPredictor"]
 
@@ -38,7 +38,7 @@ def _denoise(
     packed = denoiser(
         hidden_states=FluxPipeline._pack_latents(noisy_NChw, count, channels, height, width),
         timestep=(timesteps_N / 1000).to(dtype),
-        guidance=conditioning["guidance_N"] if _config_of(denoiser).guidance_embeds else None,
+        guidance=conditioning["guidance_N"] if own_config(denoiser).guidance_embeds else None,
         pooled_projections=conditioning["pooled_NP"],
         encoder_hidden_states=conditioning["text_NTD"],
         txt_ids=torch.zeros(conditioning["text_NTD"].shape[1], 3, device=device, dtype=dtype),
@@ -47,11 +47,6 @@ def _denoise(
     )[0]
     patches = packed.view(count, height // _PATCH, width // _PATCH, channels, _PATCH, _PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height, width)
-
-
-def _config_of(denoiser: torch.nn.Module) -> Any:
-    """Return the transformer's own configuration, whatever wraps it: PEFT and DeepSpeed have a `config` of their own."""
-    return next(module.config for module in denoiser.modules() if isinstance(module, FluxTransformer2DModel))
 
 
 class Flux(FlowMatching):

@@ -18,7 +18,6 @@ from selma_ray.errors import ModelNotFoundError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.cost import empty_part
 from selma_ray.models.family import open_family
-from selma_ray.models.parts import latent_shape
 from selma_ray.models.published_language import PUBLISHED_LANGUAGE, published_language_config
 
 __all__ = ["DrawingCost", "LanguageModelCost", "drawing_cost", "language_model_cost"]
@@ -61,9 +60,9 @@ def drawing_cost(model: ModelConfig, height_px: int, width_px: int) -> DrawingCo
     autoencoder: Any = empty_part(model, family.located, "vae")
     shapes = family.example_shapes(height_px, width_px)
     batch = {name: torch.empty((1, *shape), device="meta") for name, shape in shapes.items()}
-    sample_px = autoencoder.config.sample_size if model.vae_tiling else None
+    sample_px = _tile_px(autoencoder) if model.vae_tiling else None
     tile_px = (min(height_px, sample_px), min(width_px, sample_px)) if sample_px else (height_px, width_px)
-    latents = torch.empty((1, *latent_shape(autoencoder.config, *tile_px)), device="meta")
+    latents = torch.empty((1, *family.decoded_shape(*tile_px)), device="meta")
     with torch.no_grad():
         row_bytes = _peak_bytes(denoiser, lambda: family.errors(denoiser, batch, [torch.Generator().manual_seed(0)]))
         decode_bytes = _peak_bytes(autoencoder, lambda: autoencoder.decode(latents, return_dict=False))
@@ -74,6 +73,10 @@ def drawing_cost(model: ModelConfig, height_px: int, width_px: int) -> DrawingCo
         predictions_per_step=family.predictions_per_step,
         upcasts=family.upcasts_autoencoder and bool(autoencoder.config.force_upcast),
     )
+
+
+def _tile_px(autoencoder: Any) -> int | None:
+    return autoencoder.config.get("sample_size") or getattr(autoencoder, "tile_sample_min_height", None)
 
 
 def language_model_cost(path: str, revision: str | None = None) -> LanguageModelCost:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoModel
+from diffusers import AutoModel, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from selma_ray.errors import ModelNotFoundError, RenderError, first_line
@@ -30,6 +30,7 @@ __all__ = [
     "load_errors",
     "noise_like",
     "not_finite",
+    "own_config",
     "replaced_autoencoder",
     "sample_latents",
     "squared_errors",
@@ -50,6 +51,11 @@ def denoiser_name(pipeline: Any) -> str:
 def denoiser_of(pipeline: Any) -> torch.nn.Module:
     """Return the part of a pipeline that predicts noise: its UNet or its transformer."""
     return getattr(pipeline, denoiser_name(pipeline))
+
+
+def own_config(denoiser: torch.nn.Module) -> Any:
+    """Return the denoiser's own configuration, whatever wraps it: PEFT and DeepSpeed have a `config` of their own."""
+    return next(module.config for module in denoiser.modules() if isinstance(module, ModelMixin))
 
 
 def load_denoiser(

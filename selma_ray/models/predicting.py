@@ -5,14 +5,15 @@ Shapes: N rows or images, C latent channels, h x w latent pixels, H x W pixels.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 from selma_ray.errors import RenderError
-from selma_ray.models.conditions import Condition, Conditions, Texts, stacked
+from selma_ray.models.conditions import Condition, Conditions, Texts, stacked, trimmed
+from selma_ray.models.config import SamplingConfig
 from selma_ray.models.course import Course, Start
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.parts import denoiser_of, not_finite
@@ -23,6 +24,12 @@ __all__ = ["PipelinePredictor"]
 
 class PipelinePredictor(ABC):
     """What most families do alike: texts that are remembered, one call of the denoiser, classifier-free guidance."""
+
+    guides_above: ClassVar[float] = 1.0
+    """Guidance scale up to which there is none."""
+    unprompted: ClassVar[str] = ""
+    """What guidance starts from without a negative prompt."""
+    texts_vary = False
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
@@ -35,9 +42,15 @@ class PipelinePredictor(ABC):
         """Return how many tokens a text has, marks included, and how many of them the model sees: those of its longest encoder."""
         return count_tokens(self._pipeline, text)
 
+    @staticmethod
+    def call_arguments(pipeline: Any, sampling: SamplingConfig, count: int) -> dict[str, Any]:
+        """Return the guidance, and what it starts from, as a call of the pipeline for `count` images takes them."""
+        negative = {"negative_prompt": [sampling.negative_prompt] * count} if sampling.negative_prompt else {}
+        return {"guidance_scale": sampling.guidance_scale, **negative}
+
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the prompts, and the negative prompts where guidance needs them; texts seen lately are remembered."""
-        return self._texts.guided(drawings)
+        return self._texts.guided(drawings, self.guides_above, self.unprompted)
 
     @abstractmethod
     def start(self, drawing: Drawing) -> Course:
@@ -106,4 +119,4 @@ class PipelinePredictor(ABC):
         if self._device.type == "cpu" and len(texts) > 1:  # no faster together there, and rounded by how many there are
             return [condition for text in texts for condition in self._embed([text])]
         encoded = self._encode_texts(self._pipeline, texts)
-        return [{name: tensor[row : row + 1] for name, tensor in encoded.items()} for row in range(len(texts))]
+        return [trimmed({name: tensor[row : row + 1] for name, tensor in encoded.items()}) for row in range(len(texts))]

@@ -34,6 +34,23 @@ _VAE = {
     "sample_size": 512,
 }  # fmt: skip
 _VAE_16 = _VAE | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
+_QWEN3_4B = {
+    "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+_QWEN25_VL_7B = {
+    "model_type": "qwen2_5_vl",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen2_5_vl_text", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}  # fmt: skip
 _DIFFUSION = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 1000}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -142,6 +159,71 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
             "text_encoder": ("transformers", "CLIPTextModel", _CLIP_L),
             "text_encoder_2": ("transformers", "T5EncoderModel", _T5_XXL),
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", _FLOW | {"use_dynamic_shifting": True}),
+        },
+    ),
+    "Tongyi-MAI/Z-Image": (
+        "ZImagePipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "ZImageTransformer2DModel",
+                {
+                    "_class_name": "ZImageTransformer2DModel",
+                    "dim": 3840,
+                    "n_layers": 30,
+                    "n_refiner_layers": 2,
+                    "cap_feat_dim": 2560,
+                },
+            ),
+            "vae": ("diffusers", "AutoencoderKL", _VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
+            "text_encoder": ("transformers", "Qwen3Model", _QWEN3_4B),
+            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", _FLOW),
+        },
+    ),
+    "black-forest-labs/FLUX.2-klein-base-4B": (
+        "Flux2KleinPipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "Flux2Transformer2DModel",
+                {
+                    "_class_name": "Flux2Transformer2DModel",
+                    "in_channels": 128,
+                    "num_layers": 5,
+                    "num_single_layers": 20,
+                    "attention_head_dim": 128,
+                    "num_attention_heads": 24,
+                    "joint_attention_dim": 7680,
+                    "guidance_embeds": False,
+                },
+            ),
+            "vae": ("diffusers", "AutoencoderKLFlux2", {"_class_name": "AutoencoderKLFlux2"}),
+            "text_encoder": ("transformers", "Qwen3ForCausalLM", _QWEN3_4B),
+            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", _FLOW | {"use_dynamic_shifting": True}),
+        },
+    ),
+    "Qwen/Qwen-Image": (
+        "QwenImagePipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "QwenImageTransformer2DModel",
+                {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60, "joint_attention_dim": 3584},
+            ),
+            "vae": ("diffusers", "AutoencoderKLQwenImage", {"_class_name": "AutoencoderKLQwenImage"}),
+            "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration", _QWEN25_VL_7B),
+            "scheduler": (
+                "diffusers",
+                "FlowMatchEulerDiscreteScheduler",
+                _FLOW
+                | {
+                    "shift": 1.0,
+                    "use_dynamic_shifting": True,
+                    "max_shift": 0.9,
+                    "max_image_seq_len": 8192,
+                    "shift_terminal": 0.02,
+                },
+            ),
         },
     ),
 }

@@ -12,6 +12,7 @@ from PIL import Image
 from selma_ray.errors import ModelNotFoundError, first_line
 from selma_ray.models.batches import HalvingBatches
 from selma_ray.models.config import ModelConfig, SamplingConfig
+from selma_ray.models.family import predictor_class
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.models.long_prompts import read_in_chunks
 from selma_ray.models.parts import DTYPES, not_finite, replaced_autoencoder
@@ -53,14 +54,18 @@ class Renderer:
     """Renders batches with one pipeline held in memory; a batch that does not fit is halved.
 
     The image of a row depends on its prompt and its seed alone. In fp32 on the CPU that holds to the byte: rows are denoised
-    `CPU_LANES` at a time, the last ones filled up, because kernels round differently for other batch sizes (by up to one
-    step of 255). On GPUs, and in bf16 and fp16, it holds up to rounding. A safety checker of the pipeline is taken out.
+    `CPU_LANES` at a time (one where texts have any length), the last ones filled up, because kernels round differently for other batch
+    sizes (by up to one step of 255). On GPUs, and in bf16 and fp16, it holds up to rounding. A safety checker of the pipeline is
+    taken out.
     """
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
         self._batches = HalvingBatches()
+        self._family = predictor_class(type(pipeline).__name__)
+        # A text that is filled up to the longest of its batch is rounded by what is beside it.
+        self._cpu_lanes = 1 if self._family.texts_vary else CPU_LANES
         use_scheduler(pipeline, sampling.scheduler, sampling.scheduler_config)
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it answers with black images, which would be learnt from and scored
@@ -75,13 +80,14 @@ class Renderer:
         if self.pipeline._execution_device.type != "cpu":  # its parts may wait in the host's memory
             return self._fitting(prompts, seeds)
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), CPU_LANES):
-            images += self._filled_up(prompts[start : start + CPU_LANES], seeds[start : start + CPU_LANES])
+        lanes = self._cpu_lanes
+        for start in range(0, len(prompts), lanes):
+            images += self._filled_up(prompts[start : start + lanes], seeds[start : start + lanes])
         return images
 
     def _filled_up(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """Render up to CPU_LANES rows as that many, by repeating the last."""
-        missing = CPU_LANES - len(prompts)
+        """Render up to as many rows as a CPU denoises at once as that many, by repeating the last."""
+        missing = self._cpu_lanes - len(prompts)
         all_prompts, all_seeds = list(prompts), list(seeds)
         return self._fitting(all_prompts + all_prompts[-1:] * missing, all_seeds + all_seeds[-1:] * missing)[
             : len(prompts)
@@ -105,19 +111,15 @@ class Renderer:
 
     def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
         """Return images (NHW3, 0 to 1)."""
-        negative = (
-            {"negative_prompt": [self.sampling.negative_prompt] * len(prompts)} if self.sampling.negative_prompt else {}
-        )
         return self.pipeline(
             prompt=list(prompts),
             num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance_scale,
             width=self.sampling.width_px,
             height=self.sampling.height_px,
             # Noise is drawn on the CPU, so that a seed gives the same latents on every device.
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",
-            **negative,
+            **self._family.call_arguments(self.pipeline, self.sampling, len(prompts)),
         ).images
 
 

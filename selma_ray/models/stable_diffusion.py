@@ -84,6 +84,10 @@ class StableDiffusion:
         tokens = text.max_position_embeddings * self.model.text_chunks
         return {"latent_mean": latents, "latent_std": latents, "text_NTD": (tokens, unet["cross_attention_dim"])}
 
+    def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
+        """Return the shape, without N, of what the autoencoder turns into an image."""
+        return latent_shape(self._autoencoder, height_px, width_px)
+
     @cached_property
     def latent_scale(self) -> float:
         """Factor from the autoencoder's latents to the denoiser's."""

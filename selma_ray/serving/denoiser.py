@@ -136,10 +136,11 @@ class Denoiser:
 
 
 def _parts(rows: Sequence[Row], size: int) -> list[list[int]]:
-    """Return the indices of rows in parts of at most `size`, each of rows that mix the same experts."""
-    together: dict[tuple[str, ...], list[int]] = {}
+    """Return the indices of rows in parts of at most `size`, each of rows with the same experts and texts of one length."""
+    together: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        together.setdefault(tuple(name for name, weight in row.mix if weight), []).append(index)
+        shapes = tuple(tensor.shape for tensor in row.condition.values())
+        together.setdefault((shapes, *(name for name, weight in row.mix if weight)), []).append(index)
     return [indices[start : start + size] for indices in together.values() for start in range(0, len(indices), size)]
 
 

@@ -13,7 +13,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.cost import pipeline_parameters, training_cost
 from selma_ray.models.family import open_family
 from selma_ray.models.rendering import load_pipeline
-from tests.unit.models.measuring import most_allocated_bytes
+from tests.unit.models.measuring import longest, most_allocated_bytes, random_examples
 
 LORA = LoraSettings(rank=4, alpha=4)
 BATCH = 4
@@ -34,7 +34,7 @@ def adapted_denoiser(model: Any, *, gradient_checkpointing: bool = False) -> Any
 def peak_bytes(model: Any, denoiser: Any) -> int:
     """Return the most that is allocated at once, beyond what was there, during one forward and backward pass."""
     family = open_family(model)
-    batch = {name: torch.rand((BATCH, *shape)) for name, shape in family.example_shapes(64, 64).items()}
+    batch = random_examples(family, BATCH, 64, 64)
 
     def step() -> None:
         denoiser.zero_grad()
@@ -62,7 +62,7 @@ def test_shapes_are_those_of_encoded_examples(model: ModelConfig) -> None:
     encoders = open_family(model).load_encoders("cpu")
     encoded = encoders.encode_images(np.zeros((1, 64, 48, 3), np.uint8)) | encoders.encode_prompts(["a cat"], 64, 48)
     shapes = open_family(model).example_shapes(64, 48)
-    assert {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()} == shapes
+    assert {name: longest(name, tensor.shape[1:], shapes) for name, tensor in encoded.items()} == shapes
 
 
 def test_shapes_are_those_of_the_miniature_whose_prompts_are_shorter() -> None:

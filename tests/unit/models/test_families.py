@@ -1,8 +1,8 @@
 """What every family keeps, a row each: it draws by the conditioning it is trained with, and says what it cannot draw."""
 
-from collections.abc import Callable
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,26 +15,9 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.family import Family, Predictor, open_family, open_predictor
 from selma_ray.models.rendering import load_pipeline
-from tests.tiny_models import save_tiny_stable_diffusion
-from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
-from tests.unit.models.tiny_sdxl import save_tiny_sdxl
+from tests.unit.models.measuring import guidance_arguments, longest
 
-FAMILIES: dict[str, Callable[[Path, Path], None]] = {
-    "stable_diffusion": lambda folder, _: save_tiny_stable_diffusion(folder),
-    "sdxl": save_tiny_sdxl,
-    "sd3": save_tiny_sd3,
-    "flux": save_tiny_flux,
-}
-DRAWING = Drawing("two apples", 3, 2, 2.0, 64, 48)
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def model(
-    request: pytest.FixtureRequest, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ModelConfig:
-    folder = tmp_path_factory.mktemp("family") / request.param
-    FAMILIES[request.param](folder, tiny_pipeline_dir)
-    return ModelConfig(name=str(folder))
+DRAWING = Drawing("two apples", 3, 2, 2.0, 64, 32)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +44,7 @@ def test_it_draws_by_what_it_is_trained_with(family: Family, predictor: Predicto
     for name, tensor in trained_with.items():
         torch.testing.assert_close(conditions.positive[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     shapes = family.example_shapes(*DRAWING.size_px)
-    assert {name: tuple(tensor.shape[1:]) for name, tensor in trained_with.items()} == {
+    assert {name: longest(name, tensor.shape[1:], shapes) for name, tensor in trained_with.items()} == {
         name: shape for name, shape in shapes.items() if not name.startswith("latent_")
     }
     assert predictor.start(DRAWING).latents_NCHW.shape[1:] == shapes["latent_mean"]
@@ -78,7 +61,7 @@ def test_one_step_of_its_own_is_one_step_of_the_pipeline(pipeline: DiffusionPipe
         predicted, *unconditional = predictor.predict(inputs_NChw, course.timestep.repeat(len(told)), told).split(1)
         course.advance(predictor.guide(DRAWING, predicted, *(unconditional or [None])))
     images = pipeline(
-        prompt=DRAWING.prompt, num_inference_steps=DRAWING.steps, guidance_scale=DRAWING.guidance_scale,
+        prompt=DRAWING.prompt, num_inference_steps=DRAWING.steps, **guidance_arguments(pipeline, DRAWING.guidance_scale),
         width=DRAWING.width_px, height=DRAWING.height_px, generator=torch.Generator().manual_seed(DRAWING.seed),
         output_type="np",
     ).images  # fmt: skip
@@ -86,6 +69,17 @@ def test_one_step_of_its_own_is_one_step_of_the_pipeline(pipeline: DiffusionPipe
     assert isinstance(image, Image.Image)
     assert image.size == (DRAWING.width_px, DRAWING.height_px)
     assert np.abs(np.asarray(image) / 255 - images[0]).max() < 0.006
+
+
+@torch.inference_mode()
+def test_a_dropped_caption_is_what_guidance_starts_from(family: Family, predictor: Predictor) -> None:
+    encoders = family.load_encoders("cpu")
+    dropped = encoders.encode_no_caption()
+    (conditions,) = predictor.encode([DRAWING])
+    starts_from: Any = conditions.negative or encoders.encode_prompts([""], *DRAWING.size_px)
+    assert dropped
+    for name, tensor in dropped.items():
+        torch.testing.assert_close(tensor, starts_from[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_what_cannot_be_drawn_is_named_also_after_being_sent(tiny_pipeline_dir: Path) -> None:

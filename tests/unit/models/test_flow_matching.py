@@ -1,4 +1,4 @@
-"""SD3 and FLUX, by the same tests."""
+"""What families of flow matching have in common, by the same tests."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.family import LossSettings, open_family
 from selma_ray.models.rendering import Renderer, load_pipeline
 from selma_ray.storage import RunFolder
-from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
+from tests.unit.models.tiny_families import FLOW_FAMILIES
 
-SAVERS = {"sd3": save_tiny_sd3, "flux": save_tiny_flux}
 SHIFT, SCALE = 0.0609, 1.5305
 SAMPLING = SamplingConfig(steps=3, guidance_scale=3.0, width_px=64, height_px=64)
 
 
-@pytest.fixture(scope="module", params=list(SAVERS))
+@pytest.fixture(scope="module", params=list(FLOW_FAMILIES))
 def name(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -31,7 +30,7 @@ def name(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def model(name: Any, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     folder = tmp_path_factory.mktemp(name) / "model"
-    SAVERS[name](folder, tiny_pipeline_dir)
+    FLOW_FAMILIES[name](folder, tiny_pipeline_dir)
     return ModelConfig(name=str(folder))
 
 
@@ -47,6 +46,7 @@ def batch(family: Any) -> Any:
     return encoders.encode_images(images) | encoders.encode_prompts(["two apples", "a cat"], 64, 48)
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 def test_conditioning_is_what_the_pipeline_makes(name: Any, model: ModelConfig, batch: Any) -> None:
     pipeline = load_pipeline(model, "cpu")
     if name == "sd3":
@@ -72,6 +72,7 @@ class Recorder(torch.nn.Module):
         return (arguments["hidden_states"],)
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 def test_the_velocity_leads_from_latents_to_noise(name: Any, family: Any, batch: Any) -> None:
     row = {key: tensor[:1] for key, tensor in batch.items()}
     draw = torch.Generator().manual_seed(5)
@@ -128,13 +129,6 @@ def test_a_fitted_adapter_lowers_the_loss_round_trips_and_changes_images(
     before, after = (get_peft_model_state_dict(each) for each in (adapted, reloaded))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_a_dropped_caption_is_the_empty_prompt(family: Any) -> None:
-    encoders = family.load_encoders("cpu")
-    empty, written = encoders.encode_no_caption(), encoders.encode_prompts([""])
-    assert empty.keys() == {"text_NTD", "pooled_NP"}
-    assert all(torch.equal(empty[key], written[key]) for key in empty)
 
 
 def test_min_snr_weighting_is_refused(family: Any, batch: Any) -> None:

@@ -13,6 +13,7 @@ from selma_ray.models.family import open_family, open_predictor
 from selma_ray.models.identity import model_identity
 from selma_ray.models.prompt_length import PromptLengths, prompt_lengths
 from selma_ray.models.rendering import Renderer, load_pipeline
+from tests.unit.models.tiny_families import FAMILIES
 from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
 from tests.unit.models.tiny_sdxl import save_tiny_sdxl
 
@@ -48,6 +49,23 @@ def test_the_loaded_model_counts_as_the_recipe_s_does(folders: Any, family: str)
     predictor = open_predictor(load_pipeline(model, "cpu"))
     for text in ("", SHORT, LONG):
         length, limit = predictor.tokens(text)
+        assert prompt_lengths(model, [text]) == PromptLengths(1, int(length > limit), limit, length)
+
+
+@pytest.mark.parametrize("family", ["z_image", "qwen_image"])
+def test_a_chat_s_template_counts_as_the_pipeline_reads_it(family: str, tmp_path: Path) -> None:
+    FAMILIES[family](tmp_path / "model", tmp_path)
+    model = ModelConfig(name=str(tmp_path / "model"))
+    pipeline: Any = load_pipeline(model, "cpu")
+    predictor = open_predictor(pipeline)
+    if family == "qwen_image":
+        beginning = pipeline.prompt_template_encode.partition("{")[0]
+        pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer(beginning).input_ids)
+    assert predictor.tokens(LONG)[1] == 512
+    for text in (SHORT, LONG, LONG + LONG):
+        (conditions,) = predictor.encode([Drawing(text, 0, 1, 0.0, 64, 64)])
+        length, limit = predictor.tokens(text)
+        assert conditions.positive["text_NTD"].shape[1] == min(length, limit)
         assert prompt_lengths(model, [text]) == PromptLengths(1, int(length > limit), limit, length)
 
 

@@ -36,10 +36,10 @@ def save_tiny_sd3(folder: Path, tiny_stable_diffusion: Path, latent_channels: in
         pos_embed_max_size=16,
     )  # fmt: skip
     StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_autoencoder(latent_channels),
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(latent_channels),
         text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer)), tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer)), tokenizer_2=tokenizer,
-        text_encoder_3=_t5(64), tokenizer_3=_letter_tokenizer(),
+        text_encoder_3=_t5(64), tokenizer_3=letter_tokenizer(),
     ).save_pretrained(folder)  # fmt: skip
 
 
@@ -52,13 +52,13 @@ def save_tiny_flux(folder: Path, tiny_stable_diffusion: Path) -> None:
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     FluxPipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae=_autoencoder(),
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae=autoencoder(),
         text_encoder=CLIPTextModel(_clip_config(tokenizer)), tokenizer=tokenizer,
-        text_encoder_2=_t5(32), tokenizer_2=_letter_tokenizer(),
+        text_encoder_2=_t5(32), tokenizer_2=letter_tokenizer(),
     ).save_pretrained(folder)  # fmt: skip
 
 
-def _autoencoder(latent_channels: int = _LATENT_CHANNELS) -> AutoencoderKL:
+def autoencoder(latent_channels: int = _LATENT_CHANNELS) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(16, 16, 32), latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
@@ -77,7 +77,7 @@ def _t5(width: int) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
 
 
-def _letter_tokenizer() -> PreTrainedTokenizerFast:
+def letter_tokenizer() -> PreTrainedTokenizerFast:
     pieces = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz ."]
     model = Unigram([(piece, -1.0) for piece in pieces], unk_id=2)
     return PreTrainedTokenizerFast(

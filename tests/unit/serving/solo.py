@@ -11,11 +11,12 @@ from selma_ray.serving.batch import Failure, StepBatch
 from selma_ray.serving.decoding import Decoder, Latents
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.requests import ImageRequest
+from tests.unit.models.measuring import guidance_arguments
 
 __all__ = ["FULL_SIZE_PX", "Ended", "assert_equal_to_solo", "random_request", "run_mix", "solo_image", "stepped"]
 
 FULL_SIZE_PX = (64, 64)
-SIZES_PX = ((64, 64), (32, 48), (96, 64))
+SIZES_PX = ((64, 64), (32, 64), (96, 64))
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,8 @@ def solo_image(pipeline: Any, request: ImageRequest) -> np.ndarray:
     """Draw a request by diffusers' own call."""
     image = pipeline(
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
         num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
+        **guidance_arguments(pipeline, request.guidance_scale, request.negative_prompt),
         width=request.width_px,
         height=request.height_px,
         generator=torch.Generator("cpu").manual_seed(request.seed),

@@ -1,4 +1,4 @@
-"""SD3 and FLUX in the step-batching engine draw what diffusers' own pipelines draw, whatever else is in the batch."""
+"""Models of flow matching in the step-batching engine draw what diffusers' own pipelines draw, whatever else is in the batch."""
 
 import asyncio
 import io
@@ -26,13 +26,11 @@ from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import RANKS, save_experts
 from tests.unit.adapters.test_mixing import MIXES, peft_weights
-from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
+from tests.unit.models.tiny_families import FLOW_FAMILIES
 from tests.unit.serving.solo import FULL_SIZE_PX, assert_equal_to_solo, random_request, run_mix, solo_image, stepped
 
-SAVERS = {"sd3": save_tiny_sd3, "flux": save_tiny_flux}
 
-
-@pytest.fixture(scope="module", params=list(SAVERS))
+@pytest.fixture(scope="module", params=list(FLOW_FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -40,7 +38,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(family: str, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     folder = tmp_path_factory.mktemp("flow") / family
-    SAVERS[family](folder, tiny_pipeline_dir)
+    FLOW_FAMILIES[family](folder, tiny_pipeline_dir)
     return ModelConfig(name=str(folder))
 
 
@@ -51,7 +49,9 @@ def experts(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def request_for(family: str, rng: random.Random) -> ImageRequest:
     request = random_request(rng)
-    return request if family == "sd3" else replace(request, negative_prompt="")
+    if family == "qwen_image":
+        request = replace(request, steps=max(2, request.steps))
+    return replace(request, negative_prompt="") if family == "flux" else request
 
 
 def plain(**changes: Any) -> ImageRequest:
@@ -64,7 +64,10 @@ def test_random_mixes_equal_the_pipeline_itself(family: str, model: ModelConfig,
     pipeline = load_pipeline(model, "cpu")
     requests = [request_for(family, rng) for _ in range(5)]
     assert_equal_to_solo(pipeline, requests, rng)
-    assert np.abs(solo_image(pipeline, plain(guidance_scale=1.0)) - solo_image(pipeline, plain())).max() > 1
+    assert (
+        np.abs(solo_image(pipeline, plain(guidance_scale=1.0)) - solo_image(pipeline, plain(guidance_scale=9.0))).max()
+        > 1
+    )
 
 
 @pytest.mark.heavy
@@ -122,6 +125,10 @@ def test_mixes_of_experts_in_one_batch_equal_set_adapters_one_at_a_time(
 REFUSED = {
     "sd3": (({"width_px": 60}, "size"), ({"height_px": 136}, "size")),
     "flux": (({"width_px": 60}, "size"), ({"negative_prompt": "blurry"}, "negative_prompt")),
+    "z_image": (({"width_px": 60}, "size"),),
+    "flux2": (({"width_px": 60}, "size"),),
+    "qwen_image": (({"width_px": 60}, "size"), ({"steps": 1}, "num_inference_steps")),
+    "sana": (({"width_px": 62}, "size"),),
 }
 
 
@@ -129,9 +136,9 @@ def test_what_a_family_cannot_draw_is_the_callers_error_and_spares_the_others(fa
     denoiser = denoiser_for(load_pipeline(model, "cpu"))
     for changes, param in REFUSED[family]:
         batch = StepBatch(denoiser, 4, FULL_SIZE_PX)
-        good = batch.submit(plain(steps=1))
+        good = batch.submit(plain(steps=2))
         bad = batch.submit(plain(**changes))  # type: ignore[arg-type]
-        outcomes = {outcome.ticket: outcome for _ in range(2) for outcome in stepped(batch)}
+        outcomes = {outcome.ticket: outcome for _ in range(3) for outcome in stepped(batch)}
         error = outcomes[bad].error
         assert isinstance(error, RequestError)
         assert (error.status, error.param) == (400, param)
