@@ -156,8 +156,6 @@ class FlowMatching(ABC):
 class FlowPredictor(PipelinePredictor):
     """What families of flow matching do alike: a velocity's course, and the autoencoder's shift."""
 
-    position_latents: ClassVar[int] = 1
-    """The autoencoder's latents on each side of a position of the course, which has them as channels."""
     latents_dtype: ClassVar[torch.dtype | None] = None
     """Precision of the course; None is the denoiser's."""
 

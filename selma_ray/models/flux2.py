@@ -137,6 +137,13 @@ class Flux2KleinPredictor(FlowPredictor):
         """Return the velocity for each row; timesteps are rounded to the model's precision first, as the pipeline rounds them."""
         return super().predict(inputs_NChw, timesteps_N.to(self._dtype), conditions)
 
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return the most likely latents, as the family's own pipelines start from, less their mean and over their deviation."""
+        vae = self._pipeline.vae
+        latents_NChw = Flux2KleinPipeline._patchify_latents(vae.encode(pixels_N3HW).latent_dist.mode())
+        mean_1C11, deviation_1C11 = (each.to(latents_NChw) for each in _statistics(vae))
+        return (latents_NChw - mean_1C11) / deviation_1C11
+
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
         mean_1C11, deviation_1C11 = (each.to(latents_NChw) for each in _statistics(vae))

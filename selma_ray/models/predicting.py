@@ -29,6 +29,8 @@ class PipelinePredictor(ABC):
     """Guidance scale up to which there is none."""
     unprompted: ClassVar[str] = ""
     """What guidance starts from without a negative prompt."""
+    position_latents: ClassVar[int] = 1
+    """The autoencoder's latents on each side of a position of the course, which has them as channels."""
     texts_vary = False
 
     def __init__(self, pipeline: Any) -> None:
@@ -89,7 +91,7 @@ class PipelinePredictor(ABC):
         pixels_13HW = self._pipeline.image_processor.preprocess(source.image).to(self._device, self._dtype)
         mask_11hw = None
         if source.mask is not None:
-            scale = self._pipeline.vae_scale_factor
+            scale = self._pipeline.vae_scale_factor * self.position_latents
             size = (drawing.height_px // scale, drawing.width_px // scale)
             anew_11HW = torch.from_numpy(np.asarray(source.mask) >= 128)[None, None].float()
             mask_11hw = torch.nn.functional.interpolate(anew_11HW, size=size).to(self._device, self._dtype)

@@ -142,6 +142,12 @@ class QwenImagePredictor(FlowPredictor):
         factor_N1hw = _patch_norms(predicted_NChw) / _patch_norms(guided_NChw)
         return guided_NChw * factor_N1hw.repeat_interleave(_PATCH, -1).repeat_interleave(_PATCH, -2)
 
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        vae = self._pipeline.vae
+        latents_NChw = vae.encode(pixels_N3HW.unsqueeze(2)).latent_dist.sample(generator)[:, :, 0]
+        mean_1C11, deviation_1C11 = (each.to(latents_NChw) for each in _statistics(vae))
+        return (latents_NChw - mean_1C11) / deviation_1C11
+
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
         latents_NChw = latents_NChw.to(vae.dtype)

@@ -126,6 +126,10 @@ class SanaPredictor(FlowPredictor):
         """Return the velocity for each row (NChw, fp32)."""
         return super().predict(inputs_NChw.to(self._dtype), timesteps_N, conditions).float()
 
+    def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        vae = self._pipeline.vae
+        return vae.encode(pixels_N3HW.to(vae.dtype)).latent * vae.config.scaling_factor
+
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
         return vae.decode(latents_NChw.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]

@@ -12,23 +12,26 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 
-from selma_ray.models.config import ModelConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.drawing import Source
+from selma_ray.models.family import open_predictor
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.models.schedulers import use_scheduler
 from selma_ray.serving.batch import StepBatch
 from selma_ray.serving.denoiser import denoiser_for
 from selma_ray.serving.errors import RequestError
 from selma_ray.serving.requests import ImageRequest
-from tests.tiny_models import save_tiny_sdxl, save_tiny_stable_diffusion
-from tests.unit.models.tiny_flow_models import save_tiny_flux, save_tiny_sd3
+from tests.unit.models.tiny_families import FAMILIES
+from tests.unit.models.tiny_flow_models import save_tiny_sd3
 from tests.unit.serving.solo import FULL_SIZE_PX, run_mix, solo_image, stepped
 
 TOLERANCE = 1  # of 255, as for images drawn from noise: kernels round by the number of rows
 SIZE_PX = (64, 48)  # width, height
+WITHOUT_ORACLE = ("flux2", "sana")
+"""Families whose own pipelines only draw anew what they are shown as a reference, or change no image."""
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])
+@pytest.fixture(scope="module", params=[family for family in FAMILIES if family not in WITHOUT_ORACLE])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -36,15 +39,11 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def pipeline(family: str, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("models") / family
-    if family == "sd":
-        save_tiny_stable_diffusion(folder)
-    elif family == "sdxl":
-        save_tiny_sdxl(folder)
-    elif family == "sd3":
+    if family == "sd3":
         # diffusers' inpainting of SD3 takes 16 channels for granted.
         save_tiny_sd3(folder, tiny_pipeline_dir, latent_channels=16)
     else:
-        save_tiny_flux(folder, tiny_pipeline_dir)
+        FAMILIES[family](folder, tiny_pipeline_dir)
     return load_pipeline(ModelConfig(name=str(folder)), "cpu")
 
 
@@ -70,22 +69,22 @@ def changed_by_diffusers(pipeline: Any, request: ImageRequest) -> np.ndarray:
     source = request.source
     assert source is not None
     masked = source.mask is not None
-    own = (AutoPipelineForInpainting if masked else AutoPipelineForImage2Image).from_pipe(pipeline)
+    own: Any = (AutoPipelineForInpainting if masked else AutoPipelineForImage2Image).from_pipe(pipeline)
     size = {"width": request.width_px, "height": request.height_px}
     options: dict[str, Any] = size if "height" in inspect.signature(own.__call__).parameters else {}
     if masked:
         options["mask_image"] = source.mask
+    sampling = SamplingConfig(guidance_scale=request.guidance_scale, negative_prompt=request.negative_prompt)
     # What diffusers' inpainting of SD3 decodes lacks the autoencoder's shift, so that its latents are decoded here.
     only_latents = masked and type(own).__name__ == "StableDiffusion3InpaintPipeline"
     answer = own(
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
         image=source.image,
         num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
         strength=source.strength,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type="latent" if only_latents else "pil",
+        **type(open_predictor(pipeline)).call_arguments(pipeline, sampling, 1),
         **options,
     ).images
     image = denoiser_for(pipeline).decode(answer)[0] if only_latents else answer[0]
@@ -127,6 +126,25 @@ def test_changes_share_a_batch_with_images_from_noise(pipeline: Any) -> None:
     for index in (0, 3):
         assert np.abs(images[index] - changed_by_diffusers(pipeline, requests[index])).max() <= TOLERANCE
     assert np.abs(images[2] - solo_image(pipeline, requests[2])).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", WITHOUT_ORACLE)
+def test_families_without_such_a_pipeline_start_from_the_image_too(
+    name: str, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    FAMILIES[name](tmp_path / name, tiny_pipeline_dir)
+    pipeline = load_pipeline(ModelConfig(name=str(tmp_path / name)), "cpu")
+    plain = ImageRequest("a red ball", 3, 7, 2.5, 64, 64)  # sides that all of them can draw
+    picture, half = (image.resize((64, 64)) for image in (photograph(), left_half()))
+    sources = [Source(picture, strength, None) for strength in (0.15, 0.3, 0.9, 1.0)]
+    requests = [replace(plain, source=source) for source in (*sources, Source(picture, 1.0, half))]
+    coded, little, much, anew, masked = (image for _, image in sorted(changed_here(pipeline, requests).items()))
+    assert np.abs(little - coded).mean() < np.abs(much - coded).mean()
+    # From noise alone, which is that of an image without a source.
+    assert np.abs(anew - solo_image(pipeline, plain)).max() <= TOLERANCE
+    outside = np.asarray(half) < 128
+    assert np.array_equal(masked[outside], np.asarray(picture, dtype=int)[outside])
+    assert np.abs(masked - np.asarray(picture, dtype=int))[~outside].max() > TOLERANCE
 
 
 SCHEDULERS = [
