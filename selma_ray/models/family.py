@@ -35,6 +35,7 @@ __all__ = [
     "has_part",
     "open_family",
     "open_predictor",
+    "pipeline_class_name",
 ]
 
 Batch = Mapping[str, torch.Tensor]
@@ -134,7 +135,7 @@ class Predictor(Protocol):
 def open_family(model: ModelConfig) -> Family:
     """Return the family that a model's `model_index.json` names; raises ConfigError for one that has no trainer."""
     located = locate_text_to_image(model.name, model.revision)
-    pipeline_class = _pipeline_class(model, located)
+    pipeline_class = pipeline_class_name(model)
     if pipeline_class not in FAMILIES:
         raise ConfigError(
             f"model.name must be a family that experts can be fitted to ({', '.join(FAMILIES)}), got {model.name} ({pipeline_class})"
@@ -157,8 +158,9 @@ def has_part(model: ModelConfig, name: str) -> bool:
     return any(_index(model, locate_text_to_image(model.name, model.revision)).get(name) or ())
 
 
-def _pipeline_class(model: ModelConfig, located: LocatedModel) -> str:
-    return _index(model, located)["_class_name"]
+def pipeline_class_name(model: ModelConfig) -> str:
+    """Return the class of a model's pipeline, as its `model_index.json` names it."""
+    return _index(model, locate_text_to_image(model.name, model.revision))["_class_name"]
 
 
 def _index(model: ModelConfig, located: LocatedModel) -> Mapping[str, Any]:
