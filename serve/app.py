@@ -16,7 +16,7 @@ from selma_ray.run.opening import Run, open_run
 from selma_ray.run.serve import served_models, service_source
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
-from selma_ray.serving.experts import open_experts
+from selma_ray.serving.experts import check_adapters, open_experts
 from selma_ray.serving.scorer import scorer_of
 from selma_ray.serving.served import ServedModels
 
@@ -39,15 +39,18 @@ class ServeArgs(ServingConfig):
 def build(args: ServeArgs) -> serve.Application:
     """Return the Ray Serve application; raises ConfigError where the model, the judge or the keys cannot be used."""
     given = args.model_dump(include=args.model_fields_set & ServingConfig.model_fields.keys())
-    models = ServedModels(args.model_name or Path(args.model.name).name, args.model)
     source: QuestionSource = GrammarQuestions() if args.model.name == MINIATURE else WholeQuestion()
-    if args.run_dir is not None:
+    if args.run_dir is None:
+        config = validate(ServingConfig, given, source="serve arguments")
+        check_adapters(config.adapters, args.model)
+        base = args.model if config.adapters else None
+        models = ServedModels(args.model_name or Path(args.model.name).name, args.model, base, config.adapters)
+    else:
         run = _finished_run(args.run_dir)
-        given = run.recipe.serving.model_dump() | given
-        models = served_models(run, experts=given["experts"])
+        config = validate(ServingConfig, run.recipe.serving.model_dump() | given, source="serve arguments")
+        models = served_models(run, config)
         models = replace(models, name=args.model_name or models.name)
         source = service_source(run)
-    config = validate(ServingConfig, given, source="serve arguments")
     # Checked here, before replicas are started that would fail one after the other.
     locate_text_to_image(models.merged.name, models.merged.revision)
     return application(models, config, args.cluster, scorer_of(config, source), open_experts)

@@ -8,12 +8,13 @@ Shapes: N rows, I input features, O output features, R summed ranks of the exper
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from selma_ray.errors import AdapterError
 
-__all__ = ["Expert", "ExpertLayers", "LowRank", "Mix"]
+__all__ = ["Expert", "ExpertLayers", "LowRank", "Mix", "fitted_expert"]
 
 Mix = tuple[tuple[str, float], ...]
 """Experts on the base model by name, each with the weight of its delta; empty for the base model itself."""
@@ -49,12 +50,20 @@ class ExpertLayers:
 
     def __init__(self, denoiser: torch.nn.Module, experts: Mapping[str, Expert]) -> None:
         self._denoiser = denoiser
-        self._experts = {name: _fitted(name, expert, denoiser) for name, expert in experts.items()}
+        self._experts: dict[str, Expert] = {}
+        self._hooked: set[str] = set()
         self._active: tuple[str, ...] = ()
         self._stacks: dict[str, _Stack | None] = {}
         self._weights_NK: torch.Tensor | None = None
-        for module_name in sorted({module for expert in self._experts.values() for module in expert}):
-            denoiser.get_submodule(module_name).register_forward_hook(self._hook(module_name))
+        for name, expert in experts.items():
+            self.add(name, fitted_expert(name, expert, denoiser))
+
+    def add(self, name: str, fitted: Expert) -> None:
+        """Add what `fitted_expert` returned, between two calls of the denoiser."""
+        self._experts[name] = fitted
+        for module_name in sorted(set(fitted) - self._hooked):
+            self._denoiser.get_submodule(module_name).register_forward_hook(self._hook(module_name))
+        self._hooked |= set(fitted)
 
     def weigh(self, mixes_N: Sequence[Mix]) -> None:
         """Set the mix of each row for the calls of the denoiser that follow."""
@@ -72,10 +81,12 @@ class ExpertLayers:
             stack = self._stack(module_name) if self._weights_NK is not None else None
             if stack is None or self._weights_NK is None:
                 return output
-            rows = inputs[0]
+            is_pointwise = isinstance(module, torch.nn.Conv2d)
+            rows = inputs[0].movedim(1, -1) if is_pointwise else inputs[0]
             weights_NR = self._weights_NK[:, stack.experts]
             weights = weights_NR.view(len(rows), *(1,) * (rows.dim() - 2), -1)
-            return output + ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
+            added = ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
+            return output + (added.movedim(-1, 1) if is_pointwise else added)
 
         return add_deltas
 
@@ -98,14 +109,14 @@ def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
     return _Stack(A_RI, B_OR, torch.tensor(owners, device=A_RI.device))
 
 
-def _fitted(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, LowRank]:
-    """Return the expert's factors in the denoiser's precision and on its device."""
+def fitted_expert(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, LowRank]:
+    """Return an expert's factors in a denoiser's precision and on its device; raises AdapterError where it does not fit."""
     modules = dict(denoiser.named_modules())
     fitted = {}
     for module_name, delta in expert.items():
         shape = (len(delta.B_OR), delta.A_RI.shape[1])
         module = modules.get(module_name)
-        if not isinstance(module, torch.nn.Linear) or tuple(module.weight.shape) != shape:
+        if module is None or _linear_shape(module) != shape:
             raise AdapterError(
                 f"expert {name}: {module_name} must be a linear module of shape {shape} in the model that is served; "
                 "serve experts with the model they were fitted to"
@@ -113,3 +124,13 @@ def _fitted(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, L
         device, dtype = module.weight.device, module.weight.dtype
         fitted[module_name] = LowRank(delta.A_RI.to(device, dtype), delta.B_OR.to(device, dtype))
     return fitted
+
+
+def _linear_shape(module: Any) -> tuple[int, ...] | None:
+    """Return (O, I) of a linear module or a convolution of 1 x 1 pixels, which is one for each pixel; None of another."""
+    is_pointwise = isinstance(module, torch.nn.Conv2d) and (module.kernel_size, module.stride, module.groups) == (
+        (1, 1),
+        (1, 1),
+        1,
+    )
+    return tuple(module.weight.shape[:2]) if is_pointwise or isinstance(module, torch.nn.Linear) else None

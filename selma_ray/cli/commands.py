@@ -31,6 +31,7 @@ _COMMANDS = {
 }
 
 _DATA_COMMANDS = ("data", "export")
+_OF_FINISHED_RUNS = ("report", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +156,7 @@ def _execute(options: argparse.Namespace) -> None:
     if options.command == "fetch":
         console.fetch(recipe)
         return
-    run = open_run(recipe)
+    run = open_run(recipe, make=options.command not in _OF_FINISHED_RUNS)
 
     if options.command == "run":
         console.run_all(run)

@@ -45,8 +45,8 @@ class Run:
         return self.recipe.model.model_copy(update={"name": pipeline, "revision": None, "variant": None})
 
 
-def open_run(source: Recipe | str) -> Run:
-    """Open a run by its recipe, whose folder is made, or by the path or URI of a folder that is there, which is only read.
+def open_run(source: Recipe | str, make: bool = True) -> Run:
+    """Open a run by its recipe, whose folder is made unless `make` is false, or by the path or URI of a folder, which is only read.
 
     A recipe's models, judges and skills are checked first. Raises RunMismatchError where the folder was made with another recipe or with
     other skills, ConfigError where a folder holds no run, or would be lost.
@@ -59,6 +59,10 @@ def open_run(source: Recipe | str) -> Run:
         return Run(recipe.model_copy(update={"run_dir": source}), folder)
     folder = RunFolder(source.run_dir)
     _refuse_package_cache(folder)
+    if not (make or folder.exists(_RECIPE)):
+        raise ConfigError(
+            f"run_dir {folder.uri} must be a run's folder, it has no {_RECIPE}; fix the path, or run `selma run` first"
+        )
     skills = tuple(load_skills(source.skills))
     _check(source, skills)
     written = _written_recipe(folder)

@@ -34,6 +34,7 @@ from selma_ray.serving.guards import AnswerFaults, AnswerHead, LimitBody, Requir
 from selma_ray.serving.idempotency import RepeatAnswers
 from selma_ray.serving.keys import ApiKey
 from selma_ray.serving.links import FILES_PATH, ImageLinks
+from selma_ray.serving.live_names import LiveNames
 from selma_ray.serving.metrics import MeasureRequests, Metrics
 from selma_ray.serving.page import PAGE_PATHS, add_page
 from selma_ray.serving.parsing import read_body, request_body_of
@@ -115,18 +116,21 @@ def _add_probes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
 
 def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: ModelNames, metrics: Metrics) -> None:
     started_s = int(time.time())
+    live_names = LiveNames(names, backend)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
         """List the models that can be asked for."""
-        return ModelList(data=[Model(id=name, created=started_s, kind=names.kind(name)) for name in names.all()])
+        known = await live_names.known()
+        return ModelList(data=[Model(id=name, created=started_s, kind=known.kind(name)) for name in known.all()])
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> Model:
         """Describe one of them."""
-        if name not in names.all():
-            raise names.unknown(name)
-        return Model(id=name, created=started_s, kind=names.kind(name))
+        known = await live_names.known()
+        if name not in known.all():
+            raise known.unknown(name)
+        return Model(id=name, created=started_s, kind=known.kind(name))
 
     links = ImageLinks(config)
 
@@ -157,14 +161,16 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
     async def generations(request: Request) -> Any:
         """Draw images."""
         body = await read_body(request, GenerationBody)
-        return await answered(request, body, _wanted(body, config, names, image_requests(body, config, names)))
+        requests = await live_names.read(lambda known: image_requests(body, config, known))
+        return await answered(request, body, _wanted(body, config, names, requests))
 
     @app.post("/v1/images/edits", response_model=Generation, responses=_STREAMED, openapi_extra=form_body_of(EditBody))
     async def edits(request: Request) -> Any:
         """Change an image, as a whole or where its mask is transparent."""
         form = await read_form(request, FILES)
         body = form.validated(EditBody)
-        requests, warnings = await asyncio.to_thread(edit_requests, body, form.files, config, names)
+        undecided = await live_names.read(lambda known: image_requests(body, config, known))
+        requests, warnings = await asyncio.to_thread(edit_requests, body, undecided, form.files, config)
         wanted = _wanted(body, config, names, requests)
         return await answered(
             request, body, replace(wanted, event="image_edit", warnings=[*warnings, *wanted.warnings])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from selma_ray.adapters.mixing import Expert
 from selma_ray.models.batches import HalvingBatches, is_out_of_memory
 from selma_ray.models.course import Course
 from selma_ray.serving.decoding import Latents
@@ -137,6 +138,11 @@ class StepBatch:
     def replace_merged(self, merged: Denoiser) -> None:
         """Draw requests that come from now on with other merged weights; those in the lanes keep the ones they have."""
         self._merged = merged
+
+    def add_experts(self, experts: Mapping[str, Expert]) -> None:
+        """Let mixes have more experts, which fit the base model."""
+        if self._mixing is not None:
+            self._mixing.add_experts(experts)
 
     @property
     def num_waiting(self) -> int:

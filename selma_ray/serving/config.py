@@ -45,6 +45,11 @@ class ServingConfig(StrictModel):
     """Requests that a key without a limit of its own may make a minute, all at once if it likes; default: no limit."""
     experts: bool = True
     """Serve the base model, every expert and mixes of experts too; a second denoiser in each generator's memory."""
+    adapters: dict[
+        Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")], Annotated[str, StringConstraints(min_length=1)]
+    ] = Field(default_factory=dict, max_length=64)
+    """LoRAs of others for the base model, by the names that requests ask for them, beside the experts and in mixes with them: PEFT
+    folders, or .safetensors files as diffusers, kohya's scripts and A1111 have them, on a path that every node sees."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults of a request that names none."""
     cache_interval: int = Field(default=1, ge=1)

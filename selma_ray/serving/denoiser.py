@@ -84,6 +84,11 @@ class Denoiser:
         self._deep_features = DeepFeatures(predictor.denoiser, cache_interval) if cache_interval > 1 else None
         self._experts = ExpertLayers(predictor.denoiser, experts or {})
 
+    def add_experts(self, experts: Mapping[str, Expert]) -> None:
+        """Add what `fitted_expert` returned, between two predictions."""
+        for name, expert in experts.items():
+            self._experts.add(name, expert)
+
     def encode(self, requests: Sequence[ImageRequest]) -> list[RequestRows]:
         """Embed the texts of each request; raises RequestError (400) for what the model cannot draw."""
         with _refused():

@@ -30,6 +30,7 @@ from selma_ray.serving.evaluator import Evaluator, Scorer
 from selma_ray.serving.filters import check_safety_checker
 from selma_ray.serving.generator import Generator, OpenExperts
 from selma_ray.serving.keys import ApiKey, read_keys
+from selma_ray.serving.replica_logs import join_serve_logs
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames, ServedModels
 
@@ -64,6 +65,7 @@ def application(
     check_safety_checker(config, models.merged)
     keys = (*read_keys(config.api_keys_file, config.requests_per_minute), *own_keys) if config.api_keys_file else ()
     place = {"num_cpus": config.num_cpus, **role_options("serve", cluster)}
+    logging_config = {"log_level": cluster.log_level}
     generator = serve.deployment(
         _GeneratorReplica,
         name="generator",
@@ -71,6 +73,7 @@ def application(
         max_ongoing_requests=config.max_batch_size + config.max_queued_requests,
         max_queued_requests=max(config.max_queued_requests, _BURST),
         ray_actor_options={**place, "num_gpus": config.num_gpus},
+        logging_config=logging_config,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         # A replica that is replaced finishes what it has accepted.
@@ -80,11 +83,12 @@ def application(
     evaluator = None
     if config.evaluator_replicas:
         evaluator = serve.deployment(
-            Evaluator,
+            _EvaluatorReplica,
             name="evaluator",
             max_ongoing_requests=2 * config.judge_batch_size,
             max_queued_requests=config.max_queued_requests,
             ray_actor_options={**place, "num_gpus": config.evaluator_num_gpus},
+            logging_config=logging_config,
             graceful_shutdown_timeout_s=config.request_timeout_s,
             **_replicas(config.evaluator_replicas, config.max_evaluator_replicas, config.judge_batch_size),
         ).bind(open_scorer, config)
@@ -95,6 +99,7 @@ def application(
         max_queued_requests=_ONGOING_API_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER_S),
         ray_actor_options={**place, "num_cpus": 0},
+        logging_config=logging_config,
         graceful_shutdown_timeout_s=config.request_timeout_s,
     )
     return api.bind(config, models.names, keys, generator, evaluator)
@@ -115,6 +120,10 @@ class _GeneratorReplica(Generator):
     Ray Serve would wait for the answers that never come, and its GPU would stay taken.
     """
 
+    def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None) -> None:
+        join_serve_logs()
+        super().__init__(models, config, open_experts)
+
     def check_health(self) -> None:
         """Called by Ray Serve every few seconds."""
         try:
@@ -122,6 +131,14 @@ class _GeneratorReplica(Generator):
         except ServingError as error:
             logger.critical("%s", error)
             os._exit(1)
+
+
+class _EvaluatorReplica(Evaluator):
+    """An evaluator in a process of its own."""
+
+    def __init__(self, open_scorer: Callable[[], Scorer], config: ServingConfig) -> None:
+        join_serve_logs()
+        super().__init__(open_scorer, config)
 
 
 @serve.ingress()
@@ -136,6 +153,7 @@ class _Api:
         generator: DeploymentHandle,
         evaluator: DeploymentHandle | None,
     ) -> None:
+        join_serve_logs()
         self._gate = Gate()
         backend = Deployments(generator, evaluator, config.request_timeout_s)
         self._app = build_app(backend, config, names, keys, self._gate)

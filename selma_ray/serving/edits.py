@@ -11,9 +11,7 @@ from selma_ray.serving.bodies import EditBody
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import decode_alpha, decode_upload
 from selma_ray.serving.errors import invalid_request
-from selma_ray.serving.reading import image_requests
 from selma_ray.serving.requests import ImageRequest
-from selma_ray.serving.served import ModelNames
 
 __all__ = ["FILES", "edit_requests", "fitting_size_px"]
 
@@ -27,10 +25,9 @@ _DECODING = threading.Lock()
 
 
 def edit_requests(
-    body: EditBody, files: Mapping[str, Sequence[bytes]], config: ServingConfig, names: ModelNames
+    body: EditBody, requests: Sequence[ImageRequest], files: Mapping[str, Sequence[bytes]], config: ServingConfig
 ) -> tuple[list[ImageRequest], list[str]]:
-    """Return one request an image to draw, and warnings; raises RequestError for what is out of bounds. Decoding takes a while."""
-    requests = image_requests(body, config, names)
+    """Return what `requests`, those of the body, change, and warnings; raises RequestError for files out of bounds. It takes a while."""
     if "image" not in files:
         raise invalid_request("missing required parameter: image; send a file", "image", "missing_required_parameter")
     if len(files.get("mask", ())) > 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from selma_ray.adapters.mixing import Expert
 from selma_ray.errors import ServingError, named_line
 from selma_ray.serving.batch import Failure, LaneKey, StepBatch
 from selma_ray.serving.decoding import CheckImages, Decoder, DecodingThread, Latents
@@ -76,7 +77,7 @@ class Engine:
         self._inbox: deque[tuple[ImageRequest, _Promise]] = deque()
         self._promises: dict[int, _Promise] = {}
         self._backlog_s: dict[LaneKey, float] = {}
-        self._new_merged: Denoiser | None = None
+        self._changes: deque[Callable[[StepBatch], None]] = deque()
         self._closed = False
         self._moved_at_s = time.monotonic()
         self._occupancy: Counter[int] = Counter()
@@ -109,9 +110,11 @@ class Engine:
 
     def replace_merged(self, merged: Denoiser) -> None:
         """Draw requests that come from now on with other merged weights; those in flight finish on the ones they have."""
-        with self._changed:
-            self._new_merged = merged
-            self._changed.notify()
+        self._change(lambda batch: batch.replace_merged(merged))
+
+    def add_experts(self, experts: Mapping[str, Expert]) -> None:
+        """Let requests that come from now on mix more experts, which fit the base model."""
+        self._change(lambda batch: batch.add_experts(experts))
 
     def stats(self) -> EngineStats:
         """Return counts since the start."""
@@ -142,6 +145,12 @@ class Engine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _change(self, change: Callable[[StepBatch], None]) -> None:
+        """Let the denoising thread change its batch before the next step."""
+        with self._changed:
+            self._changes.append(change)
+            self._changed.notify()
 
     def _in_flight(self) -> int:
         return len(self._inbox) + len(self._promises)
@@ -189,10 +198,9 @@ class Engine:
     def _take_in(self) -> bool:
         """Wait for work, pass new requests to the batch, drop cancelled ones; False when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._inbox or len(self._batch) or self._new_merged)
-            if self._new_merged is not None:
-                self._batch.replace_merged(self._new_merged)
-                self._new_merged = None
+            self._changed.wait_for(lambda: self._closed or self._inbox or len(self._batch) or self._changes)
+            while self._changes:
+                self._changes.popleft()(self._batch)
             while self._inbox:
                 request, promise = self._inbox.popleft()
                 self._promises[self._batch.submit(request)] = promise

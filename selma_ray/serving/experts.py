@@ -1,17 +1,39 @@
-"""The experts of a service, read from their adapter folders."""
+"""The experts of a service, and LoRAs of others, read from their files."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from selma_ray.adapters.mixing import Expert, LowRank
+from selma_ray.adapters.mixing import Expert, fitted_expert
+from selma_ray.errors import AdapterError
+from selma_ray.models.config import ModelConfig
 
-__all__ = ["open_experts"]
+__all__ = ["check_adapters", "open_experts"]
 
 
-def open_experts(folders: Mapping[str, str]) -> dict[str, Expert]:
-    """Read experts from adapter folders, by name; called on the replica that mixes them. Raises AdapterError."""
-    from selma_ray.adapters.peft_format import open_adapter
+def open_experts(paths: Mapping[str, str], denoiser: Any, pipeline_class: Any) -> dict[str, Expert]:
+    """Read experts for a denoiser, by name; called on the replica that mixes them. Raises AdapterError where one does not fit."""
+    from selma_ray.adapters.lora_files import open_lora
 
     return {
-        name: {factors.module: LowRank(factors.A_RI, factors.scale * factors.B_OR) for factors in open_adapter(folder)}
-        for name, folder in folders.items()
+        name: fitted_expert(name, open_lora(path, denoiser, pipeline_class), denoiser) for name, path in paths.items()
     }
+
+
+def check_adapters(adapters: Mapping[str, str], model: ModelConfig) -> None:
+    """Raise AdapterError, before replicas are started, where one of `serving.adapters` does not fit; no weights of the model are read."""
+    if not adapters:
+        return
+    import diffusers
+    import torch
+
+    from selma_ray.models.family import open_family, pipeline_class_of
+
+    family = open_family(model)
+    pipeline_class = getattr(diffusers, pipeline_class_of(model, family.located))
+    with torch.device("meta"):
+        denoiser = family.empty_denoiser()
+    for name, path in adapters.items():
+        try:
+            open_experts({name: path}, denoiser, pipeline_class)
+        except AdapterError as error:
+            raise AdapterError(f"serving.adapters.{name}: {error}") from None

@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 from PIL import Image
+from pydantic import Field
 
 from selma_ray.adapters.mixing import Expert, Mix
 from selma_ray.config import StrictModel, validate
+from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of, see_own_gpus
 from selma_ray.serving.backend import Drawn, Images
@@ -25,7 +27,7 @@ from selma_ray.serving.errors import RequestError
 from selma_ray.serving.filters import Filters, open_filters
 from selma_ray.serving.metadata import metadata_of
 from selma_ray.serving.requests import MERGED, ImageRequest
-from selma_ray.serving.served import ServedModels
+from selma_ray.serving.served import BASE, ServedModels
 
 __all__ = ["Generator", "MergedWeights", "OpenExperts", "engine_for", "use_threads"]
 
@@ -33,17 +35,19 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_STEPS = 4
 
-OpenExperts = Callable[[Mapping[str, str]], Mapping[str, Expert]]
-"""Reads experts from their adapter folders, by name."""
+OpenExperts = Callable[[Mapping[str, str], Any, Any], Mapping[str, Expert]]
+"""Reads experts from their files, by name, for a denoiser and its pipeline's class."""
 
 
 class MergedWeights(StrictModel):
-    """The generator's user_config in Ray Serve: which merged weights to draw with, changed without a restart."""
+    """The generator's user_config in Ray Serve: which merged weights to draw with, and more adapters, changed without a restart."""
 
     pipeline: str | None = None
     """A baked pipeline, whose denoiser is taken; default: the one that the service was started with."""
     adapter: str | None = None
     """A PEFT adapter folder to fold into the base model instead."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """LoRAs beside those of serving.adapters, by name; one that is no longer named is offered no longer."""
 
 
 class Generator:
@@ -52,6 +56,7 @@ class Generator:
     def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None = None) -> None:
         see_own_gpus(config.num_gpus)
         from selma_ray.models.family import open_predictor
+        from selma_ray.models.parts import denoiser_of
         from selma_ray.models.rendering import load_pipeline
         from selma_ray.models.schedulers import use_scheduler
 
@@ -67,7 +72,10 @@ class Generator:
         if not config.safety_checker and getattr(self._pipeline, "safety_checker", None) is not None:
             self._pipeline.safety_checker = None  # 1.2 GB that nobody asks
         base = None if models.base is None else _with_denoiser_of(self._pipeline, models.base)
-        experts = open_experts(models.experts) if open_experts else {}
+        self._open_experts = open_experts
+        self._mixing = None if base is None else denoiser_of(base)
+        experts = self._read(models.experts)
+        self._loaded = dict(models.experts)
         self._engine = engine_for(self._pipeline, config, base, experts, self._filters)
         self._warm_up(mixes=[MERGED] if base is None else [MERGED, ()])
         self.start_s = time.monotonic() - started_s
@@ -121,16 +129,21 @@ class Generator:
         if weights == self._weights:
             return
         started_s = time.monotonic()
-        self._engine.replace_merged(await asyncio.to_thread(self._merged_denoiser, weights))
+        added = await asyncio.to_thread(self._read, self._new_adapters(weights.adapters))
+        if weights.model_copy(update={"adapters": self._weights.adapters}) != self._weights:
+            self._engine.replace_merged(await asyncio.to_thread(self._merged_denoiser, weights))
+        self._engine.add_experts(added)
+        self._loaded |= weights.adapters
         self._weights = weights
         self.swap_s = time.monotonic() - started_s
-        logger.info("merged weights were changed in %.1f s", self.swap_s)
+        logger.info("weights were changed in %.1f s", self.swap_s)
 
     def stats(self) -> dict[str, Any]:
         """Return the engine's counts, and how long loading and the last change of weights took."""
         return {
             **asdict(self._engine.stats()),
             "replica": self._name,
+            "experts": [*self._models.experts, *self._weights.adapters],
             "start_s": self.start_s,
             "swap_s": self.swap_s,
         }
@@ -142,6 +155,24 @@ class Generator:
     def close(self) -> None:
         """Stop the engine after the step in progress."""
         self._engine.close()
+
+    def _read(self, paths: Mapping[str, str]) -> Mapping[str, Expert]:
+        if not paths or self._open_experts is None:
+            return {}
+        return self._open_experts(paths, self._mixing, type(self._pipeline))
+
+    def _new_adapters(self, adapters: Mapping[str, str]) -> dict[str, str]:
+        """Return those that are not loaded; raises ConfigError for names that are taken, and without a base to add them to."""
+        if adapters and self._mixing is None:
+            raise ConfigError(
+                "user_config.adapters must be empty where no base model is served; set serving.experts or serving.adapters"
+            )
+        for name, path in adapters.items():
+            if name in (BASE, self._models.name) or self._loaded.get(name, path) != path:
+                raise ConfigError(
+                    f"user_config.adapters.{name} must have a name that no other model has had here; choose another one"
+                )
+        return {name: path for name, path in adapters.items() if name not in self._loaded}
 
     def _encoded(self, file_format: FileFormat, image: Image.Image, request: ImageRequest) -> bytes:
         metadata = None

@@ -85,7 +85,7 @@ class ServedModels:
         taken = {self.name, BASE} & set(self.experts)
         if taken:
             raise ConfigError(
-                f"an expert must not be named {sorted(taken)[0]!r}, as another model is; rename the skill"
+                f"an expert must not be named {sorted(taken)[0]!r}, as another model is; rename the skill or the adapter"
             )
         if self.experts and self.base is None:
             raise ConfigError("experts can be served beside the base model they were fitted to; name base")

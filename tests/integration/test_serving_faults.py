@@ -65,7 +65,9 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trap") / "trap"
 
 
-def open_experts_beside_a_trap(trap: Path, folders: Mapping[str, str]) -> Mapping[str, Expert]:
+def open_experts_beside_a_trap(
+    trap: Path, folders: Mapping[str, str], denoiser: Any, pipeline_class: Any
+) -> Mapping[str, Expert]:
     """Read experts in a replica, and let its engine fall into the trap."""
     step = StepBatch.step
 
@@ -78,7 +80,7 @@ def open_experts_beside_a_trap(trap: Path, folders: Mapping[str, str]) -> Mappin
         return step(self)
 
     StepBatch.step = step_or_stick  # type: ignore[method-assign]
-    return open_experts(folders)
+    return open_experts(folders, denoiser, pipeline_class)
 
 
 @pytest.fixture(scope="module")

@@ -86,8 +86,9 @@ def test_mixes_in_one_batch_equal_set_adapters_one_at_a_time(
         save_tiny_sdxl(folder)
     model = ModelConfig(name=str(folder))
     folders = save_experts(load_pipeline(model, "cpu"), tmp_path / "experts")
-    base = load_pipeline(model, "cpu")
-    batch = StepBatch(denoiser_for(load_pipeline(model, "cpu")), 5, (64, 64), denoiser_for(base, open_experts(folders)))
+    base: Any = load_pipeline(model, "cpu")
+    mixing = denoiser_for(base, open_experts(folders, base.unet, type(base)))
+    batch = StepBatch(denoiser_for(load_pipeline(model, "cpu")), 5, (64, 64), mixing)
     rng = random.Random(0)
     requests = [request_of(rng, mix) for mix in MIXES * 2]
     rng.shuffle(requests)
@@ -102,7 +103,7 @@ def test_mixes_in_one_batch_equal_set_adapters_one_at_a_time(
 
 def test_all_mixes_share_one_step(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
     pipeline: StableDiffusionPipeline = load_pipeline(ModelConfig(name=str(tiny_pipeline_dir)), "cpu")
-    experts = open_experts(save_experts(pipeline, tmp_path))
+    experts = open_experts(save_experts(pipeline, tmp_path), pipeline.unet, type(pipeline))
     batch = StepBatch(denoiser_for(pipeline), 8, (64, 64), denoiser_for(pipeline, experts))
     for mix in MIXES[1:]:
         batch.submit(ImageRequest("a red ball", 0, 1, 2.0, 64, 64, mix=mix))

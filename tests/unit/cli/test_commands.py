@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +74,14 @@ def test_overrides_may_stand_on_both_sides_of_an_option(monkeypatch: pytest.Monk
     assert seen[0].overrides == ["a=1", "b=2"]
     with pytest.raises(SystemExit):
         cli.main(["run", "recipe.yaml", "--colour"])
+
+
+@pytest.mark.parametrize("command", ["serve", "report"])
+def test_a_mistyped_run_is_refused_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run_dir: {tmp_path}/runs/dmeo\nskills: [miniature/common]\n")
+    assert cli.main([command, str(recipe)]) == 2
+    assert "runs/dmeo must be a run's folder, it has no recipe.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

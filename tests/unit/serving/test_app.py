@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 
-from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.errors import AdapterError, ConfigError, ModelNotFoundError
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.rendering import load_pipeline
 from selma_ray.run.recipe import Recipe
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.served import ServedModels
 from selma_ray.storage import RunFolder
 from serve import app
 from serve.app import ServeArgs, build
+from tests.tiny_experts import save_experts
 
 
 @pytest.fixture
@@ -74,3 +76,25 @@ def test_what_cannot_be_served_is_refused_before_any_replica_starts(tmp_path: Pa
         build(arguments(model=model, evaluator_replicas=1, judge="/nowhere"))
     with pytest.raises(ConfigError, match="api_keys_file"):
         build(arguments(model=model, host="0.0.0.0", api_keys_file=str(tmp_path / "missing")))
+
+
+def test_adapters_are_served_beside_the_experts_of_a_run(
+    bound: list[tuple], tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    adapters = save_experts(load_pipeline(model, "cpu"), tmp_path / "adapters")
+    build(arguments(model=model.model_dump(), adapters={"style": adapters["style"]}))
+    ((models, *_),) = bound
+    assert (models.base, models.experts) == (model, {"style": adapters["style"]})
+    run = merged_run(tmp_path / "run", tiny_pipeline_dir)
+    run.write_bytes(
+        run.read_bytes("recipe.yaml").replace(b"name: miniature\n", f"name: {tiny_pipeline_dir}\n".encode(), 1),
+        "recipe.yaml",
+    )
+    build(arguments(run_dir=str(tmp_path / "run"), adapters={"style": adapters["style"]}))
+    build(arguments(run_dir=str(tmp_path / "run"), adapters={"style": adapters["style"]}, experts=False))
+    assert [list(models.experts) for models, *_ in bound[1:]] == [["counting", "style"], ["style"]]
+    with pytest.raises(ConfigError, match=r"serving\.adapters\.counting must not have the name of an expert"):
+        build(arguments(run_dir=str(tmp_path / "run"), adapters={"counting": adapters["counting"]}))
+    with pytest.raises(AdapterError, match=r"^serving\.adapters\.style: /nowhere\.safetensors does not exist"):
+        build(arguments(model=model.model_dump(), adapters={"style": "/nowhere.safetensors"}))

@@ -25,9 +25,10 @@ MIXES: tuple[Any, ...] = (None, (), (("counting", 1.0),), (("counting", 0.6), ("
 def test_images_are_the_same_to_the_byte_in_any_batch(tiny_pipeline_dir: Path, tmp_path: Path, fixed_rows: int) -> None:
     rng = random.Random(fixed_rows)
     model = ModelConfig(name=str(tiny_pipeline_dir))
-    experts = open_experts(save_experts(load_pipeline(model, "cpu"), tmp_path))
+    base: Any = load_pipeline(model, "cpu")
+    experts = open_experts(save_experts(base, tmp_path), base.unet, type(base))
     merged = denoiser_for(load_pipeline(model, "cpu"), fixed_rows=fixed_rows)
-    mixing = denoiser_for(load_pipeline(model, "cpu"), experts, fixed_rows=fixed_rows)
+    mixing = denoiser_for(base, experts, fixed_rows=fixed_rows)
     requests = [replace(random_request(rng), mix=mix) for mix in MIXES * 2]
     together = run_mix(StepBatch(merged, 5, (64, 64), mixing), requests, rng)
     for index, request in enumerate(requests):

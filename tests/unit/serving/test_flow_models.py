@@ -100,11 +100,12 @@ def test_mixes_of_experts_in_one_batch_equal_set_adapters_one_at_a_time(
     for name, folder in experts.items():
         state = {f"transformer.{key}": value for key, value in peft_weights(folder).items()}
         reference.load_lora_weights(state, adapter_name=name)
+    base: Any = load_pipeline(model, "cpu")
     batch = StepBatch(
         denoiser_for(load_pipeline(model, "cpu")),
         4,
         FULL_SIZE_PX,
-        denoiser_for(load_pipeline(model, "cpu"), open_experts(experts)),
+        denoiser_for(base, open_experts(experts, base.transformer, type(base))),
     )
     requests = [plain(seed=seed, mix=mix) for seed, mix in enumerate(MIXES)]
     images = run_mix(batch, requests, random.Random(0))
