@@ -8,9 +8,11 @@ Shapes: N rows, I input features, O output features, R summed ranks of the exper
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from selma_ray.adapters.targets import is_adaptable
 from selma_ray.errors import AdapterError
 
 __all__ = ["Expert", "ExpertLayers", "LowRank", "Mix"]
@@ -74,6 +76,13 @@ class ExpertLayers:
                 return output
             rows = inputs[0]
             weights_NR = self._weights_NK[:, stack.experts]
+            if len(rows) != len(weights_NR):
+                raise AdapterError(
+                    f"{module_name} sees the tokens of all rows as one, so that they cannot mix experts apart; serve with "
+                    "serving.experts=false, or fit experts without it"
+                )
+            if isinstance(module, torch.nn.Conv2d):
+                return output + _convolved(module, rows, stack, weights_NR)
             weights = weights_NR.view(len(rows), *(1,) * (rows.dim() - 2), -1)
             return output + ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
 
@@ -91,6 +100,15 @@ class ExpertLayers:
         return self._stacks[module_name]
 
 
+def _convolved(
+    module: torch.nn.Conv2d, rows_NIHW: torch.Tensor, stack: _Stack, weights_NR: torch.Tensor
+) -> torch.Tensor:
+    """Return the deltas of a convolution: A has its kernel, stride and padding, B is one of 1 x 1."""
+    A_RIkk = stack.A_RI.view(-1, *module.weight.shape[1:])
+    inner_NRhw = torch.nn.functional.conv2d(rows_NIHW, A_RIkk, None, module.stride, module.padding, module.dilation)
+    return torch.nn.functional.conv2d(inner_NRhw * weights_NR[:, :, None, None], stack.B_OR[:, :, None, None])
+
+
 def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
     owners = [k for k, part in parts.items() for _ in range(len(part.A_RI))]
     A_RI = torch.cat([part.A_RI for part in parts.values()])
@@ -100,14 +118,14 @@ def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
 
 def _fitted(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, LowRank]:
     """Return the expert's factors in the denoiser's precision and on its device."""
-    modules = dict(denoiser.named_modules())
+    modules: dict[str, Any] = dict(denoiser.named_modules())
     fitted = {}
     for module_name, delta in expert.items():
         shape = (len(delta.B_OR), delta.A_RI.shape[1])
         module = modules.get(module_name)
-        if not isinstance(module, torch.nn.Linear) or tuple(module.weight.shape) != shape:
+        if not is_adaptable(module) or tuple(module.weight.flatten(1).shape) != shape:
             raise AdapterError(
-                f"expert {name}: {module_name} must be a linear module of shape {shape} in the model that is served; "
+                f"expert {name}: {module_name} must be a linear module or a convolution of shape {shape} in the model that is served; "
                 "serve experts with the model they were fitted to"
             )
         device, dtype = module.weight.device, module.weight.dtype
