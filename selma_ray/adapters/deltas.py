@@ -25,8 +25,8 @@ class DenseDelta:
         return self.D_OI
 
     def added_to(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        """Return weight + delta in float32."""
-        return weight_OI.float() + self.D_OI
+        """Return weight + delta in float32, in the weight's shape."""
+        return weight_OI.float() + self.D_OI.view(weight_OI.shape)
 
 
 Delta = LoraFactors | DenseDelta

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from selma_ray.adapters.peft_format import Adapter
+from selma_ray.adapters.peft_format import Adapter, Shape, factor_shapes
 from selma_ray.adapters.streaming import TensorSpec, write_safetensors
 from selma_ray.errors import AdapterError
 
@@ -20,23 +20,25 @@ EXPORT_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya
 def write_diffusers(
     path: Path,
     adapter: Adapter,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     denoiser: str,
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `adapter` as the one file that a pipeline's `load_lora_weights` reads; `denoiser` is unet or transformer.
 
-    `shapes` maps each module to (O, I), `metadata` goes into the file's header. Scales are folded into B, as diffusers takes alpha to be
-    the rank. Raises AdapterError where a value is too large for `dtype`.
+    `shapes` maps each module to its weight's, `metadata` goes into the file's header. Scales are folded into B, as diffusers takes
+    alpha to be the rank. Raises AdapterError where a value is too large for `dtype`.
     """
     specs = []
-    for module, (rows, columns) in shapes.items():
+    modules = [module for module in shapes if module in adapter.shapes]
+    for module in modules:
+        A_shape, B_shape = factor_shapes(shapes[module], adapter.ranks[module])
         specs += [
-            TensorSpec(f"{denoiser}.{module}.lora_A.weight", dtype, (adapter.rank, columns)),
-            TensorSpec(f"{denoiser}.{module}.lora_B.weight", dtype, (rows, adapter.rank)),
+            TensorSpec(f"{denoiser}.{module}.lora_A.weight", dtype, A_shape),
+            TensorSpec(f"{denoiser}.{module}.lora_B.weight", dtype, B_shape),
         ]
-    factors = map(adapter.factors, shapes)
+    factors = map(adapter.factors, modules)
     tensors = (tensor for each in factors for tensor in (each.A_RI, each.scale * each.B_OR))
     write_safetensors(path, specs, tensors, metadata)
 
@@ -44,7 +46,7 @@ def write_diffusers(
 def write_kohya(
     path: Path,
     adapter: Adapter,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -56,24 +58,26 @@ def write_kohya(
     """
     specs = []
     owners: dict[str, str] = {}
-    for module, (rows, columns) in shapes.items():
+    modules = [module for module in shapes if module in adapter.shapes]
+    for module in modules:
         name = f"lora_unet_{module.replace('.', '_')}"
         if owners.setdefault(name, module) != module:
             raise AdapterError(
                 f"{adapter.folder}: {owners[name]} and {module} are both {name} to kohya; leave kohya out of merging.exports"
             )
+        A_shape, B_shape = factor_shapes(shapes[module], adapter.ranks[module])
         specs += [
-            TensorSpec(f"{name}.lora_down.weight", dtype, (adapter.rank, columns)),
-            TensorSpec(f"{name}.lora_up.weight", dtype, (rows, adapter.rank)),
+            TensorSpec(f"{name}.lora_down.weight", dtype, A_shape),
+            TensorSpec(f"{name}.lora_up.weight", dtype, B_shape),
             TensorSpec(f"{name}.alpha", torch.float32, ()),
         ]
-    alpha = torch.tensor(adapter.scale * adapter.rank)
-    factors = map(adapter.factors, shapes)
-    tensors = (tensor for each in factors for tensor in (each.A_RI, each.B_OR, alpha))
+    factors = map(adapter.factors, modules)
+    tensors = (tensor for each in factors for tensor in (each.A_RI, each.B_OR, torch.tensor(each.scale * each.rank)))
+    largest = max(modules, key=adapter.ranks.__getitem__)
     described = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
-        "ss_network_alpha": f"{float(alpha):g}",
+        "ss_network_alpha": f"{adapter.scales[largest] * adapter.rank:g}",
         "ss_sd_model_name": adapter.base_model or "",
     }
     write_safetensors(path, specs, tensors, {**metadata, **described})

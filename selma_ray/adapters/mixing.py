@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from selma_ray.adapters.targets import is_adaptable
 from selma_ray.errors import AdapterError
 
 __all__ = ["Expert", "ExpertLayers", "LowRank", "Mix", "fitted_expert"]
@@ -81,12 +82,17 @@ class ExpertLayers:
             stack = self._stack(module_name) if self._weights_NK is not None else None
             if stack is None or self._weights_NK is None:
                 return output
-            is_pointwise = isinstance(module, torch.nn.Conv2d)
-            rows = inputs[0].movedim(1, -1) if is_pointwise else inputs[0]
+            rows = inputs[0]
             weights_NR = self._weights_NK[:, stack.experts]
+            if len(rows) != len(weights_NR):
+                raise AdapterError(
+                    f"{module_name} sees the tokens of all rows as one, so that they cannot mix experts apart; serve with "
+                    "serving.experts=false, or fit experts without it"
+                )
+            if isinstance(module, torch.nn.Conv2d):
+                return output + _convolved(module, rows, stack, weights_NR)
             weights = weights_NR.view(len(rows), *(1,) * (rows.dim() - 2), -1)
-            added = ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
-            return output + (added.movedim(-1, 1) if is_pointwise else added)
+            return output + ((rows @ stack.A_RI.T) * weights) @ stack.B_OR.T
 
         return add_deltas
 
@@ -102,6 +108,15 @@ class ExpertLayers:
         return self._stacks[module_name]
 
 
+def _convolved(
+    module: torch.nn.Conv2d, rows_NIHW: torch.Tensor, stack: _Stack, weights_NR: torch.Tensor
+) -> torch.Tensor:
+    """Return the deltas of a convolution: A has its kernel, stride and padding, B is one of 1 x 1."""
+    A_RIkk = stack.A_RI.view(-1, *module.weight.shape[1:])
+    inner_NRhw = torch.nn.functional.conv2d(rows_NIHW, A_RIkk, None, module.stride, module.padding, module.dilation)
+    return torch.nn.functional.conv2d(inner_NRhw * weights_NR[:, :, None, None], stack.B_OR[:, :, None, None])
+
+
 def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
     owners = [k for k, part in parts.items() for _ in range(len(part.A_RI))]
     A_RI = torch.cat([part.A_RI for part in parts.values()])
@@ -111,26 +126,16 @@ def _stacked(parts: Mapping[int, LowRank]) -> _Stack:
 
 def fitted_expert(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[str, LowRank]:
     """Return an expert's factors in a denoiser's precision and on its device; raises AdapterError where it does not fit."""
-    modules = dict(denoiser.named_modules())
+    modules: dict[str, Any] = dict(denoiser.named_modules())
     fitted = {}
     for module_name, delta in expert.items():
         shape = (len(delta.B_OR), delta.A_RI.shape[1])
         module = modules.get(module_name)
-        if module is None or _linear_shape(module) != shape:
+        if not is_adaptable(module) or tuple(module.weight.flatten(1).shape) != shape:
             raise AdapterError(
-                f"expert {name}: {module_name} must be a linear module of shape {shape} in the model that is served; "
+                f"expert {name}: {module_name} must be a linear module or a convolution of shape {shape} in the model that is served; "
                 "serve experts with the model they were fitted to"
             )
         device, dtype = module.weight.device, module.weight.dtype
         fitted[module_name] = LowRank(delta.A_RI.to(device, dtype), delta.B_OR.to(device, dtype))
     return fitted
-
-
-def _linear_shape(module: Any) -> tuple[int, ...] | None:
-    """Return (O, I) of a linear module or a convolution of 1 x 1 pixels, which is one for each pixel; None of another."""
-    is_pointwise = isinstance(module, torch.nn.Conv2d) and (module.kernel_size, module.stride, module.groups) == (
-        (1, 1),
-        (1, 1),
-        1,
-    )
-    return tuple(module.weight.shape[:2]) if is_pointwise or isinstance(module, torch.nn.Linear) else None

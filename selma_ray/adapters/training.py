@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.files import ADAPTER_FILES
-from selma_ray.errors import ConfigError
+from selma_ray.adapters.targets import check_targets
 from selma_ray.storage import RunFolder
 
 __all__ = ["add_adapter", "export_adapter", "trainable_parameters"]
@@ -23,7 +23,7 @@ def add_adapter(
     The adapter carries its base's name and revision, which PEFT cannot read off a denoiser and merging compares.
 
     The seed is the run's, so that all experts start from the same A: averaging factors (SELMA, section 3.4) presumes it.
-    Raises ConfigError where no module has one of the target names.
+    Raises ConfigError where a target names no module, or one that could not be merged.
     """
     config = LoraConfig(
         r=settings.rank,
@@ -31,15 +31,9 @@ def add_adapter(
         target_modules=list(settings.targets),
         init_lora_weights="gaussian",
     )
+    check_targets(denoiser, settings.targets, model_name)
     torch.manual_seed(seed)
-    try:
-        model = get_peft_model(denoiser, config)
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        raise ConfigError(
-            f"experts.lora.targets must name linear or convolution modules of {model_name}, got {list(settings.targets)}"
-        ) from None
+    model = get_peft_model(denoiser, config)
     described = model.peft_config["default"]
     described.base_model_name_or_path, described.revision = model_name, revision
     return model

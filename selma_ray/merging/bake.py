@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from selma_ray.adapters.deltas import Delta
+from selma_ray.adapters.peft_format import Shape
 from selma_ray.adapters.streaming import DTYPES, TensorSpec, write_safetensors
 from selma_ray.errors import AdapterError, ModelNotFoundError, first_line
 from selma_ray.merging.pipeline_files import copy_file, pipeline_files
@@ -41,14 +42,14 @@ def pipeline_folder(model: ModelConfig) -> Path:
 def bake_pipeline(
     source: Path,
     target: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     merged: Callable[[str], Delta],
     dtype: torch.dtype,
     variant: str | None = None,
 ) -> None:
     """Copy the pipeline folder `source` to `target` with `merged(module)` added to each denoiser module's weight.
 
-    `shapes` maps each module to (O, I). A changed weight is stored in the wider of its own dtype and `dtype`, so that baking loses
+    `shapes` maps each module to its weight's. A changed weight is stored in the wider of its own dtype and `dtype`, so that baking loses
     nothing that rendering in `dtype` would keep. Of a `variant` the copy holds that one alone,
     named as plain weights are. Raises AdapterError where a module is not the base's or its shape differs.
     """
@@ -77,7 +78,7 @@ def denoiser_name(source: Path) -> str:
     )
 
 
-def _check_modules(files: list[Path], shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_modules(files: list[Path], shapes: Mapping[str, Shape]) -> None:
     stored: dict[str, tuple[int, ...]] = {}
     for path in files:
         with safe_open(path, framework="pt") as tensors:
@@ -95,7 +96,7 @@ def _check_modules(files: list[Path], shapes: Mapping[str, tuple[int, int]]) -> 
 def _bake_file(
     source: Path,
     target: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     merged: Callable[[str], Delta],
     dtype: torch.dtype,
 ) -> None:

@@ -35,11 +35,11 @@ def search_merge(
     Candidates and their scores are kept in `search/<name>/`; a search that was stopped goes on. `resources` are those of a task that
     scores one candidate. Raises AdapterError where an expert does not fit.
     """
-    from selma_ray.merging.inputs import open_adapters
+    from selma_ray.merging.inputs import open_run_experts
     from selma_ray.merging.weights import ALL, block_group
 
     config, model, skills = merging.search, scorer.model, list(scorer.prompts)
-    experts = open_adapters(folder, skills, model)
+    experts = open_run_experts(folder, skills, model)
     modules = next(iter(experts.values())).modules
     groups = sorted({block_group(module) for module in modules}) if config.by_block else [ALL]
     total = num_candidates(len(skills), config)
@@ -98,10 +98,10 @@ def _score_candidate(
 ) -> float:
     """Write the candidate's adapter on this machine's disk, score it, delete it: no run keeps an adapter per candidate."""
     see_own_gpus(num_gpus)
-    from selma_ray.merging.inputs import open_adapters
+    from selma_ray.merging.inputs import open_run_experts
     from selma_ray.merging.run import write_candidate
 
     skills = list(scorer.prompts)
     with tempfile.TemporaryDirectory() as temporary:
-        write_candidate(Path(temporary), open_adapters(folder, skills, scorer.model), candidate.weights, scale)
+        write_candidate(Path(temporary), open_run_experts(folder, skills, scorer.model), candidate.weights, scale)
         return scorer(temporary, skills)["dsg"]

@@ -1,5 +1,6 @@
 """How experts are merged (SELMA, section 3.4)."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from selma_ray.config import StrictModel
 
 __all__ = ["MergingConfig", "SearchConfig"]
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 _NEEDS_POSITIVE_WEIGHTS = ("ties", "knots")
 
 
@@ -39,6 +41,11 @@ class MergingConfig(StrictModel):
     """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes;
     `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
     rank; `ties`, `dare` and `knots` keep experts from undoing one another; `search` looks for the best weights on the dev splits."""
+    experts: dict[str, str] | None = None
+    """Adapters to merge in the place of the run's own, by name: a LoRA file of diffusers, kohya or ai-toolkit, an adapter's folder, or
+    a run's folder, whose expert or merge of that name is meant. They may adapt different modules at different ranks."""
+    skip_text_encoders: bool = False
+    """Leave out what a LoRA file holds for text encoders, which are not merged; otherwise such a file is refused."""
     weights: dict[str, float] | None = None
     """Weight of each skill; default: all the same. The means (`average_deltas`, `average_factors`, `svd`) divide weights by their sum."""
     scale: float = 1.0
@@ -57,13 +64,28 @@ class MergingConfig(StrictModel):
     """Write the same files for every expert too, to experts/<skill>/ in the merged model's folder."""
     search: SearchConfig = SearchConfig()
     """How `method: search` searches."""
-    name: str = Field(default="merged", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    name: str = Field(default="merged", pattern=_NAME)
     """Name of the merged model's folder."""
 
     @model_validator(mode="after")
     def _experts_have_exports(self) -> "MergingConfig":
         if self.export_experts and not self.exports:
             raise ValueError("export_experts needs a file format in exports, which is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_merged(self) -> "MergingConfig":
+        if self.experts is None:
+            return self
+        if not self.experts:
+            raise ValueError("experts must name an adapter, or be left out for the run's own")
+        for name in self.experts:
+            if not re.fullmatch(_NAME, name):
+                raise ValueError(f"experts must have names of letters, digits, _ and -, got {name!r}")
+        if self.method == "search":
+            raise ValueError(
+                "experts must be left out with method search, which weighs the run's own by their dev prompts"
+            )
         return self
 
     @model_validator(mode="after")

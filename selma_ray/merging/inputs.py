@@ -1,18 +1,41 @@
-"""The experts of a run, opened for merging and checked against its model and its training."""
+"""The experts to merge: a run's own, checked against its model and its training, or anyone's, brought into PEFT's format first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from selma_ray.adapters.files import CONFIG_FILE
+from selma_ray.adapters.foreign import import_adapter
 from selma_ray.adapters.peft_format import Adapter, open_adapter
 from selma_ray.errors import AdapterError
+from selma_ray.merging.config import MergingConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.storage import RunFolder
 
-__all__ = ["open_adapters"]
+__all__ = ["open_adapters", "open_foreign", "open_run_experts"]
 
 
-def open_adapters(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -> dict[str, Adapter]:
+def open_adapters(
+    folder: RunFolder, skills: Sequence[str], model: ModelConfig, config: MergingConfig
+) -> dict[str, Adapter]:
+    """Open what a run merges: the experts that its recipe names, else the run's own of `skills`; raises AdapterError."""
+    if config.experts:
+        return open_foreign(config.experts, folder.local_path("imported"), model, config)
+    return open_run_experts(folder, skills, model)
+
+
+def open_foreign(
+    places: Mapping[str, str], kept_in: Path, model: ModelConfig, config: MergingConfig
+) -> dict[str, Adapter]:
+    """Bring LoRAs from anywhere into PEFT's format, each into a folder of `kept_in`, and open them by name; raises AdapterError."""
+    adapters = {}
+    for name, place in places.items():
+        import_adapter(Path(place).expanduser(), name, kept_in / name, model, config.skip_text_encoders)
+        adapters[name] = open_adapter(kept_in / name)
+    return adapters
+
+
+def open_run_experts(folder: RunFolder, skills: Sequence[str], model: ModelConfig) -> dict[str, Adapter]:
     """Open the experts of a run by skill; raises AdapterError for one of another base or another run."""
     trained = folder.done("train") or {}
     adapters = {}

@@ -12,7 +12,7 @@ import torch
 from selma_ray.adapters.deltas import Delta, DenseDelta, truncated
 from selma_ray.adapters.exports import EXPORT_FILES, write_diffusers, write_kohya
 from selma_ray.adapters.files import adapter_digest
-from selma_ray.adapters.peft_format import Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
+from selma_ray.adapters.peft_format import Adapter, LoraFactors, Shape, open_adapter, shapes_of, write_adapter
 from selma_ray.config import identity
 from selma_ray.errors import AdapterError
 from selma_ray.local_copies import whole_folder
@@ -73,7 +73,8 @@ def merge_experts(
     made from the same experts in the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or
     does not fit the model.
     """
-    adapters = open_adapters(folder, skills, model)
+    adapters = open_adapters(folder, skills, model, config)
+    skills = list(adapters)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: _weights(skills, model, config)}
     place = ("merged", config.name)
@@ -94,9 +95,9 @@ def merge_experts(
 def write_candidate(target: Path, adapters: Mapping[str, Adapter], weights: Weights, scale: float) -> None:
     """Write scale * sum_i w_i dW_i as a PEFT adapter folder, for a search to try."""
     experts = list(adapters.values())
-    shapes = shapes_of(experts)
-    merged = _merger(adapters, weights, "sum_deltas", MergeOptions(scale))
-    rank = sum(expert.rank for expert in experts)
+    shapes = shapes_of(experts, alike=False)
+    merged = _merger(adapters, shapes, weights, "sum_deltas", MergeOptions(scale))
+    rank = _summed_rank(experts, shapes)
     write_adapter(
         target,
         (_low_rank(merged(module), rank) for module in shapes),
@@ -116,17 +117,18 @@ def _build(
     seed: int,
 ) -> dict[str, Any]:
     experts = list(adapters.values())
-    shapes = shapes_of(experts)
+    shapes = shapes_of(experts, alike=not config.experts)
     cut_rank = config.rank or max(expert.rank for expert in experts)
     options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
-    merged = _merger(adapters, weights, config.method, options)
-    exact = _merger(adapters, weights, "average_deltas", options) if config.method == "svd" else None
+    merged = _merger(adapters, shapes, weights, config.method, options)
+    exact = _merger(adapters, shapes, weights, "average_deltas", options) if config.method == "svd" else None
     report = MergeReport(list(adapters), cut_rank)
-    rank = _adapter_rank(experts, cut_rank, config.method)
+    rank = _adapter_rank(experts, shapes, cut_rank, config.method)
 
     def measured(module: str) -> LoraFactors:
         result = merged(module)
-        report.add([expert.factors(module) for expert in experts], exact(module) if exact else result)
+        own = [expert.factors_or_zero(module, shapes[module]) for expert in experts]
+        report.add(own, exact(module) if exact else result)
         return _low_rank(result, rank)
 
     dtype = DTYPES[config.adapter_dtype]
@@ -148,11 +150,17 @@ def _build(
 
 
 def _merger(
-    adapters: Mapping[str, Adapter], weights: Weights, method: str, options: MergeOptions
+    adapters: Mapping[str, Adapter],
+    shapes: Mapping[str, Shape],
+    weights: Weights,
+    method: str,
+    options: MergeOptions,
 ) -> Callable[[str], Delta]:
     merge, skills = METHODS[method], list(adapters)
     return lambda module: merge(
-        [adapter.factors(module) for adapter in adapters.values()], weights_of(module, weights, skills), options
+        [adapter.factors_or_zero(module, shapes[module]) for adapter in adapters.values()],
+        weights_of(module, weights, skills),
+        options,
     )
 
 
@@ -160,16 +168,21 @@ def _low_rank(delta: Delta, rank: int) -> LoraFactors:
     return truncated(delta, rank) if isinstance(delta, DenseDelta) else delta
 
 
-def _adapter_rank(experts: Sequence[Adapter], cut_rank: int, method: str) -> int:
+def _adapter_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape], cut_rank: int, method: str) -> int:
     if method == "svd" or method in DENSE_METHODS:
         return cut_rank
-    return experts[0].rank if method == "average_factors" else sum(expert.rank for expert in experts)
+    return experts[0].rank if method == "average_factors" else _summed_rank(experts, shapes)
+
+
+def _summed_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape]) -> int:
+    """Return the largest rank of a module's factors one above the other."""
+    return max(sum(expert.ranks.get(module, 1) for expert in experts) for module in shapes)
 
 
 def _export(
     target: Path,
     adapter: Adapter,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     denoiser: str,
     config: MergingConfig,
     described: Mapping[str, str],

@@ -23,7 +23,7 @@ from selma_ray.models.encoding import PipelineEncoders
 from selma_ray.models.flow_matching import FlowMatching, FlowPredictor
 from selma_ray.models.parts import encoding_pipeline, load_errors
 
-__all__ = ["Flux2Klein", "Flux2KleinPredictor"]
+__all__ = ["Flux2Klein", "Flux2KleinEncoders", "Flux2KleinPredictor"]
 
 _PATCH = 2  # latents on each side of a position
 

@@ -22,7 +22,7 @@ from selma_ray.models.encoding import PipelineEncoders
 from selma_ray.models.flow_matching import FlowMatching, FlowPredictor
 from selma_ray.models.parts import encoding_pipeline
 
-__all__ = ["QwenImage", "QwenImagePredictor"]
+__all__ = ["QwenImage", "QwenImageEncoders", "QwenImagePredictor"]
 
 _PATCH = 2
 _MOST_TOKENS = 512  # of a prompt and the end of its template, whose beginning is dropped

@@ -18,7 +18,7 @@ from selma_ray.models.encoding import PipelineEncoders
 from selma_ray.models.flow_matching import FlowMatching, FlowPredictor
 from selma_ray.models.parts import encoding_pipeline, own_config
 
-__all__ = ["Sana", "SanaPredictor"]
+__all__ = ["Sana", "SanaEncoders", "SanaPredictor"]
 
 _INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 

@@ -97,7 +97,7 @@ def check_adapters(recipe: Recipe) -> None:
 
 
 def check_trainable(recipe: Recipe) -> None:
-    """Raise ConfigError where experts cannot be fitted to the recipe's model, though it may render."""
+    """Raise ConfigError where experts cannot be fitted to the recipe's model, though it may render, or could not be merged."""
     from selma_ray.models.families import FAMILIES
 
     model = _pipeline("model.name", recipe.model)
@@ -112,6 +112,20 @@ def check_trainable(recipe: Recipe) -> None:
         raise ConfigError(
             f"{model.key} must be a family that experts can be fitted to ({', '.join(FAMILIES)}), got {model.name} ({pipeline_class})"
         )
+    _check_targets(recipe)
+
+
+def _check_targets(recipe: Recipe) -> None:
+    """Raise ConfigError where experts.lora.targets names what has no place in the model; it is built without memory."""
+    import torch
+
+    from selma_ray.adapters.targets import check_targets
+    from selma_ray.models.family import open_family
+    from selma_ray.models.published import configured
+
+    with configured(recipe.model) as known, torch.device("meta"):
+        denoiser = open_family(known).empty_denoiser()
+    check_targets(denoiser, recipe.experts.lora.targets, recipe.model.name)
 
 
 def fetch_models(recipe: Recipe, tell: Callable[[str, str], None]) -> None:

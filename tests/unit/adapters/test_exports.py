@@ -138,9 +138,10 @@ def test_an_adapters_scale_is_kohyas_alpha(base_dir: Path, tmp_path: Path) -> No
 
 
 def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
-    adapter = Adapter(tmp_path, None, 2, 1.0, ("a.to_q", "a_to.q"))
+    shapes: dict[str, tuple[int, ...]] = {"a.to_q": (2, 2), "a_to.q": (2, 2)}
+    adapter = Adapter(tmp_path, None, shapes, dict.fromkeys(shapes, 2), dict.fromkeys(shapes, 1.0))
     with pytest.raises(AdapterError, match=r"a.to_q and a_to.q are both lora_unet_a_to_q to kohya; leave kohya out"):
-        write_kohya(tmp_path / "kohya.safetensors", adapter, {"a.to_q": (2, 2), "a_to.q": (2, 2)}, {})
+        write_kohya(tmp_path / "kohya.safetensors", adapter, shapes, {})
     assert not (tmp_path / "kohya.safetensors").exists()
 
 

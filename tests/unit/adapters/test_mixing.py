@@ -115,7 +115,8 @@ def test_an_expert_of_another_model_is_refused(tiny_pipeline_dir: Path) -> None:
     for module, rows in (("no.such.module", 32), ("conv_in", 32), ("mid_block.attentions.0.proj_in", 7)):
         expert = {module: LowRank(torch.zeros(2, 32), torch.zeros(rows, 2))}
         with pytest.raises(
-            AdapterError, match=rf"expert odd: {module} must be a linear module of shape \({rows}, 32\)"
+            AdapterError,
+            match=rf"expert odd: {module} must be a linear module or a convolution of shape \({rows}, 32\)",
         ):
             denoiser_for(pipeline, {"odd": expert})
 

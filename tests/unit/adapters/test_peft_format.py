@@ -36,8 +36,10 @@ def test_reads_factors_and_scale(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora must be False"),
         ({"bias": "all"}, "bias must be 'none'"),
         ({"lora_bias": True}, "lora_bias must be False"),
-        ({"rank_pattern": {"to_q": 8}}, "rank_pattern must be {}"),
-        ({"alpha_pattern": {"to_q": 8}}, "alpha_pattern must be {}"),
+        ({"rank_pattern": ["to_q"]}, "rank_pattern must be a mapping"),
+        ({"rank_pattern": {"to_q": 0}}, "rank_pattern of to_q must be a positive number, got 0"),
+        ({"alpha_pattern": {"to_q": float("inf")}}, "alpha_pattern of to_q must be a positive number, got inf"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number, got nan"),
         ({"modules_to_save": ["conv_in"]}, "modules_to_save must be"),
         ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"),
         ({"init_lora_weights": "pissa_niter_16"}, "changes the base model"),
@@ -102,7 +104,7 @@ def test_a_written_adapter_is_read_back_by_peft_and_by_us(tmp_path: Path) -> Non
     factors = LoraFactors("a.to_q", torch.randn(3, 5), torch.randn(4, 3), scale=0.5)
     write_adapter(tmp_path, [factors], {"a.to_q": (4, 5)}, rank=3, base_model="base")
     read = open_adapter(tmp_path)
-    assert (read.base_model, read.rank, read.scale) == ("base", 3, 1.0)
+    assert (read.base_model, read.rank, read.scales) == ("base", 3, {"a.to_q": 1.0})
     torch.testing.assert_close(read.factors("a.to_q").delta(), factors.delta())
     by_peft = load_peft_weights(str(tmp_path))
     torch.testing.assert_close(by_peft[f"{PREFIX}a.to_q.lora_B.weight"], 0.5 * factors.B_OR)

@@ -1,0 +1,36 @@
+"""Which modules of a denoiser an adapter may change: those that can be trained, merged, baked, served and exported alike."""
+
+from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+import torch
+
+from selma_ray.errors import ConfigError
+
+__all__ = ["adaptable_shapes", "check_targets", "is_adaptable"]
+
+
+def is_adaptable(module: Any) -> TypeGuard[torch.nn.Linear | torch.nn.Conv2d]:
+    """Tell whether a module is linear, or a convolution over images whose channels are not grouped."""
+    return isinstance(module, torch.nn.Linear) or (isinstance(module, torch.nn.Conv2d) and module.groups == 1)
+
+
+def adaptable_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the weight of every module that can be adapted, by name."""
+    modules: Iterable[tuple[str, Any]] = denoiser.named_modules()
+    return {name: tuple(module.weight.shape) for name, module in modules if is_adaptable(module)}
+
+
+def check_targets(denoiser: torch.nn.Module, targets: Iterable[str], model_name: str) -> None:
+    """Raise ConfigError where a target names no module, or one that cannot be adapted in every stage."""
+    modules = dict(denoiser.named_modules())
+    for target in targets:
+        named = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
+        if not named:
+            raise ConfigError(f"experts.lora.targets must name modules of {model_name}, it has none named {target!r}")
+        for name, module in named.items():
+            if not is_adaptable(module):
+                raise ConfigError(
+                    f"experts.lora.targets must name linear modules and convolutions of one group, {target!r} names {name} "
+                    f"({type(module).__name__}) of {model_name}; name others"
+                )
