@@ -1,5 +1,6 @@
 """The merged model of a run as an HTTP service."""
 
+import re
 from pathlib import PurePosixPath
 
 from selma_ray.adapters.files import CONFIG_FILE
@@ -66,4 +67,5 @@ def start_merged(run: Run) -> Service:
         recipe.cluster,
         scorer_of(recipe.serving, service_source(run)),
         open_experts,
+        name=re.sub(r"[^\w.-]", "-", run.folder.name),
     )

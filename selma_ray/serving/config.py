@@ -60,6 +60,10 @@ class ServingConfig(StrictModel):
     content_filter: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
     """A class of yours, as package.module:Class, that decides which prompts are drawn and which images are shown: see
     `selma_ray.serving.filters.ContentFilter`; default: all are."""
+    application: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """Name of the service among others on one cluster; default: that of the run's folder."""
+    route_prefix: str = Field(default="/", pattern=r"^/([\w.-]+(/[\w.-]+)*)?$")
+    """Where its paths begin; services of one cluster share an address, and need one each: /team-a answers /team-a/v1/models."""
     max_steps: int = Field(default=100, ge=1, le=1000)
     """Most denoising steps a request may ask for."""
     max_guidance_scale: float = Field(default=30, ge=1)

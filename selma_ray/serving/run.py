@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -21,6 +22,7 @@ from ray.serve.exceptions import RayServeException
 
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.connection import connect
+from selma_ray.cluster.placement import is_local
 from selma_ray.errors import ConfigError, ServingError, first_line, last_line
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.deployment import application
@@ -29,11 +31,11 @@ from selma_ray.serving.generator import OpenExperts
 from selma_ray.serving.keys import new_key, read_keys
 from selma_ray.serving.served import ServedModels
 
-__all__ = ["APPLICATION_NAME", "Service", "check_start", "start_service"]
+__all__ = ["Service", "check_start", "start_service"]
 
 logger = logging.getLogger(__name__)
 
-APPLICATION_NAME = "selma"
+_DEFAULT_NAME = "selma"
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _POLL_S = 0.5
 _ANSWER_S = 3.0  # beyond the time to drain
@@ -49,8 +51,12 @@ class Service:
 
     url: str
     config: ServingConfig
+    name: str = _DEFAULT_NAME
+    """Its name among the applications of Ray Serve."""
     key: str = ""
     """A key of this program's own, accepted where keys are asked for."""
+    alone: bool = True
+    """Whether Ray Serve runs for it alone, and ends with it."""
 
     def generate(self, prompt: str, seed: int) -> bytes:
         """Fetch one image over HTTP as a PNG file; raises ServingError with the service's reason."""
@@ -76,7 +82,7 @@ class Service:
         """Refuse new requests, and wait for those that were accepted as long as serving.drain_s says; a service that is dead has none."""
         timeout_s = self.config.drain_s
         try:
-            api = serve.get_app_handle(APPLICATION_NAME)
+            api = serve.get_app_handle(self.name)
             cut_off = api.drain.remote(timeout_s).result(timeout_s=timeout_s + _ANSWER_S)
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("the service ends without its requests in progress: %s", first_line(error))
@@ -85,11 +91,12 @@ class Service:
             logger.warning("%d requests were cut off after serving.drain_s %g; set it higher", cut_off, timeout_s)
 
     def stop(self, within_s: float | None = None) -> None:
-        """Shut Ray Serve down; with `within_s`, return after so many seconds whether it is down or still ending on its own."""
+        """End the service; with `within_s`, return after so many seconds whether it has ended or still does, on its own."""
+        end = serve.shutdown if self.alone else partial(serve.delete, self.name)
         if within_s is None:
-            serve.shutdown()
+            end()
             return
-        thread = threading.Thread(target=serve.shutdown, name="shutdown", daemon=True)
+        thread = threading.Thread(target=end, name="shutdown", daemon=True)
         thread.start()
         thread.join(within_s)
 
@@ -119,46 +126,107 @@ def start_service(
     cluster: ClusterConfig,
     open_scorer: Callable[[], Scorer],
     open_experts: OpenExperts | None = None,
+    name: str = _DEFAULT_NAME,
 ) -> Service:
-    """Serve `models` and return once they answer; the caller stops it.
+    """Serve `models` and return once they answer; the caller stops it. `name` is its name where the configuration gives none.
 
-    Raises ConfigError where the address cannot be listened on or Ray Serve runs on this cluster already, ServingError where a
-    replica cannot start.
+    On a cluster whose Ray Serve runs already it is served beside what is there, at that address. Raises ConfigError where the address
+    cannot be listened on, or its name or its paths are another's, ServingError where a replica cannot start.
     """
-    check_start(config, cluster)
     connect(cluster)
     # Importing Ray Serve sets its own level; what fails is raised here and shown once.
     logging.getLogger("ray.serve").setLevel("DEBUG" if cluster.log_level == "DEBUG" else "CRITICAL")
-    if serve.status().proxies:
-        raise ConfigError(
-            "Ray Serve runs on this cluster already; deploy with `serve deploy`, or stop it with `serve shutdown`"
-        )
+    name = config.application or name
+    running = _running()
+    if running is None:
+        check_start(config, cluster)
+        if (cluster.address or os.environ.get("RAY_ADDRESS")) in ("auto", "local"):  # this machine listens
+            _check_address(config)
+        address = _Address(config.host, config.port or _free_port(config.host))
+    else:
+        _check_beside(running, name, config)
+        address = running.address
     key, accepted = new_key()
     app = application(models, config, cluster, open_scorer, open_experts, [accepted])
-    port = config.port or _free_port(config.host)
+    prefix = "" if config.route_prefix == "/" else config.route_prefix
+    service = Service(address.url + prefix, config, name, key, alone=running is None and is_local(cluster))
     try:
-        serve.start(
-            http_options={"host": config.host, "port": port},
-            logging_config={"log_level": cluster.log_level},
-            controller_options={"runtime_env": {"env_vars": _PATIENCE}},
-        )
-        serve.run(app, name=APPLICATION_NAME, route_prefix="/")
+        if running is None:
+            serve.start(
+                http_options={"host": address.host, "port": address.port},
+                logging_config={"log_level": cluster.log_level},
+                controller_options={"runtime_env": {"env_vars": _PATIENCE}},
+            )
+        serve.run(app, name=name, route_prefix=config.route_prefix)
     except Exception as error:
-        reason = _reason()
-        serve.shutdown()
+        reason = _reason(name)
+        service.stop()
         raise ServingError(f"the service did not start: {reason or first_line(error)}") from error
-    return Service(f"http://{_in_url(_reachable(config.host))}:{port}", config, key)
+    return service
+
+
+@dataclass(frozen=True)
+class _Address:
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Return the address as clients on this machine write it."""
+        return f"http://{_in_url(_reachable(self.host))}:{self.port}"
+
+
+@dataclass(frozen=True)
+class _Running:
+    """Ray Serve as it runs on the cluster: where it listens, and the paths of its applications by name."""
+
+    address: _Address
+    prefixes: dict[str, str | None]
+
+
+def _running() -> _Running | None:
+    if not serve.status().proxies:
+        return None
+    from ray.serve.context import _get_global_client  # nothing public tells where it listens
+
+    details = _get_global_client().get_serve_details()
+    listens = details["http_options"]
+    prefixes = {name: each["route_prefix"] for name, each in details["applications"].items()}
+    return _Running(_Address(listens["host"], listens["port"]), prefixes)
+
+
+def _check_beside(running: _Running, name: str, config: ServingConfig) -> None:
+    """Raise ConfigError where a service cannot stand beside those that run on the cluster."""
+    if name in running.prefixes:
+        raise ConfigError(
+            f"a service named {name} runs on this cluster already, at {running.address.url}{running.prefixes[name]}; stop it, or set "
+            "serving.application to another name"
+        )
+    taken = {prefix: other for other, prefix in running.prefixes.items()}
+    if config.route_prefix in taken:
+        raise ConfigError(
+            f"the service {taken[config.route_prefix]} has the paths from {config.route_prefix} on this cluster; set serving.route_prefix "
+            f"to others, such as /{name}"
+        )
+    if config.port not in (0, running.address.port):
+        raise ConfigError(
+            f"the services of this cluster listen on port {running.address.port}, serving.port is {config.port}; set it to that, or to 0"
+        )
 
 
 def check_start(config: ServingConfig, cluster: ClusterConfig) -> None:
-    """Raise ConfigError, before Ray starts, where the keys' file is unusable or the address cannot be listened on.
+    """Raise ConfigError, before anything is started, where the keys' file is unusable or the address cannot be listened on.
 
-    Ray's proxies share a port with whatever else does: two services would answer each other's clients at random.
+    On a cluster that was joined, what listens may be a service that this one will stand beside.
     """
     if config.api_keys_file:
         read_keys(config.api_keys_file)
-    if (cluster.address or os.environ.get("RAY_ADDRESS", "auto")) not in ("auto", "local"):
-        return  # it may be another machine that listens
+    if is_local(cluster):
+        _check_address(config)
+
+
+def _check_address(config: ServingConfig) -> None:
+    """Raise ConfigError where something else has the address: Ray's proxies would share it, and answer each other's clients at random."""
     try:
         _listening(config.host, config.port).close()
     except OSError as error:
@@ -172,9 +240,9 @@ def check_start(config: ServingConfig, cluster: ClusterConfig) -> None:
         ) from None
 
 
-def _reason() -> str:
+def _reason(name: str) -> str:
     """Return the last line of what the first failed deployment says about itself."""
-    started = serve.status().applications.get(APPLICATION_NAME)
+    started = serve.status().applications.get(name)
     deployments = started.deployments.values() if started else ()
     failed = [deployment for deployment in deployments if deployment.status in _FAILED and deployment.message]
     return last_line(failed[0].message) if failed else ""

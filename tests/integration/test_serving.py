@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -237,7 +238,34 @@ def test_the_handle_fetches_an_image(service: Service) -> None:
     assert (image.format, image.size) == ("PNG", (64, 64))
 
 
-def test_a_second_service_on_the_same_cluster_is_refused(service: Service, tiny_pipeline_dir: Path) -> None:
-    model = ModelConfig(name=str(tiny_pipeline_dir))
-    with pytest.raises(ConfigError, match="serve shutdown"):
-        start_service(ServedModels("tiny", model), ServingConfig(), ClusterConfig(), RednessScorer)
+def test_another_service_stands_beside_the_first_and_leaves_it_alone(service: Service, tiny_pipeline_dir: Path) -> None:
+    models = ServedModels("tiny", ModelConfig(name=str(tiny_pipeline_dir)))
+
+    def start(**changes: Any) -> Service:
+        config = ServingConfig(sampling=SAMPLING, evaluator_replicas=0, port=0).model_copy(update=changes)
+        return start_service(models, config, ClusterConfig(), RednessScorer, name="second")
+
+    with pytest.raises(
+        ConfigError, match=r"a service named selma runs on this cluster already, at http://127.0.0.1:\d+/; stop it"
+    ):
+        start(application="selma", route_prefix="/other")
+    with pytest.raises(
+        ConfigError, match=r"the service selma has the paths from / on .*; set serving.route_prefix .* /second"
+    ):
+        start()
+    with pytest.raises(ConfigError, match=r"the services of this cluster listen on port \d+, serving.port is 1"):
+        start(route_prefix="/second", port=1)
+    second = start(route_prefix="/second")
+    try:
+        assert second.url == f"{service.url}/second"
+        assert Image.open(io.BytesIO(second.generate("a ball", seed=0))).size == (64, 64)
+        with httpx.Client(trust_env=False) as client:
+            assert (
+                "/second/"
+                not in client.get(f"{service.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).text
+            )
+            assert client.get(f"{second.url}/v1/models").json()["data"][0]["id"] == "tiny"
+            assert client.get(second.url + "/").status_code == 200  # the page
+    finally:
+        second.stop()
+    assert Image.open(io.BytesIO(service.generate("a ball", seed=0))).size == (64, 64)

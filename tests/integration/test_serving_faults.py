@@ -34,7 +34,7 @@ from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.decoding import Latents
 from selma_ray.serving.evaluator import Asked
 from selma_ray.serving.experts import open_experts
-from selma_ray.serving.run import APPLICATION_NAME, Service, start_service
+from selma_ray.serving.run import Service, start_service
 from selma_ray.serving.scorer import open_scorer
 from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import save_experts
@@ -106,7 +106,7 @@ def draw(http: httpx.Client, **changes: Any) -> httpx.Response:
 
 def replicas(what: str) -> list[psutil.Process]:
     """Return the processes of a deployment's replicas, by the title that Ray gives them."""
-    title = f"ServeReplica:{APPLICATION_NAME}:{what}"
+    title = f"ServeReplica:selma:{what}"
     return [process for process in psutil.Process().children(recursive=True) if title in " ".join(process.cmdline())]
 
 
@@ -259,7 +259,7 @@ def test_other_merged_weights_come_without_a_restart_and_without_a_lost_request(
 
     def swap() -> None:
         time.sleep(1)
-        response = serve.get_deployment_handle("generator", APPLICATION_NAME).broadcast(
+        response = serve.get_deployment_handle("generator", "selma").broadcast(
             "reconfigure", {"adapter": models.experts["counting"]}
         )
         assert response.results(timeout_s=60) == [None, None]
