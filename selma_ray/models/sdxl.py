@@ -85,6 +85,11 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
     _encode_texts = staticmethod(_encode_texts)
     _denoise = staticmethod(_denoise)
 
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        with _PRECISION:  # another predictor of this autoencoder may be at work
+            self._is_half = pipeline.vae.dtype == torch.float16
+
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the texts and add the size; without a negative prompt its condition is zero where the model wants that."""
         zeros = self._pipeline.config.force_zeros_for_empty_prompt
@@ -101,7 +106,7 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
     def _decode(self, latents_NChw: torch.Tensor) -> torch.Tensor:
         """Decode, in full precision where the autoencoder overflows in half."""
         pipeline, vae = self._pipeline, self._pipeline.vae
-        with _upcast(vae):
+        with self._full_precision():
             latents_NChw = latents_NChw.to(vae.dtype) / vae.config.scaling_factor
             if vae.config.latents_mean is not None and vae.config.latents_std is not None:
                 mean_1C11, std_1C11 = self._latent_mean_and_std(latents_NChw)
@@ -114,12 +119,28 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
     def _sample(self, pixels_N3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Encode, in full precision where the autoencoder overflows in half."""
         vae = self._pipeline.vae
-        with _upcast(vae):
+        with self._full_precision():
             latents_NChw = vae.encode(pixels_N3HW.to(vae.dtype)).latent_dist.sample(generator).to(self._dtype)
         if vae.config.latents_mean is not None and vae.config.latents_std is not None:
             mean_1C11, std_1C11 = self._latent_mean_and_std(latents_NChw)
             latents_NChw = (latents_NChw - mean_1C11) / std_1C11
         return latents_NChw * vae.config.scaling_factor
+
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Give an autoencoder that overflows in half precision the full one, one caller at a time; it has its own again whatever fails."""
+        vae = self._pipeline.vae
+        if not (self._is_half and vae.config.force_upcast):
+            yield
+            return
+        with _PRECISION:
+            try:
+                vae.to(torch.float32)
+                yield
+            finally:
+                if vae.device.type == "cuda":
+                    torch.cuda.current_stream(vae.device).synchronize()  # another stream may be the next to use it
+                vae.to(torch.float16)
 
     def _latent_mean_and_std(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config = self._pipeline.vae.config
@@ -129,21 +150,3 @@ class StableDiffusionXLPredictor(StableDiffusionPredictor):
 
 def _zeroed(condition: Condition) -> Condition:
     return {name: torch.zeros_like(tensor) for name, tensor in condition.items()}
-
-
-@contextmanager
-def _upcast(autoencoder: Any) -> Iterator[None]:
-    """Give an autoencoder that overflows in half precision the full one, one caller at a time; it has its own again whatever fails."""
-    if not autoencoder.config.force_upcast:
-        yield
-        return
-    with _PRECISION:
-        dtype = autoencoder.dtype
-        try:
-            if dtype == torch.float16:
-                autoencoder.to(torch.float32)
-            yield
-        finally:
-            if dtype == torch.float16 and autoencoder.device.type == "cuda":
-                torch.cuda.current_stream(autoencoder.device).synchronize()  # another stream may be the next to use it
-            autoencoder.to(dtype)  # where it has that precision this does nothing

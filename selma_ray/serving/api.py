@@ -1,6 +1,7 @@
 """The HTTP API: a FastAPI application over whatever draws images and scores them."""
 
 import asyncio
+import difflib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from selma_ray import __version__
 from selma_ray.serving.backend import Backend
@@ -232,5 +234,18 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
         code = "unknown_url" if error.status_code in (404, 405) else "invalid_body"
-        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        asked = f"{request.method} {request.url.path[:200]}"
+        message = (
+            f"{asked} is not served here{_nearest(request)}" if code == "unknown_url" else f"{asked}: {error.detail}"
+        )
         return error_response(RequestError(message, error.status_code, code), error.headers)
+
+
+def _nearest(request: Request) -> str:
+    """Return which route was meant, where one is near: clients are often given an address without /v1."""
+    routes = {route.path: sorted(route.methods or ()) for route in request.app.routes if isinstance(route, Route)}
+    path = request.url.path[:200]
+    if path in routes:
+        return f"; send {' or '.join(routes[path])}"
+    nearest = difflib.get_close_matches(path, [each for each in routes if "{" not in each], n=1, cutoff=0.75)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

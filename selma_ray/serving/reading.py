@@ -170,7 +170,7 @@ def _num_images(body: GenerationBody, config: ServingConfig) -> int:
 
 def _at_most(param: str, value: Number, bound: Number) -> Number:
     if value > bound:
-        raise invalid_request(f"{param} must be at most {bound}, got {value}", param)
+        raise invalid_request(f"{param} must be at most {bound:g}, got {value:g}", param)
     return value
 
 
@@ -180,7 +180,8 @@ def _size_px(size: str | None, config: ServingConfig) -> tuple[int, int]:
         return config.sampling.width_px, config.sampling.height_px
     width, _, height = size.partition("x")
     if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit() and len(size) <= 11):
-        raise invalid_request(f"size must read WIDTHxHEIGHT or auto, got {size[:20]!r}", "size")
+        default = f"{config.sampling.width_px}x{config.sampling.height_px}"
+        raise invalid_request(f"size must read WIDTHxHEIGHT, such as {default}, or auto, got {size[:20]!r}", "size")
     for side_px in (int(width), int(height)):
         if side_px % _SIZE_STEP_PX or not _MIN_SIZE_PX <= side_px <= config.longest_side_px:
             raise invalid_request(

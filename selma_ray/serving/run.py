@@ -64,16 +64,20 @@ class Service:
         return base64.b64decode(answer["data"][0]["b64_json"])
 
     def wait(self) -> None:
-        """Return when the process is interrupted or told to terminate; whoever does so again ends it at once."""
+        """Return when the process is interrupted or told to terminate; whoever does so again ends it at once.
+
+        What the process ignores, as a shell's background job ignores Ctrl-C, it goes on ignoring.
+        """
         told = threading.Event()
-        before = {number: signal.getsignal(number) for number in _ENDING}
+        handlers = {number: signal.getsignal(number) for number in _ENDING}
+        before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
         def note(number: int, frame: Any) -> None:
             told.set()
             for each, handler in before.items():
                 signal.signal(each, handler)
 
-        for number in _ENDING:
+        for number in before:
             signal.signal(number, note)
         while not told.wait(_POLL_S):  # a wait without end would hold the signal back
             pass

@@ -11,6 +11,7 @@ __all__ = ["PAGE_PATHS", "add_page"]
 _FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
+    "/settings.js": ("settings.js", "text/javascript"),
     "/page.js": ("page.js", "text/javascript"),
 }
 PAGE_PATHS = tuple(_FILES)
@@ -23,7 +24,7 @@ _POLICY = (
 
 
 def add_page(app: FastAPI) -> None:
-    """Add the page and its two files to `app`; its headers allow no script, style or connection but the service's own."""
+    """Add the page and its files to `app`; its headers allow no script, style or connection but the service's own."""
     for path, (name, media_type) in _FILES.items():
         response = _file(name, media_type)
         app.add_api_route(path, response, methods=["GET"], include_in_schema=False, response_class=Response)

@@ -4,6 +4,9 @@
 const PREVIEWS = 6;
 const MIX = "mix of experts";
 const SMALL_PX = 160;
+const REMEMBERED = 24;
+const FIELDS = ["prompt", "negative", "size"];
+const NUMBER_FIELDS = ["seed", "steps", "guidance", "count", "best"];
 
 const element = (id) => document.getElementById(id);
 const frames = ["left", "right"].map((id) => {
@@ -16,9 +19,13 @@ const frames = ["left", "right"].map((id) => {
     latency: root.querySelector(".latency"),
     progress: root.querySelector("progress"),
     verdict: root.querySelector(".verdict"),
+    strip: root.querySelector(".strip"),
+    download: root.querySelector(".download"),
+    results: [],
   };
 });
 let running = null;
+let linked = location.hash;
 
 class Refusal extends Error {
   constructor(status, error, retryAfter) {
@@ -62,41 +69,132 @@ function mixWeights() {
   return Object.fromEntries(sliders.map((slider) => [slider.name, Number(slider.value)]));
 }
 
-function generationBody(frame) {
-  const body = {
-    prompt: element("prompt").value.trim(),
-    model: frame.model.value === MIX ? mixWeights() : frame.model.value,
-    seed: Number(element("seed").value),
-    stream: true,
-    partial_images: PREVIEWS,
-  };
-  if (element("steps").value) body.num_inference_steps = Number(element("steps").value);
-  if (element("guidance").value) body.guidance_scale = Number(element("guidance").value);
-  return body;
+function settings() {
+  const values = { left: frames[0].model.value, right: frames[1].model.value, mix: mixWeights() };
+  for (const name of FIELDS) values[name] = element(name).value.trim();
+  for (const name of NUMBER_FIELDS) values[name] = element(name).value === "" ? null : Number(element(name).value);
+  return values;
 }
 
-function show(frame, event) {
-  frame.image.src = `data:image/${event.output_format};base64,${event.b64_json}`;
-  frame.image.classList.toggle("small", Math.max(...event.size.split("x").map(Number)) <= SMALL_PX);
+function restore(values) {
+  for (const name of [...FIELDS, ...NUMBER_FIELDS]) if (values[name] !== undefined) element(name).value = values[name] ?? "";
+  frames.forEach((frame, index) => {
+    const model = index ? values.right : values.left;
+    if (model === frame.model.value || ![...frame.model.options].some((option) => option.value === model)) return;
+    running?.abort();
+    frame.model.value = model;
+    forget(frame);
+  });
+  for (const slider of element("sliders").querySelectorAll("input")) {
+    const weight = values.mix?.[slider.name];
+    if (weight === undefined) continue;
+    slider.value = weight;
+    slider.dispatchEvent(new Event("input"));
+  }
+  toggleMix();
+  showRequest();
+}
+
+function modelOf(frame) {
+  return frame.model.value === MIX ? mixWeights() : frame.model.value;
+}
+
+function showRequest() {
+  const withKey = !element("key-field").hidden;
+  const body = bodyOf(settings(), modelOf(frames[1]));
+  element("link").href = toHash(settings());
+  element("curl").textContent = asCurl(location.origin, body, withKey);
+  element("python").textContent = asPython(location.origin, body, withKey);
+}
+
+// `index` counts the images of one request; the one that is looked at is shown large.
+function show(frame, index, file, size, seed) {
+  const source = `data:image/${file.format};base64,${file.b64_json}`;
+  frame.results[index] = { source, seed, size };
+  if (frame.results.length > 1) showStrip(frame);
+  if (index === frame.chosen) showLarge(frame);
+}
+
+function showLarge(frame) {
+  const { source, seed, size } = frame.results[frame.chosen];
+  frame.image.src = source;
+  frame.image.classList.toggle("small", Math.max(...size.split("x").map(Number)) <= SMALL_PX);
   frame.image.hidden = false;
   frame.empty.hidden = true;
+  frame.download.href = source;
+  frame.download.download = fileName(frame.prompt, frame.model.value, seed);
+  frame.download.textContent = `Download, seed ${seed}`;
+  frame.download.hidden = false;
+}
+
+function showStrip(frame) {
+  const thumbnails = [...frame.results.keys()].filter((index) => frame.results[index]).map((index) => {
+    const { source, seed } = frame.results[index];
+    const label = `Image ${index + 1}, seed ${seed}`;
+    return thumbnail(source, label, () => {
+      frame.chosen = index;
+      showLarge(frame);
+      showScores();
+    });
+  });
+  frame.strip.replaceChildren(...thumbnails);
+}
+
+function thumbnail(source, label, choose) {
+  const button = Object.assign(document.createElement("button"), { type: "button", className: "thumbnail", title: label });
+  button.append(Object.assign(document.createElement("img"), { src: source, alt: label }));
+  button.addEventListener("click", choose);
+  return button;
 }
 
 async function draw(frame, body, signal) {
   const startedMs = performance.now();
-  const response = await ask("v1/images/generations", body, signal);
+  const tick = () => (frame.latency.value = `${((performance.now() - startedMs) / 1000).toFixed(2)} s`);
+  const images = body.best_of === undefined ? await drawStream(frame, body, signal, tick) : await drawBest(frame, body, signal);
+  tick();
+  frame.progress.value = 1;
+  frame.image.alt = `${body.prompt}, drawn by ${frame.model.value} from seed ${frame.results[frame.chosen].seed}`;
+  return images;
+}
+
+async function drawStream(frame, body, signal, tick) {
+  const count = body.n ?? 1;
+  const response = await ask("v1/images/generations", { ...body, stream: true, partial_images: PREVIEWS }, signal);
+  const finished = [];
   for await (const event of serverSentEvents(response)) {
     if (event.type === "error") throw new Refusal("stream", event.error);
-    show(frame, event);
-    frame.latency.value = `${((performance.now() - startedMs) / 1000).toFixed(2)} s`;
+    show(frame, event.image_index, { format: event.output_format, b64_json: event.b64_json }, event.size, event.seed);
+    tick();
     if (event.type === "image_generation.completed") {
-      frame.progress.value = 1;
-      frame.image.alt = `${body.prompt}, drawn by ${frame.model.value} from seed ${body.seed}`;
-      return event.b64_json;
+      finished[event.image_index] = event.b64_json;
+      frame.progress.value = finished.filter(Boolean).length / count;
+    } else if (count === 1) {
+      frame.progress.value = (event.partial_image_index + 1) / (PREVIEWS + 1);
     }
-    frame.progress.value = (event.partial_image_index + 1) / (PREVIEWS + 1);
   }
+  if (finished.filter(Boolean).length === count) return finished;
   throw new Refusal("stream", { message: "The answer ended before the image was finished", code: "incomplete" });
+}
+
+// The best are known when all are drawn, so that there is nothing to stream.
+async function drawBest(frame, body, signal) {
+  const answer = await (await ask("v1/images/generations", body, signal)).json();
+  answer.data.forEach((image, index) =>
+    show(frame, index, { format: answer.output_format, b64_json: image.b64_json }, answer.size, image.seed),
+  );
+  return answer.data.map((image) => image.b64_json);
+}
+
+function remember(values) {
+  const [left, right] = frames.map((frame) => frame.results[0].source);
+  const entry = document.createElement("div");
+  const label = `${values.prompt}, seed ${values.seed}`;
+  entry.append(thumbnail(left, `${label}, ${values.left}`, () => restore(values)));
+  entry.append(thumbnail(right, `${label}, ${values.right}`, () => restore(values)));
+  entry.append(Object.assign(document.createElement("p"), { textContent: label }));
+  element("history").prepend(entry);
+  while (element("history").children.length > REMEMBERED) element("history").lastElementChild.remove();
+  element("no-history").hidden = true;
 }
 
 function clear() {
@@ -107,7 +205,16 @@ function clear() {
     frame.progress.value = 0;
     frame.latency.value = "";
     frame.verdict.replaceChildren();
+    frame.strip.replaceChildren();
+    frame.results = [];
+    frame.chosen = 0;
+    frame.prompt = element("prompt").value.trim();
   }
+}
+
+function reseed() {
+  element("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  showRequest();
 }
 
 function fail(error) {
@@ -127,14 +234,18 @@ function fail(error) {
 
 async function generate() {
   if (running || !element("form").reportValidity()) return;
+  if (element("fresh").checked) reseed();
   clear();
+  const values = settings();
+  history.replaceState(null, "", toHash(values));
   const controller = new AbortController();
   running = controller;
   element("generate").hidden = true;
   element("stop").hidden = false;
   element("status").textContent = "Drawing";
   try {
-    const images = await Promise.all(frames.map((frame) => draw(frame, generationBody(frame), controller.signal)));
+    const images = await Promise.all(frames.map((frame) => draw(frame, bodyOf(values, modelOf(frame)), controller.signal)));
+    remember(values);
     await judge(images, controller.signal);
   } catch (error) {
     controller.abort();
@@ -148,23 +259,66 @@ async function generate() {
 
 async function judge(images, signal) {
   element("status").textContent = "Asking the judge";
-  const body = { prompt: element("prompt").value.trim(), images, metrics: ["dsg"] };
   try {
-    const scores = await (await ask("v1/scores", body, signal)).json();
-    scores.data.forEach((scored, index) => showVerdict(frames[index], scored));
-    showAnswers(scores.data);
-    const differing = element("answers").querySelectorAll("tr.differs").length;
-    const differences = differing === 1 ? "1 answer differs" : `${differing || "No"} answers differ`;
-    element("judge-note").textContent = `${differences}. Answers are those of ${scores.judge}.`;
+    const answers = await Promise.all(frames.map((frame, index) => scored(frame.prompt, images[index], signal)));
+    answers.forEach(({ judge, data }, index) => data.forEach((each, image) => Object.assign(frames[index].results[image], { judge, scored: each })));
+    showScores();
     element("status").textContent = "Done";
   } catch (error) {
     if (error.name === "AbortError") throw error;
     // The images are there, whatever becomes of their scores.
-    element("judge-note").textContent =
-      error.code === "unsupported_caption"
-        ? "No score: the judge has questions about scenes of its own world alone, and none about this prompt."
-        : `No score for this prompt: ${error.message}`;
+    element("judge-note").textContent = whyNoScore(error);
     element("status").textContent = "Drawn, not scored";
+  }
+}
+
+async function scored(prompt, images, signal) {
+  return (await ask("v1/scores", { prompt, images, metrics: ["dsg"] }, signal)).json();
+}
+
+// The scores of the two images that are looked at.
+function showScores() {
+  const chosen = frames.map((frame) => frame.results[frame.chosen]);
+  if (!chosen.every((each) => each?.scored)) return;
+  chosen.forEach((each, index) => showVerdict(frames[index], each.scored));
+  showAnswers(chosen.map((each) => each.scored), frames.map((frame) => frame.model.value));
+  const differing = element("answers").querySelectorAll("tr.differs").length;
+  const differences = differing === 1 ? "1 answer differs" : `${differing || "No"} answers differ`;
+  element("judge-note").textContent = `${differences}. Answers are those of ${chosen[0].judge}.`;
+}
+
+function whyNoScore(error) {
+  return error.code === "unsupported_caption"
+    ? "No score: the judge has questions about scenes of its own world alone, and none about this prompt."
+    : `No score for this prompt: ${error.message}`;
+}
+
+function read(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(new Refusal("file", { message: "The file cannot be read", code: "unreadable" })));
+    reader.readAsDataURL(file);
+  });
+}
+
+async function scoreOwn() {
+  const [file] = element("own").files;
+  if (!file || running) return;
+  element("error").hidden = true;
+  element("status").textContent = "Asking the judge";
+  try {
+    const { judge, data } = await scored(element("prompt").value.trim(), [await read(file)]);
+    const dsg = data[0].scores.dsg;
+    showAnswers(data, [file.name]);
+    element("judge-note").textContent = `${file.name}: ${dsg === null ? "no score" : `${Math.round(100 * dsg)}%`} by ${judge}.`;
+    element("status").textContent = "Done";
+  } catch (error) {
+    if (error.code === "unsupported_caption") element("judge-note").textContent = whyNoScore(error);
+    else fail(error);
+    element("status").textContent = "Not scored";
+  } finally {
+    element("own").value = ""; // the same file can be chosen again
   }
 }
 
@@ -175,16 +329,19 @@ function showVerdict(frame, scored) {
   frame.verdict.replaceChildren(score, `DSG, ${held} of ${scored.questions.length} questions hold`);
 }
 
-function showAnswers(data) {
+function showAnswers(data, names) {
   const headings = element("answers").querySelectorAll("thead .answer");
-  frames.forEach((frame, index) => (headings[index].textContent = frame.model.value));
+  headings.forEach((heading, index) => {
+    heading.textContent = names[index] ?? "";
+    heading.hidden = index >= names.length;
+  });
   const rows = data[0].questions.map((question, index) => {
     const row = document.createElement("tr");
     const heading = document.createElement("th");
     heading.scope = "row";
     heading.textContent = question.question;
     const answers = data.map((scored) => scored.questions[index]);
-    row.classList.toggle("differs", answers[0].counted !== answers[1].counted);
+    row.classList.toggle("differs", answers.some((answer) => answer.counted !== answers[0].counted));
     row.append(heading, ...answers.map(answerCell));
     return row;
   });
@@ -216,7 +373,10 @@ function addSlider(name, index, count) {
   input.value = value;
   const output = document.createElement("output");
   output.value = Number(input.value).toFixed(2);
-  input.addEventListener("input", () => (output.value = Number(input.value).toFixed(2)));
+  input.addEventListener("input", () => {
+    output.value = Number(input.value).toFixed(2);
+    showRequest();
+  });
   row.append(label, input, output);
   element("sliders").append(row);
 }
@@ -241,6 +401,9 @@ function forget(frame) {
   frame.progress.value = 0;
   frame.latency.value = "";
   frame.verdict.replaceChildren();
+  frame.strip.replaceChildren();
+  frame.download.hidden = true;
+  frame.results = [];
   element("answers").hidden = true;
   element("judge-note").textContent = "Generate to see the answers.";
 }
@@ -252,6 +415,8 @@ function toggleMix() {
 async function connect() {
   try {
     offerModels((await (await ask("v1/models")).json()).data);
+    restore(fromHash(linked));
+    linked = ""; // another key must not undo what was typed since
     element("error").hidden = true;
     element("status").textContent = "Ready";
   } catch (error) {
@@ -264,7 +429,10 @@ element("form").addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
 });
-element("reseed").addEventListener("click", () => (element("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]));
+element("form").addEventListener("input", showRequest);
+element("reseed").addEventListener("click", reseed);
+element("own").addEventListener("change", scoreOwn);
+window.addEventListener("hashchange", () => restore(fromHash(location.hash)));
 element("stop").addEventListener("click", () => running?.abort());
 element("key").addEventListener("change", connect);
 for (const frame of frames) {
@@ -272,6 +440,7 @@ for (const frame of frames) {
     running?.abort();
     forget(frame);
     toggleMix();
+    showRequest();
   });
 }
 document.addEventListener("keydown", (event) => {

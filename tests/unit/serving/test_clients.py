@@ -336,7 +336,7 @@ def test_a_fault_inside_a_question_says_which(client: TestClient) -> None:
     image = base64.b64encode(encode(picture(9), PNG)).decode()
     questions = [{"id": 1, "question": "a?"}, {"id": 2, "question": "b?", "parents": [-1]}]
     answer = client.post("/v1/scores", json={"prompt": "a", "image": image, "questions": questions})
-    assert answer.json()["error"]["message"].startswith("questions[1].parents[0]: ")
+    assert answer.json()["error"]["message"].startswith("questions[1].parents[0] must be")
     assert answer.json()["error"]["param"] == "questions"
 
 

@@ -98,6 +98,7 @@ def test_a_client_that_leaves_takes_its_request_along() -> None:
             accepted.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await accepted
+            assert 'status="499"} 1.0' in (await client.get("/metrics")).text
             assert backend.left == 1
             assert await gate.close(60) == 0
 
@@ -111,6 +112,23 @@ def test_a_signal_ends_the_waiting_and_the_next_one_is_not_held_back(number: sig
     timer.start()
     Service("http://127.0.0.1:8000", ServingConfig()).wait()
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kept: list[Any] = []
+
+    def interrupt_and_terminate() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        kept.append(signal.getsignal(signal.SIGINT))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        threading.Timer(0.1, interrupt_and_terminate).start()
+        Service("http://127.0.0.1:8000", ServingConfig()).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert kept == [signal.SIG_IGN]
 
 
 def test_a_service_that_is_dead_has_nothing_to_drain(

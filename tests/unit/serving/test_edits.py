@@ -181,3 +181,22 @@ def test_a_strength_that_leaves_no_step_is_the_callers_error(tiny_pipeline_dir: 
     assert isinstance(outcome.error, RequestError)
     assert (outcome.error.status, outcome.error.param) == (400, "strength")
     assert "strength 0.1 leaves none of 7 steps" in str(outcome.error)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_sdxl(tmp_path)
+    pipeline: Any = load_pipeline(ModelConfig(name=str(tmp_path), dtype="fp16"), "cpu")
+    encode, seen = pipeline.vae.encode, []
+
+    def noted(pixels: torch.Tensor) -> Any:
+        seen.append((pixels.dtype, pipeline.vae.dtype))
+        return encode(pixels)
+
+    monkeypatch.setattr(pipeline.vae, "encode", noted)
+    with torch.inference_mode():
+        course = denoiser_for(pipeline).start(request_for(0.5))
+    assert seen == [(torch.float32, torch.float32)]
+    assert (pipeline.vae.dtype, course.latents_NCHW.dtype) == (torch.float16, torch.float16)
+    assert torch.isfinite(course.latents_NCHW).all()
