@@ -3,6 +3,7 @@
 selma plan|run|generate|train|merge|evaluate|report|study|serve RECIPE [key.path=value …]
 selma data status|sheet RUN          what a run's folder holds
 selma export RUN --to LAYOUT         its images, as other trainers read them
+selma merge-adapters A B --base NAME --out DIR     LoRAs from anywhere, without a run
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selma_ray import __version__
+from selma_ray.cli.merge_adapters import add_merge_adapters, execute_merge_adapters
 from selma_ray.cluster.errors import known_error
 from selma_ray.errors import first_line
 
@@ -31,6 +33,7 @@ _COMMANDS = {
 }
 
 _DATA_COMMANDS = ("data", "export")
+_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +65,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command in _DATA_COMMANDS:
+    if options.command in _OTHER_COMMANDS:
         return options
     options.overrides += rest
     return options
@@ -89,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             _add_rating_options(command)
     _add_data_commands(commands)
+    add_merge_adapters(commands)
     return parser
 
 
@@ -137,6 +141,9 @@ def _execute(options: argparse.Namespace) -> None:
         from selma_ray.cli import data
 
         data.execute(options)
+        return
+    if options.command == "merge-adapters":
+        execute_merge_adapters(options)
         return
     if options.command in ("plan", "study") and _executed_of_study(options):
         return

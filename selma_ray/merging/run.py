@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,21 +18,23 @@ from selma_ray.adapters.files import adapter_digest
 from selma_ray.adapters.peft_format import Adapter, LoraFactors, Shape, open_adapter, shapes_of, write_adapter
 from selma_ray.config import identity
 from selma_ray.errors import AdapterError
-from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
+from selma_ray.merging.bake import bake_pipeline, pipeline_folder
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.inputs import open_adapters
+from selma_ray.merging.inputs import open_adapters, open_foreign
 from selma_ray.merging.methods import DENSE_METHODS, MEANS, METHODS, MergeOptions, default_weight, shares
 from selma_ray.merging.replacing import replace_folder
 from selma_ray.merging.report import MergeReport
 from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights, weights_of
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.family import has_part
 from selma_ray.models.identity import model_identity
 from selma_ray.models.parts import DTYPES
+from selma_ray.models.published import configured
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder, storage_errors
 
-__all__ = ["MergeSummary", "merge_experts", "write_candidate"]
+__all__ = ["MergeSummary", "merge_adapters", "merge_experts", "write_candidate"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +82,45 @@ def merge_experts(
     skills = list(adapters)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: _weights(skills, model, config)}
-    target = folder.local_path("merged", config.name)
+    return _merge_into(folder.local_path("merged", config.name), adapters, weights, model, config, seed, found)
+
+
+def merge_adapters(
+    places: Mapping[str, str],
+    model: ModelConfig,
+    config: MergingConfig,
+    target: Path,
+    seed: int = 0,
+    *,
+    bake: bool = False,
+) -> MergeSummary:
+    """Merge LoRAs from anywhere, by name, into a folder: adapter/, report.json, the exports and, where asked to `bake`, pipeline/.
+
+    The folder appears whole or not at all. Raises AdapterError where one cannot be merged, or where `target` holds something else.
+    """
+    if target.exists() and not (target / _REPORT_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise AdapterError(f"{target} must be a folder that is empty or holds a merge; name another")
+    config = config.model_copy(update={"experts": dict(places)})
+    with tempfile.TemporaryDirectory() as imported:
+        adapters = open_foreign(places, Path(imported), model, config)
+        weights = {ALL: _weights(list(places), model, config)}
+        return _merge_into(target, adapters, weights, model, config, seed, None, bake=bake)
+
+
+def _merge_into(
+    target: Path,
+    adapters: Mapping[str, Adapter],
+    weights: Weights,
+    model: ModelConfig,
+    config: MergingConfig,
+    seed: int,
+    found: SearchResult | None,
+    *,
+    bake: bool = True,
+) -> MergeSummary:
     key = _content_key(adapters, weights, model, config, seed)
-    before = folder.read_json("merged", config.name, _REPORT_FILE) if (target / _REPORT_FILE).is_file() else None
-    if before and before["key"] == key:
+    before = json.loads((target / _REPORT_FILE).read_text()) if (target / _REPORT_FILE).is_file() else None
+    if before and before["key"] == key and (target / "pipeline").is_dir() >= bake:
         logger.info("%s holds this merge already", target)
         return _summary(before, config)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
@@ -90,7 +128,7 @@ def merge_experts(
         _remove_leftovers(target)
         try:
             part.mkdir(parents=True)
-            report = _build(part, adapters, weights, model, config, seed)
+            report = _build(part, adapters, weights, model, config, seed, bake=bake)
             report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
             if found:
                 report["search"] = {"weights": found.weights, **found.as_dict()}
@@ -124,6 +162,8 @@ def _build(
     model: ModelConfig,
     config: MergingConfig,
     seed: int,
+    *,
+    bake: bool,
 ) -> dict[str, Any]:
     experts = list(adapters.values())
     shapes = shapes_of(experts, alike=not config.experts)
@@ -144,12 +184,13 @@ def _build(
     base = experts[0]
     write_adapter(part / "adapter", map(measured, shapes), shapes, rank, base.base_model, base.revision, dtype)
     adapter = open_adapter(part / "adapter")
-    source = pipeline_folder(model)
     # What is low-rank stands in an adapter of full precision, exactly; anything else is made again.
     exact_adapter = config.method not in DENSE_METHODS and dtype == torch.float32
     baked = adapter.factors if exact_adapter else merged
-    bake_pipeline(source, part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
-    denoiser = denoiser_name(source)
+    if bake:
+        bake_pipeline(pipeline_folder(model), part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
+    with configured(model) as known:
+        denoiser = "unet" if has_part(known, "unet") else "transformer"
     merge = {"merge_method": config.method, "merge_scale": f"{config.scale:g}", "merge_weights": json.dumps(weights)}
     _export(part, adapter, shapes, denoiser, config, merge)
     if config.export_experts:
