@@ -3,6 +3,7 @@
 selma plan|run|generate|train|merge|evaluate|report|study|serve RECIPE [key.path=value …]
 selma data status|sheet RUN          what a run's folder holds
 selma export RUN --to LAYOUT         its images, as other trainers read them
+selma push RUN --to hub:OWNER/NAME   what it made, with a card, to the hub or a folder
 selma merge-adapters A B --base NAME --out DIR     LoRAs from anywhere, without a run
 """
 
@@ -32,7 +33,7 @@ _COMMANDS = {
     "serve": "serve the merged model over HTTP until interrupted",
 }
 
-_DATA_COMMANDS = ("data", "export")
+_DATA_COMMANDS = ("data", "export", "push")
 _OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters")
 
 
@@ -114,7 +115,14 @@ def _add_data_commands(commands: Any) -> None:
     sheet.add_argument("--out", help="a file named .html or .png (default: contact_sheet.html in the run's folder)")
     sheet.add_argument("--per-skill", type=int, default=12, help="images of a skill (default: 12)")
     sheet.add_argument("--seed", type=int, default=0, help="which random images (default: 0)")
-    for command in (export, status, sheet):
+    push = commands.add_parser(
+        "push", help="push a run's merged adapter, pipeline or images, with a card, to the hub or a folder"
+    )
+    push.add_argument("--to", required=True, metavar="PLACE", help="hub:OWNER/NAME, by HF_TOKEN, or an empty folder")
+    push.add_argument("--what", choices=("adapter", "pipeline", "dataset"), default="adapter", help="default: adapter")
+    push.add_argument("--license", help="the hub's name of the licence, such as openrail++ (default: unknown)")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    for command in (export, status, sheet, push):
         command.add_argument("run", help="the run's folder, such as runs/demo or s3://…")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
 
