@@ -22,7 +22,7 @@ from selma_ray.records import content_id
 from selma_ray.replacing import replace_folder
 from selma_ray.storage import READERS, RunFolder, StoredFile, storage_errors
 
-__all__ = ["local_copy", "upload_folder", "whole_folder"]
+__all__ = ["local_copy", "scratch_folder", "upload_folder", "whole_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ def local_copy(place: str | Path, only: Sequence[str] = ()) -> Path:
             _fetch(source, found, target)
             _evict(cache, _bound_bytes())
     return target / source.name
+
+
+def scratch_folder(folder: RunFolder, *parts: str) -> Path:
+    """Return a local folder for what is made on the way and can be made again: in the run's where that is local, else in the cache."""
+    if folder.is_local:
+        return folder.local_path(*parts)
+    return _cache() / content_id(scratch=folder.path(*parts))
 
 
 @contextmanager

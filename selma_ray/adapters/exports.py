@@ -14,6 +14,11 @@ from selma_ray.errors import AdapterError
 
 __all__ = ["EXPORT_FILES", "write_diffusers", "write_kohya"]
 
+_VERSIONS = {
+    768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    2048: {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+}
 EXPORT_FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya.safetensors"}
 
 
@@ -80,4 +85,10 @@ def write_kohya(
         "ss_network_alpha": f"{adapter.scales[largest] * adapter.rank:g}",
         "ss_sd_model_name": adapter.base_model or "",
     }
-    write_safetensors(path, specs, tensors, {**metadata, **described})
+    write_safetensors(path, specs, tensors, {**metadata, **described, **_version(shapes)})
+
+
+def _version(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Return which Stable Diffusion a UNet is, by the width of its texts: A1111 hides a file that does not say so beside another."""
+    widths = {shape[1] for module, shape in shapes.items() if module.endswith(("attn2.to_k", "attn2.to_v"))}
+    return next((dict(said) for width, said in _VERSIONS.items() if widths == {width}), {})

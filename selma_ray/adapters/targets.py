@@ -21,8 +21,13 @@ def adaptable_shapes(denoiser: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(module.weight.shape) for name, module in modules if is_adaptable(module)}
 
 
-def check_targets(denoiser: torch.nn.Module, targets: Iterable[str], model_name: str) -> None:
-    """Raise ConfigError where a target names no module, or one that cannot be adapted in every stage."""
+def check_targets(
+    denoiser: torch.nn.Module, targets: Iterable[str], model_name: str, *, linear_alone: bool = False
+) -> None:
+    """Raise ConfigError where a target names no module, or one that cannot be adapted in every stage.
+
+    A mixture of experts weighs linear modules alone.
+    """
     modules = dict(denoiser.named_modules())
     for target in targets:
         named = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
@@ -33,4 +38,9 @@ def check_targets(denoiser: torch.nn.Module, targets: Iterable[str], model_name:
                 raise ConfigError(
                     f"experts.lora.targets must name linear modules and convolutions of one group, {target!r} names {name} "
                     f"({type(module).__name__}) of {model_name}; name others"
+                )
+            if linear_alone and not isinstance(module, torch.nn.Linear):
+                raise ConfigError(
+                    f"experts.lora.targets must name linear modules alone with experts.moe, {target!r} names {name} "
+                    f"({type(module).__name__}) of {model_name}; leave one of them out"
                 )

@@ -3,6 +3,8 @@
 selma plan|run|generate|train|merge|evaluate|report|study|serve RECIPE [key.path=value …]
 selma data status|sheet RUN          what a run's folder holds
 selma export RUN --to LAYOUT         its images, as other trainers read them
+selma push RUN --to hub:OWNER/NAME   what it made, with a card, to the hub or a folder
+selma merge-adapters A B --base NAME --out DIR     LoRAs from anywhere, without a run
 """
 
 import argparse
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selma_ray import __version__
+from selma_ray.cli.merge_adapters import add_merge_adapters, execute_merge_adapters
 from selma_ray.cluster.errors import known_error
 from selma_ray.errors import first_line
 
@@ -30,7 +33,8 @@ _COMMANDS = {
     "serve": "serve the merged model over HTTP until interrupted",
 }
 
-_DATA_COMMANDS = ("data", "export")
+_DATA_COMMANDS = ("data", "export", "push")
+_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters")
 _OF_FINISHED_RUNS = ("report", "serve")
 
 
@@ -63,7 +67,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command in _DATA_COMMANDS:
+    if options.command in _OTHER_COMMANDS:
         return options
     options.overrides += rest
     return options
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             _add_rating_options(command)
     _add_data_commands(commands)
+    add_merge_adapters(commands)
     return parser
 
 
@@ -112,7 +117,14 @@ def _add_data_commands(commands: Any) -> None:
     sheet.add_argument("--out", help="a file named .html or .png (default: contact_sheet.html in the run's folder)")
     sheet.add_argument("--per-skill", type=int, default=12, help="images of a skill (default: 12)")
     sheet.add_argument("--seed", type=int, default=0, help="which random images (default: 0)")
-    for command in (export, status, sheet):
+    push = commands.add_parser(
+        "push", help="push a run's merged adapter, pipeline or images, with a card, to the hub or a folder"
+    )
+    push.add_argument("--to", required=True, metavar="PLACE", help="hub:OWNER/NAME, by HF_TOKEN, or an empty folder")
+    push.add_argument("--what", choices=("adapter", "pipeline", "dataset"), default="adapter", help="default: adapter")
+    push.add_argument("--license", help="the hub's name of the licence, such as openrail++ (default: unknown)")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    for command in (export, status, sheet, push):
         command.add_argument("run", help="the run's folder, such as runs/demo or s3://…")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -139,6 +151,9 @@ def _execute(options: argparse.Namespace) -> None:
         from selma_ray.cli import data
 
         data.execute(options)
+        return
+    if options.command == "merge-adapters":
+        execute_merge_adapters(options)
         return
     if options.command in ("plan", "study") and _executed_of_study(options):
         return

@@ -16,6 +16,7 @@ from selma_ray.errors import ConfigError
 from selma_ray.run.generate import prompts_from
 from selma_ray.run.lease import seconds_since_sign
 from selma_ray.run.opening import Run, open_run
+from selma_ray.run.push import push_run
 from selma_ray.storage import RunFolder
 
 __all__ = ["execute", "status_of"]
@@ -28,6 +29,9 @@ def execute(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     if options.command == "export":
         _export(run, options.to, options.out)
+    elif options.command == "push":
+        place = push_run(run, options.what, options.to, license_=options.license, private=options.private)
+        console.print(f"The {options.what} is at [bold]{escape(place)}[/bold]")
     elif options.what == "status":
         _show_status(run, as_json=options.json, every_s=options.watch)
     else:

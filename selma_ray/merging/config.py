@@ -10,7 +10,7 @@ from selma_ray.config import StrictModel
 __all__ = ["MergingConfig", "SearchConfig"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
-_NEEDS_POSITIVE_WEIGHTS = ("ties", "knots")
+_NEEDS_POSITIVE_WEIGHTS = ("ties", "knots", "core_space")
 
 
 class SearchConfig(StrictModel):
@@ -36,11 +36,23 @@ class MergingConfig(StrictModel):
     """How skill experts become one model."""
 
     method: Literal[
-        "average_deltas", "average_factors", "released_scale", "sum_deltas", "svd", "ties", "dare", "knots", "search"
+        "average_deltas",
+        "average_factors",
+        "released_scale",
+        "sum_deltas",
+        "svd",
+        "ties",
+        "dare",
+        "knots",
+        "core_space",
+        "tsv_m",
+        "iso_c",
+        "search",
     ] = "average_deltas"
     """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes;
     `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
-    rank; `ties`, `dare` and `knots` keep experts from undoing one another; `search` looks for the best weights on the dev splits."""
+    rank; `ties`, `dare`, `knots` and `core_space` keep experts from undoing one another; `tsv_m` sums decorrelated singular vectors,
+    `iso_c` gives all directions of the mean one strength; `search` looks for the best weights on the dev splits."""
     experts: dict[str, str] | None = None
     """Adapters to merge in the place of the run's own, by name: a LoRA file of diffusers, kohya or ai-toolkit, an adapter's folder, or
     a run's folder, whose expert or merge of that name is meant. They may adapt different modules at different ranks."""
@@ -53,7 +65,7 @@ class MergingConfig(StrictModel):
     rank: int | None = Field(default=None, ge=1)
     """Rank of `svd`, and of the adapter that stands for a `ties` or `dare` merge; default: the largest of the experts'."""
     density: float = Field(default=0.2, gt=0, le=1)
-    """Share of each expert's entries that `ties`, `dare` and `knots` keep."""
+    """Share of each expert's entries that `ties`, `dare`, `knots` and `core_space` keep."""
     adapter_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the merged adapter's file; the 16-bit ones are half as large. The baked pipeline is made of the merge itself."""
     exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")

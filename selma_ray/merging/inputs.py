@@ -7,6 +7,7 @@ from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.adapters.foreign import import_adapter
 from selma_ray.adapters.peft_format import Adapter, open_adapter
 from selma_ray.errors import AdapterError
+from selma_ray.local_copies import local_copy, scratch_folder
 from selma_ray.merging.config import MergingConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
@@ -20,7 +21,7 @@ def open_adapters(
 ) -> dict[str, Adapter]:
     """Open what a run merges: the experts that its recipe names, else the run's own of `skills`; raises AdapterError."""
     if config.experts:
-        return open_foreign(config.experts, folder.local_path("imported"), model, config)
+        return open_foreign(config.experts, scratch_folder(folder, "imported"), model, config)
     return open_run_experts(folder, skills, model)
 
 
@@ -30,7 +31,7 @@ def open_foreign(
     """Bring LoRAs from anywhere into PEFT's format, each into a folder of `kept_in`, and open them by name; raises AdapterError."""
     adapters = {}
     for name, place in places.items():
-        import_adapter(Path(place).expanduser(), name, kept_in / name, model, config.skip_text_encoders)
+        import_adapter(local_copy(place).expanduser(), name, kept_in / name, model, config.skip_text_encoders)
         adapters[name] = open_adapter(kept_in / name)
     return adapters
 

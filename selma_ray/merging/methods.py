@@ -13,6 +13,7 @@ from selma_ray.adapters.deltas import Delta, truncated
 from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.errors import AdapterError
 from selma_ray.merging.interference import dare, knots, ties
+from selma_ray.merging.spectral import core_space, iso_c, tsv_m
 
 __all__ = [
     "DENSE_METHODS",
@@ -39,7 +40,7 @@ class MergeOptions:
     rank: int = 0
     """Rank that `svd` truncates to."""
     density: float = 1.0
-    """Share of entries that `ties`, `dare` and `knots` keep."""
+    """Share of entries that `ties`, `dare`, `knots` and `core_space` keep."""
     seed: int = 0
     """Seed of `dare`."""
     model_name: str = ""
@@ -109,7 +110,7 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 def default_weight(method: str, num_experts: int, model_name: str) -> float:
     """Return what each expert weighs where a recipe gives no weights: 1/K, or as the method's name says."""
-    return {"sum_deltas": 1.0, "released_scale": 1 / len(model_name)}.get(method, 1 / num_experts)
+    return {"sum_deltas": 1.0, "tsv_m": 1.0, "released_scale": 1 / len(model_name)}.get(method, 1 / num_experts)
 
 
 METHODS: Mapping[str, MergeMethod] = {
@@ -121,6 +122,9 @@ METHODS: Mapping[str, MergeMethod] = {
     "ties": lambda experts, weights, options: ties(experts, weights, options.density, options.scale),
     "dare": lambda experts, weights, options: dare(experts, weights, options.density, options.seed, options.scale),
     "knots": lambda experts, weights, options: knots(experts, weights, options.density, options.scale),
+    "core_space": lambda experts, weights, options: core_space(experts, weights, options.density, options.scale),
+    "tsv_m": lambda experts, weights, options: tsv_m(experts, weights, options.scale),
+    "iso_c": lambda experts, weights, options: iso_c(experts, weights, options.scale),
     "search": lambda experts, weights, options: sum_deltas(experts, weights, options.scale),
 }
 MEANS = ("average_deltas", "average_factors", "svd")

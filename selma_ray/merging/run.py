@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,20 +17,22 @@ from selma_ray.adapters.peft_format import Adapter, LoraFactors, Shape, open_ada
 from selma_ray.config import identity
 from selma_ray.errors import AdapterError
 from selma_ray.local_copies import whole_folder
-from selma_ray.merging.bake import bake_pipeline, denoiser_name, pipeline_folder
+from selma_ray.merging.bake import bake_pipeline, pipeline_folder
 from selma_ray.merging.config import MergingConfig
-from selma_ray.merging.inputs import open_adapters
+from selma_ray.merging.inputs import open_adapters, open_foreign
 from selma_ray.merging.methods import DENSE_METHODS, MEANS, METHODS, MergeOptions, default_weight, shares
 from selma_ray.merging.report import MergeReport
 from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights, weights_of
 from selma_ray.models.config import ModelConfig
+from selma_ray.models.family import has_part
 from selma_ray.models.identity import model_identity
 from selma_ray.models.parts import DTYPES
+from selma_ray.models.published import configured
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["MergeSummary", "merge_experts", "write_candidate"]
+__all__ = ["MergeSummary", "merge_adapters", "merge_experts", "write_candidate"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +80,50 @@ def merge_experts(
     skills = list(adapters)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: _weights(skills, model, config)}
-    place = ("merged", config.name)
+    return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found)
+
+
+def merge_adapters(
+    places: Mapping[str, str],
+    model: ModelConfig,
+    config: MergingConfig,
+    target: Path,
+    seed: int = 0,
+    *,
+    bake: bool = False,
+) -> MergeSummary:
+    """Merge LoRAs from anywhere, by name, into a folder: adapter/, report.json, the exports and, where asked to `bake`, pipeline/.
+
+    The folder appears whole or not at all. Raises AdapterError where one cannot be merged, or where `target` holds something else.
+    """
+    if target.exists() and not (target / _REPORT_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise AdapterError(f"{target} must be a folder that is empty or holds a merge; name another")
+    config = config.model_copy(update={"experts": dict(places)})
+    with tempfile.TemporaryDirectory() as imported:
+        adapters = open_foreign(places, Path(imported), model, config)
+        weights = {ALL: _weights(list(places), model, config)}
+        return _merge_into(RunFolder(str(target)), (), adapters, weights, model, config, seed, None, bake=bake)
+
+
+def _merge_into(
+    folder: RunFolder,
+    place: Sequence[str],
+    adapters: Mapping[str, Adapter],
+    weights: Weights,
+    model: ModelConfig,
+    config: MergingConfig,
+    seed: int,
+    found: SearchResult | None,
+    *,
+    bake: bool = True,
+) -> MergeSummary:
     key = _content_key(adapters, weights, model, config, seed)
     before = folder.read_json(*place, _REPORT_FILE) if folder.exists(*place, _REPORT_FILE) else None
-    if before and before["key"] == key:
+    if before and before["key"] == key and folder.exists(*place, "pipeline") >= bake:
         logger.info("%s holds this merge already", folder.path(*place))
         return _summary(before, config)
     with whole_folder(folder, *place, last=_REPORT_FILE) as part:
-        report = _build(part, adapters, weights, model, config, seed)
+        report = _build(part, adapters, weights, model, config, seed, bake=bake)
         report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
         if found:
             report["search"] = {"weights": found.weights, **found.as_dict()}
@@ -115,6 +154,8 @@ def _build(
     model: ModelConfig,
     config: MergingConfig,
     seed: int,
+    *,
+    bake: bool,
 ) -> dict[str, Any]:
     experts = list(adapters.values())
     shapes = shapes_of(experts, alike=not config.experts)
@@ -135,12 +176,13 @@ def _build(
     base = experts[0]
     write_adapter(part / "adapter", map(measured, shapes), shapes, rank, base.base_model, base.revision, dtype)
     adapter = open_adapter(part / "adapter")
-    source = pipeline_folder(model)
     # What is low-rank stands in an adapter of full precision, exactly; anything else is made again.
     exact_adapter = config.method not in DENSE_METHODS and dtype == torch.float32
     baked = adapter.factors if exact_adapter else merged
-    bake_pipeline(source, part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
-    denoiser = denoiser_name(source)
+    if bake:
+        bake_pipeline(pipeline_folder(model), part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
+    with configured(model) as known:
+        denoiser = "unet" if has_part(known, "unet") else "transformer"
     merge = {"merge_method": config.method, "merge_scale": f"{config.scale:g}", "merge_weights": json.dumps(weights)}
     _export(part, adapter, shapes, denoiser, config, merge)
     if config.export_experts:

@@ -197,7 +197,16 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
                     "guidance_embeds": False,
                 },
             ),
-            "vae": ("diffusers", "AutoencoderKLFlux2", {"_class_name": "AutoencoderKLFlux2"}),
+            "vae": (
+                "diffusers",
+                "AutoencoderKLFlux2",
+                {
+                    "_class_name": "AutoencoderKLFlux2",
+                    "block_out_channels": [128, 256, 512, 512],
+                    "latent_channels": 32,
+                    "sample_size": 1024,
+                },
+            ),
             "text_encoder": ("transformers", "Qwen3ForCausalLM", _QWEN3_4B),
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", _FLOW | {"use_dynamic_shifting": True}),
         },
@@ -210,7 +219,16 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
                 "QwenImageTransformer2DModel",
                 {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60, "joint_attention_dim": 3584},
             ),
-            "vae": ("diffusers", "AutoencoderKLQwenImage", {"_class_name": "AutoencoderKLQwenImage"}),
+            "vae": (
+                "diffusers",
+                "AutoencoderKLQwenImage",
+                {
+                    "_class_name": "AutoencoderKLQwenImage",
+                    "base_dim": 96,
+                    "z_dim": 16,
+                    "temperal_downsample": [False, True, True],
+                },
+            ),
             "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration", _QWEN25_VL_7B),
             "scheduler": (
                 "diffusers",

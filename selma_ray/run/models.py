@@ -88,7 +88,12 @@ def check_schedulers(recipe: Recipe) -> None:
 
 
 def check_adapters(recipe: Recipe) -> None:
-    """Raise ModelNotFoundError where evaluation.models names an adapter that is not there."""
+    """Raise ModelNotFoundError where evaluation.models or merging.experts names an adapter that is not there."""
+    for name, place in (recipe.merging.experts or {}).items():
+        if not Path(place).expanduser().exists():
+            raise ModelNotFoundError(
+                f"merging.experts.{name} {place} does not exist; name a LoRA file, an adapter's folder or a run's"
+            )
     for name, other in recipe.evaluation.models.items():
         if other.adapter_dir is not None and not RunFolder(other.adapter_dir).exists(CONFIG_FILE):
             raise ModelNotFoundError(
@@ -125,7 +130,7 @@ def _check_targets(recipe: Recipe) -> None:
 
     with configured(recipe.model) as known, torch.device("meta"):
         denoiser = open_family(known).empty_denoiser()
-    check_targets(denoiser, recipe.experts.lora.targets, recipe.model.name)
+    check_targets(denoiser, recipe.experts.lora.targets, recipe.model.name, linear_alone=recipe.experts.moe is not None)
 
 
 def fetch_models(recipe: Recipe, tell: Callable[[str, str], None]) -> None:

@@ -126,11 +126,11 @@ def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
     """Raise ConfigError where the recipe names a skill, a model or a judge that is not there."""
     from selma_ray.prompts.llm import check_llm
 
-    unknown = set(recipe.merging.weights or {}) - {skill.name for skill in skills}
+    merged = set(recipe.merging.experts or ()) or {skill.name for skill in skills}
+    unknown = set(recipe.merging.weights or {}) - merged
     if unknown:
-        raise ConfigError(
-            f"merging.weights names {sorted(unknown)[0]!r}, which is no skill of the recipe; fix the name"
-        )
+        kind = "adapter of merging.experts" if recipe.merging.experts else "skill of the recipe"
+        raise ConfigError(f"merging.weights names {sorted(unknown)[0]!r}, which is no {kind}; fix the name")
     check_adapters(recipe)
     check_models(recipe)
     check_schedulers(recipe)

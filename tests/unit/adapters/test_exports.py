@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from selma_ray.adapters.exports import EXPORT_FILES, write_kohya
-from selma_ray.adapters.peft_format import Adapter, open_adapter, shapes_of
+from selma_ray.adapters.peft_format import Adapter, LoraFactors, open_adapter, shapes_of, write_adapter
 from selma_ray.adapters.streaming import TensorSpec, write_safetensors
 from selma_ray.config import validate
 from selma_ray.errors import AdapterError, ConfigError
@@ -143,6 +143,22 @@ def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path: Path) -> Non
     with pytest.raises(AdapterError, match=r"a.to_q and a_to.q are both lora_unet_a_to_q to kohya; leave kohya out"):
         write_kohya(tmp_path / "kohya.safetensors", adapter, shapes, {})
     assert not (tmp_path / "kohya.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("width", "version", "is_second"),
+    [(768, "sd_v1", "False"), (1024, "sd_v2", "True"), (2048, "sdxl_base_v1-0", "False")],
+)
+def test_a_kohya_file_says_which_stable_diffusion_it_is_for(
+    width: int, version: str, is_second: str, tmp_path: Path
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"a.attn2.to_k": (4, width)}
+    factors = [LoraFactors("a.attn2.to_k", torch.ones(2, width), torch.ones(4, 2), 1.0)]
+    write_adapter(tmp_path / "adapter", factors, shapes, 2, "base")
+    write_kohya(tmp_path / "kohya.safetensors", open_adapter(tmp_path / "adapter"), shapes, {})
+    with safe_open(tmp_path / "kohya.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == (version, is_second)
 
 
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)

@@ -116,6 +116,19 @@ def of_kohya_on_stable_diffusion(model: ModelConfig) -> tuple[Tensors, Any]:
     return kohya(random_factors(model, {LINEAR: 2, POINTWISE: 3, CONVOLUTION: 4})), None
 
 
+def of_kohya_on_sdxl(model: ModelConfig) -> tuple[Tensors, Any]:
+    """Blocks are counted as in the original format, not as in diffusers'."""
+    block = "down_blocks.1.attentions.0."
+    names = (
+        "transformer_blocks.0.attn1.to_out.0",
+        "transformer_blocks.0.attn2.to_k",
+        "transformer_blocks.0.ff.net.2",
+        "proj_in",
+    )
+    factors = random_factors(model, {f"{block}{name}": 2 for name in names})
+    return kohya({name.replace(block, "input_blocks.3.1."): each for name, each in factors.items()}), None
+
+
 def of_kohya_on_flux(model: ModelConfig) -> tuple[Tensors, Any]:
     """Fused projections, as the original format has them: one A, and the B of query, key and value one above the other."""
     draw = torch.Generator().manual_seed(0)
@@ -150,6 +163,7 @@ FORMATS: dict[str, tuple[str, Callable[[ModelConfig], tuple[Tensors, Any]]]] = {
     "diffusers, transformer": ("flux", of_diffusers("flux")),
     "diffusers, Z-Image": ("z_image", of_diffusers("z_image")),
     "kohya, with convolutions and ranks": ("stable_diffusion", of_kohya_on_stable_diffusion),
+    "kohya, SDXL's own blocks": ("sdxl", of_kohya_on_sdxl),
     "FLUX, fused": ("flux", of_kohya_on_flux),
     "Qwen-Image, original": ("qwen_image", of_comfyui_on_qwen_image),
     "Qwen-Image, kohya": ("qwen_image", of_kohya_on_qwen_image),
@@ -322,4 +336,8 @@ def test_a_target_that_cannot_be_merged_is_refused_before_training(models: Any) 
         ConfigError, match=r"targets must name linear modules .*, 'norm1' names .* \(LayerNorm\) of tiny"
     ):
         check_targets(denoiser, ["to_q", "norm1"], "tiny")
+    with pytest.raises(
+        ConfigError, match=r"must name linear modules alone with experts.moe, 'conv1' names .* \(Conv2d\)"
+    ):
+        check_targets(denoiser, ["to_q", "conv1"], "tiny", linear_alone=True)
     assert get_peft_model(denoiser, LoraConfig(target_modules=["conv1"])) is not None

@@ -185,7 +185,9 @@ def test_baked_pipeline_renders_what_diffusers_renders_with_all_adapters_set(
     torch.testing.assert_close(noise_of(baked.unet), noise_of(by_diffusers.unet), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sum_deltas", "released_scale", "svd", "ties", "dare", "knots"])
+@pytest.mark.parametrize(
+    "method", ["sum_deltas", "released_scale", "svd", "ties", "dare", "knots", "core_space", "tsv_m", "iso_c"]
+)
 def test_each_method_is_baked_as_its_function_says(run_dir: Path, tiny_pipeline_dir: Path, method: Any) -> None:
     model = ModelConfig(name=str(tiny_pipeline_dir))
     config = MergingConfig(method=method, name=method, scale=0.9, rank=3, density=0.5)

@@ -12,7 +12,21 @@ from selma_ray.run.recipe import Recipe, load_recipe
 from selma_ray.run.stages import STAGES
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "recipes"
-LARGE = ["sd14", "sd2", "sdxl", "sd35", "flux", "paper_sd14", "paper_sd2", "paper_sdxl", "workstation", "gpu_demo"]
+LARGE = [
+    "sd14",
+    "sd2",
+    "sdxl",
+    "sd35",
+    "flux",
+    "paper_sd14",
+    "paper_sd2",
+    "paper_sdxl",
+    "workstation",
+    "gpu_demo",
+    "zimage",
+    "flux2_klein",
+    "qwen_image",
+]
 
 
 def load(name: str, *overrides: str) -> Recipe:

@@ -13,7 +13,18 @@ from selma_ray.run.stages import STAGES
 RECIPES = Path(__file__).parents[3] / "jobs" / "recipes"
 ALL = [*STAGES, SERVE]
 # What the recipes themselves say that they need.
-SAID_GB = {"sdxl": 48, "sd14": 48, "sd2": 48, "sd35": 48, "flux": 80, "workstation": 24, "paper_sdxl": 48}
+SAID_GB = {
+    "sdxl": 48,
+    "sd14": 48,
+    "sd2": 48,
+    "sd35": 48,
+    "flux": 80,
+    "workstation": 24,
+    "paper_sdxl": 48,
+    "zimage": 48,
+    "flux2_klein": 48,
+    "qwen_image": 80,
+}
 
 
 def recipe(name: str, *overrides: str) -> Recipe:

@@ -35,7 +35,22 @@ def test_every_model_that_a_run_opens_is_named() -> None:
     assert "serving.judge.name" not in names("sdxl.yaml", "serving.evaluator_replicas=0")
 
 
-@pytest.mark.parametrize("recipe", ["sd14", "sd2", "sdxl", "sd35", "flux", "paper_sd14", "paper_sdxl", "workstation"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "sd14",
+        "sd2",
+        "sdxl",
+        "sd35",
+        "flux",
+        "zimage",
+        "flux2_klein",
+        "qwen_image",
+        "paper_sd14",
+        "paper_sdxl",
+        "workstation",
+    ],
+)
 def test_a_recipe_whose_models_are_out_of_reach_is_refused_before_anything_is_written(
     recipe: str, tmp_path: Path
 ) -> None:

@@ -184,9 +184,9 @@ def test_a_strength_that_leaves_no_step_is_the_callers_error(tiny_pipeline_dir: 
 
 
 def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny_sdxl(tmp_path)
+    FAMILIES["sdxl"](tmp_path, tiny_pipeline_dir)
     pipeline: Any = load_pipeline(ModelConfig(name=str(tmp_path), dtype="fp16"), "cpu")
     encode, seen = pipeline.vae.encode, []
 
