@@ -6,6 +6,7 @@ Shapes: I input features, O output features, R rank.
 """
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -37,7 +38,9 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family, pipeline_class_of
 from selma_ray.models.published import configured
 
-__all__ = ["import_adapter"]
+__all__ = ["Adapted", "adapted", "import_adapter", "read_lora"]
+
+logger = logging.getLogger(__name__)
 
 _TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoders?(_\d)?\.|te\d?\.|conditioner\.|text_model\.)")
 _UNSUPPORTED = {
@@ -56,29 +59,42 @@ _SIDE = re.compile(
 
 
 @dataclass(frozen=True)
-class _Denoiser:
-    """What names and shapes are checked against."""
+class Adapted:
+    """The denoiser that a LoRA is for, by which its names and shapes are known."""
 
     model_name: str
     part: str
+    """What its pipeline calls it: unet or transformer."""
     pipeline_class: str
     config: Any
     shapes: Mapping[str, Shape]
 
 
-def import_adapter(source: Path, name: str, target: Path, model: ModelConfig, skip_text_encoders: bool = False) -> None:
-    """Write a LoRA from anywhere as an adapter's folder of `model`; scales are folded into B, zeros fill up lower ranks.
+def adapted(denoiser: Any, pipeline_class: str, model_name: str) -> Adapted:
+    """Describe a denoiser, which may be on the meta device."""
+    part = "unet" if isinstance(denoiser, diffusers.UNet2DConditionModel) else "transformer"
+    return Adapted(model_name, part, pipeline_class, denoiser.config, adaptable_shapes(denoiser))
 
-    `source` is a LoRA file, a folder with one, an adapter's folder, or a run's folder, whose expert or merge `name` is meant.
-    Raises AdapterError, naming file, key and remedy, for what is no LoRA of this model, or has parts that are not merged.
+
+def read_lora(source: Path, name: str, denoiser: Adapted, *, skip_text_encoders: bool) -> dict[str, LoraFactors]:
+    """Return the factors of a LoRA by module, in fp32.
+
+    `source` is a LoRA file, a folder with one, an adapter's folder, or a run's folder, whose expert or merge `name` is meant. What it
+    has for text encoders is left out with a warning, or refused. Raises AdapterError, naming file, key and remedy, for what is no LoRA
+    of this model.
     """
     place = _found(source, name)
+    if not place.is_dir():
+        return _read_file(place, denoiser, skip_text_encoders)
+    factors = {each.module: each for each in open_adapter(place)}
+    _check_modules(place, factors, denoiser)
+    return factors
+
+
+def import_adapter(source: Path, name: str, target: Path, model: ModelConfig, skip_text_encoders: bool = False) -> None:
+    """Write a LoRA from anywhere, as `read_lora` takes it, as an adapter's folder of `model`; zeros fill up lower ranks."""
     denoiser = _denoiser(model)
-    if place.is_dir():
-        factors = {each.module: each for each in open_adapter(place)}
-        _check_modules(place, factors, denoiser)
-    else:
-        factors = _read_file(place, denoiser, skip_text_encoders)
+    factors = read_lora(source, name, denoiser, skip_text_encoders=skip_text_encoders)
     shapes = {module: denoiser.shapes[module] for module in sorted(factors)}
     rank = max(each.rank for each in factors.values())
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
@@ -108,16 +124,13 @@ def _found(source: Path, name: str) -> Path:
     return files[0]
 
 
-def _denoiser(model: ModelConfig) -> _Denoiser:
+def _denoiser(model: ModelConfig) -> Adapted:
     with configured(model) as known, torch.device("meta"):
         family: Any = open_family(known)
-        denoiser = family.empty_denoiser()
-        pipeline_class = pipeline_class_of(known, family.located)
-    part = "unet" if isinstance(denoiser, diffusers.UNet2DConditionModel) else "transformer"
-    return _Denoiser(model.name, part, pipeline_class, denoiser.config, adaptable_shapes(denoiser))
+        return adapted(family.empty_denoiser(), pipeline_class_of(known, family.located), model.name)
 
 
-def _read_file(path: Path, denoiser: _Denoiser, skip_text_encoders: bool) -> dict[str, LoraFactors]:
+def _read_file(path: Path, denoiser: Adapted, skip_text_encoders: bool) -> dict[str, LoraFactors]:
     tensors, settings = _loaded(path), _settings(path, denoiser)
     _refuse_other_kinds(path, tensors)
     told = [key for key in tensors if _TEXT_ENCODERS.match(key)]
@@ -128,6 +141,8 @@ def _read_file(path: Path, denoiser: _Denoiser, skip_text_encoders: bool) -> dic
         )
     for key in told:
         del tensors[key]
+    if told:
+        logger.warning("%s: what it has for text encoders is left out, the %s alone is adapted", path, denoiser.part)
     if not tensors:
         raise AdapterError(f"{path} holds nothing for the {denoiser.part} of {denoiser.model_name}; name another file")
     _check_finite(path, tensors)
@@ -137,7 +152,7 @@ def _read_file(path: Path, denoiser: _Denoiser, skip_text_encoders: bool) -> dic
     return _factors(path, named, denoiser, settings)
 
 
-def _settings(path: Path, denoiser: _Denoiser) -> Mapping[str, Any]:
+def _settings(path: Path, denoiser: Adapted) -> Mapping[str, Any]:
     """Return what diffusers wrote of PEFT's settings into a file's header, which its names do not tell; nothing where it did not."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -176,7 +191,7 @@ def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _named(tensors: Mapping[str, torch.Tensor], denoiser: _Denoiser) -> dict[tuple[str, str], torch.Tensor]:
+def _named(tensors: Mapping[str, torch.Tensor], denoiser: Adapted) -> dict[tuple[str, str], torch.Tensor]:
     """Return tensors by module and side (A, B or alpha); what is no name of a LoRA keeps its own, with no side."""
     by_kohya = {module.replace(".", "_"): module for module in denoiser.shapes}
     named = {}
@@ -201,7 +216,7 @@ def _named(tensors: Mapping[str, torch.Tensor], denoiser: _Denoiser) -> dict[tup
     return named
 
 
-def _renamed(path: Path, tensors: Mapping[str, torch.Tensor], denoiser: _Denoiser) -> dict[str, torch.Tensor]:
+def _renamed(path: Path, tensors: Mapping[str, torch.Tensor], denoiser: Adapted) -> dict[str, torch.Tensor]:
     """Return the tensors as diffusers' reader of the family names them, with alphas beside them."""
     reader = getattr(diffusers, denoiser.pipeline_class)
     options = {"unet_config": denoiser.config} if denoiser.part == "unet" else {}
@@ -226,7 +241,7 @@ def _renamed(path: Path, tensors: Mapping[str, torch.Tensor], denoiser: _Denoise
 
 
 def _factors(
-    path: Path, named: Mapping[tuple[str, str], torch.Tensor], denoiser: _Denoiser, settings: Mapping[str, Any]
+    path: Path, named: Mapping[tuple[str, str], torch.Tensor], denoiser: Adapted, settings: Mapping[str, Any]
 ) -> dict[str, LoraFactors]:
     modules = sorted({module for module, _ in named})
     unknown = [module for module in modules if module not in denoiser.shapes]
@@ -261,7 +276,7 @@ def _module_factors(
     return LoraFactors(module, A.reshape(rank, inputs), B.reshape(shape[0], rank), scale)
 
 
-def _check_modules(folder: Path, factors: Mapping[str, LoraFactors], denoiser: _Denoiser) -> None:
+def _check_modules(folder: Path, factors: Mapping[str, LoraFactors], denoiser: Adapted) -> None:
     for module, each in factors.items():
         shape = denoiser.shapes.get(module)
         if shape is None or (len(each.B_OR), each.A_RI.shape[1]) != (shape[0], math.prod(shape[1:])):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from selma_ray.adapters.mixing import Expert, fitted_expert
+from selma_ray.adapters.mixing import Expert, LowRank, fitted_expert
 from selma_ray.errors import AdapterError
 from selma_ray.models.config import ModelConfig
 
@@ -11,12 +11,20 @@ __all__ = ["check_adapters", "open_experts"]
 
 
 def open_experts(paths: Mapping[str, str], denoiser: Any, pipeline_class: Any) -> dict[str, Expert]:
-    """Read experts for a denoiser, by name; called on the replica that mixes them. Raises AdapterError where one does not fit."""
-    from selma_ray.adapters.lora_files import open_lora
+    """Read experts for a denoiser, by name; called on the replica that mixes them.
 
-    return {
-        name: fitted_expert(name, open_lora(path, denoiser, pipeline_class), denoiser) for name, path in paths.items()
-    }
+    What a LoRA has for text encoders is left out, with a warning. Raises AdapterError where one does not fit.
+    """
+    from selma_ray.adapters.files import local_adapter
+    from selma_ray.adapters.foreign import adapted, read_lora
+
+    known = adapted(denoiser, pipeline_class.__name__, "the model that is served")
+    experts: dict[str, Expert] = {}
+    for name, path in paths.items():
+        factors = read_lora(local_adapter(path).expanduser(), name, known, skip_text_encoders=True)
+        expert = {module: LowRank(each.A_RI, each.scale * each.B_OR) for module, each in factors.items()}
+        experts[name] = fitted_expert(name, expert, denoiser)
+    return experts
 
 
 def check_adapters(adapters: Mapping[str, str], model: ModelConfig) -> None:

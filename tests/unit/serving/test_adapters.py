@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
 from selma_ray.adapters.exports import write_diffusers, write_kohya
-from selma_ray.adapters.lora_files import open_lora
 from selma_ray.adapters.peft_format import open_adapter, shapes_of
 from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -103,10 +102,8 @@ def test_a_folder_and_the_files_made_of_it_are_the_same(
     model: ModelConfig, folders: dict[str, str], files: dict[str, str]
 ) -> None:
     pipeline: Any = load_pipeline(model, "cpu")
-    folder, *others = (
-        open_lora(path, pipeline.unet, type(pipeline))
-        for path in (folders["counting"], files["diffusers"], files["kohya"])
-    )
+    paths = {"folder": folders["counting"], "diffusers": files["diffusers"], "kohya": files["kohya"]}
+    folder, *others = open_experts(paths, pipeline.unet, type(pipeline)).values()
     for other in others:
         assert folder.keys() == other.keys()
         for module, delta in folder.items():
@@ -118,7 +115,7 @@ def test_what_is_for_the_text_encoder_is_left_out_with_a_warning(
 ) -> None:
     check_adapters({"style": files["convolution"]}, model)
     (message,) = [each for each in caplog.messages if "left out" in each]
-    assert message.endswith("what it has for text_encoder is left out; the unet alone is adapted")
+    assert message.endswith("what it has for text encoders is left out, the unet alone is adapted")
 
 
 def saved(path: Path, **tensors: torch.Tensor) -> Path:
@@ -127,38 +124,20 @@ def saved(path: Path, **tensors: torch.Tensor) -> Path:
 
 
 Q = "unet__down_blocks__0__attentions__0__transformer_blocks__0__attn1__to_q"
+# More of them are in tests/unit/adapters/test_foreign_files.py: the reader is the same.
 BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (lambda folder: folder / "no.safetensors", "no.safetensors does not exist; name a .safetensors file"),
-    "a pickle": (lambda folder: folder / "style.bin", "style.bin must be a .safetensors file or a folder"),
-    "an empty folder": (lambda folder: folder, "adapter_config.json does not exist"),
-    "truncated": (
-        lambda folder: Path(str(folder / "cut.safetensors")) if (folder / "cut.safetensors").write_bytes(b"\x09") else folder,
-        "cut.safetensors cannot be read",
-    ),
+    "missing": (lambda folder: folder / "no.safetensors", "no.safetensors does not exist; name a LoRA file"),
+    "an empty folder": (lambda folder: folder, "must hold adapter_config.json, experts/style or one .safetensors file"),
     "DoRA": (
-        lambda folder: saved(folder / "dora.safetensors", **{f"{Q}__dora_scale": torch.ones(1)}), "is no weight of a plain LoRA"
-    ),
-    "NaN": (
-        lambda folder: saved(folder / "nan.safetensors", **{f"{Q}__lora_A__weight": torch.full((2, 16), torch.nan)}),
-        "must be finite",
-    ),
-    "one factor": (
-        lambda folder: saved(folder / "half.safetensors", **{f"{Q}__lora_A__weight": torch.ones(2, 16)}), "must have both factors"
-    ),
-    "another shape": (
-        lambda folder: saved(
-            folder / "wide.safetensors", **{f"{Q}__lora_A__weight": torch.ones(2, 99), f"{Q}__lora_B__weight": torch.ones(99, 2)}
-        ),
-        "must be a linear module of shape (99, 99)",
+        lambda folder: saved(folder / "dora.safetensors", **{f"{Q}__dora_scale": torch.ones(1)}), "is of DoRA"
     ),
     "another model": (
         lambda folder: saved(
             folder / "flux.safetensors",
             transformer__x__lora_A__weight=torch.ones(2, 16), transformer__x__lora_B__weight=torch.ones(16, 2),
         ),
-        "holds nothing for the model's unet",
+        "name a LoRA of this model",
     ),
-    "no LoRA": (lambda folder: saved(folder / "other.safetensors", weight=torch.ones(2)), "other.safetensors"),
 }  # fmt: skip
 
 
