@@ -143,7 +143,7 @@ class Generator:
         return {
             **asdict(self._engine.stats()),
             "replica": self._name,
-            "experts": [*self._models.experts, *self._weights.adapters],
+            "experts": list({**self._models.experts, **self._weights.adapters}),
             "start_s": self.start_s,
             "swap_s": self.swap_s,
         }

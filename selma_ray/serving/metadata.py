@@ -23,6 +23,7 @@ def metadata_of(request: ImageRequest, merged_name: str, scheduler: str) -> dict
         "guidance_scale": f"{request.guidance_scale:g}",
         "size": f"{request.width_px}x{request.height_px}",
         "scheduler": scheduler,
+        "strength": "" if request.source is None else f"{request.source.strength:g}",
     }
     return {PARAMETERS: _parameters(values)} | {name: value for name, value in values.items() if value}
 
@@ -46,6 +47,8 @@ def _parameters(values: dict[str, str]) -> str:
         "Size": values["size"],
         "Model": values["model"],
     }
+    if values["strength"]:
+        settings["Denoising strength"] = values["strength"]
     lines = [values["prompt"]]
     if values["negative_prompt"]:
         lines.append(f"Negative prompt: {values['negative_prompt']}")

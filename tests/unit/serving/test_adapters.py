@@ -151,10 +151,13 @@ def test_a_bad_file_is_refused_before_anything_is_started(model: ModelConfig, tm
     assert "\n" not in str(refusal.value)
 
 
-def test_adapters_are_added_while_the_generator_runs(generator: Generator, folders: dict[str, str]) -> None:
+def test_adapters_are_added_while_the_generator_runs(
+    generator: Generator, folders: dict[str, str], files: dict[str, str]
+) -> None:
     before = drawn(generator, kohya=1.0)
     started_with = generator.stats()["experts"]
-    asyncio.run(generator.reconfigure({"adapters": {"style": folders["style"]}}))
+    again = {"kohya": files["kohya"]}  # named already, and not twice for it
+    asyncio.run(generator.reconfigure({"adapters": {"style": folders["style"], **again}}))
     assert generator.stats()["experts"] == [*started_with, "style"]
     assert np.abs(drawn(generator, style=1.0) - drawn(generator)).max() > 5
     assert np.array_equal(drawn(generator, kohya=1.0), before)

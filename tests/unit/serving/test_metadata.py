@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from selma_ray.models.drawing import Source
 from selma_ray.serving.encoding import PNG, FileFormat, OutputFormat, encode, reencode
 from selma_ray.serving.metadata import metadata_of
 from selma_ray.serving.requests import ImageRequest
@@ -47,6 +48,13 @@ def test_a_png_says_each_value_by_name() -> None:
         "parameters": "a cat\nNegative prompt: blurry\n"
         "Steps: 20, Sampler: DDIMScheduler, CFG scale: 7.5, Seed: 7, Size: 64x48, Model: merged",
     }
+
+
+def test_a_changed_image_says_how_far() -> None:
+    metadata = described(source=Source(picture(1), 0.75))
+    assert metadata["strength"] == "0.75"
+    assert metadata["parameters"].endswith(", Model: merged, Denoising strength: 0.75")
+    assert "strength" not in described()
 
 
 def test_the_model_is_what_a_client_would_ask_for() -> None:
