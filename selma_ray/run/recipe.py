@@ -94,12 +94,14 @@ class Recipe(StrictModel):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key.path=value` overrides; raises ConfigError with one line.
+    """Read a recipe file, by its path or URI, and apply `key.path=value` overrides; raises ConfigError with one line.
 
     A file that says `extends: OTHER.yaml`, a path relative to its own folder, changes that recipe: mappings are merged key by key,
     everything else replaces what stood there.
     """
-    return validate(Recipe, apply_overrides(_read_recipe(Path(path)), overrides, Recipe), source=str(path))
+    from selma_ray.local_copies import local_copy
+
+    return validate(Recipe, apply_overrides(_read_recipe(local_copy(path)), overrides, Recipe), source=str(path))
 
 
 def _read_recipe(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:

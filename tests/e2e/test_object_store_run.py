@@ -90,6 +90,12 @@ def test_every_stage_goes_on_where_it_was_killed(environment: dict[str, str]) ->
     assert [path for path in folder.files("experts") if "tensorboard" in path]
     assert not [path for path in folder.files() if path.endswith(".part")]
     assert not folder.exists("lease.json")
+    again = [sys.executable, "-m", "selma_ray.cli", "run", folder.path("recipe.yaml")]
+    done = subprocess.run(
+        again, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=_STAGE_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished before") == 4
 
 
 def _killed_when(holds: Callable[[], bool], stage: str, folder: RunFolder, environment: dict[str, str]) -> None:
