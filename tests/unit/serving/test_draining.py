@@ -107,11 +107,13 @@ def test_a_client_that_leaves_takes_its_request_along() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_waiting_and_the_next_one_is_not_held_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
-    timer.start()
-    Service("http://127.0.0.1:8000", ServingConfig()).wait()
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.default_int_handler)  # pytest-xdist's workers ignore SIGINT
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        Service("http://127.0.0.1:8000", ServingConfig()).wait()
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
