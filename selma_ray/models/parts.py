@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import AutoModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from selma_ray.errors import ModelNotFoundError, RenderError, first_line
@@ -55,6 +55,8 @@ def denoiser_of(pipeline: Any) -> torch.nn.Module:
 
 def own_config(denoiser: torch.nn.Module) -> Any:
     """Return the denoiser's own configuration, whatever wraps it: PEFT and DeepSpeed have a `config` of their own."""
+    from diffusers import ModelMixin  # which looks for GPUs
+
     return next(module.config for module in denoiser.modules() if isinstance(module, ModelMixin))
 
 
