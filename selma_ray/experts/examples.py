@@ -28,7 +28,7 @@ class EncodedExamples:
 
     def __init__(self, folder: RunFolder, cache_directories: Sequence[str]) -> None:
         self._shards: list[dict[str, torch.Tensor]] = []
-        self._empty_path = local_copy(folder.path(cache_directories[0], EMPTY_CAPTION))
+        self._empty_path = folder.path(cache_directories[0], EMPTY_CAPTION)  # there where captions are dropped
         places: dict[str, tuple[int, int]] = {}
         pairs: dict[str, str] = {}
         ordered: list[str] = []
@@ -68,7 +68,7 @@ class EncodedExamples:
 
     @cached_property
     def _empty_caption(self) -> dict[str, torch.Tensor]:
-        return load_file(self._empty_path)
+        return load_file(local_copy(self._empty_path))
 
     def _open(self, path: str) -> list[str]:
         try:

@@ -72,7 +72,7 @@ def test_every_stage_goes_on_where_it_was_killed(environment: dict[str, str]) ->
     reached: dict[str, Callable[[], bool]] = {
         "prompts": lambda: bool(folder.files("prompts")),
         "images": lambda: bool(folder.files("images", suffix=".parquet")),
-        "train": lambda: any("checkpoint" in path for path in folder.files("experts")),
+        "train": lambda: bool(folder.files("experts", suffix="progress.json")),
         "merge": lambda: folder.done("train") is not None,
         "evaluate": lambda: bool(folder.files("evaluation", suffix=".parquet")),
     }
