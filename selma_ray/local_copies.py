@@ -44,7 +44,7 @@ def local_copy(place: str | Path, only: Sequence[str] = ()) -> Path:
     found = {name: file for name, file in source.listing().items() if not only or name in ("", *only)}
     if not found:
         raise StorageError(f"{place} must hold {' and '.join(only) or 'an object'}, nothing is there")
-    cache = _cache()
+    cache, bound_bytes = _cache(), _bound_bytes()
     target = cache / content_id(
         place=source.uri, files=[[name, file.size_bytes, file.changed_ns] for name, file in found.items()]
     )
@@ -53,7 +53,7 @@ def local_copy(place: str | Path, only: Sequence[str] = ()) -> Path:
             os.utime(target)
         else:
             _fetch(source, found, target)
-            _evict(cache, _bound_bytes())
+            _evict(cache, bound_bytes)
     return target / source.name
 
 

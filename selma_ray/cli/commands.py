@@ -5,6 +5,7 @@ selma data status|sheet RUN          what a run's folder holds
 selma export RUN --to LAYOUT         its images, as other trainers read them
 selma push RUN --to hub:OWNER/NAME   what it made, with a card, to the hub or a folder
 selma merge-adapters A B --base NAME --out DIR     LoRAs from anywhere, without a run
+selma explain KEY                    what a recipe's key means
 """
 
 import argparse
@@ -34,7 +35,7 @@ _COMMANDS = {
 }
 
 _DATA_COMMANDS = ("data", "export", "push")
-_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters")
+_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters", "explain")
 _OF_FINISHED_RUNS = ("report", "serve")
 
 
@@ -96,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
             _add_rating_options(command)
     _add_data_commands(commands)
     add_merge_adapters(commands)
+    explain = commands.add_parser("explain", help="tell what a recipe's key means: type, bounds, default, unit")
+    explain.add_argument("key", nargs="?", default="", help="such as experts.lora.rank; default: the sections")
+    explain.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -151,6 +155,11 @@ def _execute(options: argparse.Namespace) -> None:
         from selma_ray.cli import data
 
         data.execute(options)
+        return
+    if options.command == "explain":
+        from selma_ray.cli.explain import explain
+
+        explain(options.key)
         return
     if options.command == "merge-adapters":
         execute_merge_adapters(options)
