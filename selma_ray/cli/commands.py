@@ -6,6 +6,7 @@ selma export RUN --to LAYOUT         its images, as other trainers read them
 selma push RUN --to hub:OWNER/NAME   what it made, with a card, to the hub or a folder
 selma merge-adapters A B --base NAME --out DIR     LoRAs from anywhere, without a run
 selma explain KEY                    what a recipe's key means
+selma doctor                         what this machine has, and what would not work
 """
 
 import argparse
@@ -35,7 +36,7 @@ _COMMANDS = {
 }
 
 _DATA_COMMANDS = ("data", "export", "push")
-_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters", "explain")
+_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters", "explain", "doctor")
 _OF_FINISHED_RUNS = ("report", "serve")
 
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parsed(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        if options.command == "doctor":
+            return _examined(options)
         _execute(options)
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where this one stopped.", file=sys.stderr)
@@ -99,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     add_merge_adapters(commands)
     explain = commands.add_parser("explain", help="tell what a recipe's key means: type, bounds, default, unit")
     explain.add_argument("key", nargs="?", default="", help="such as experts.lora.rank; default: the sections")
-    explain.add_argument("--debug", action="store_true", help="show tracebacks")
+    doctor = commands.add_parser("doctor", help="tell what this machine has for a run, and what would not work")
+    doctor.add_argument("run_dir", nargs="?", help="a run's folder to be, which is written and read: runs/demo, s3://…")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    for command in (explain, doctor):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -148,6 +155,13 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
+
+
+def _examined(options: argparse.Namespace) -> int:
+    """Return 0 where a machine has no fault, else 1."""
+    from selma_ray.cli.doctor import examine, show_findings
+
+    return 0 if show_findings(examine(options.run_dir), as_json=options.json) else 1
 
 
 def _execute(options: argparse.Namespace) -> None:
