@@ -10,6 +10,7 @@ selma doctor                         what this machine has, and what would not w
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
     options = _parsed(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a package to whoever imports diffusers
     try:
         if options.command == "doctor":
             return _examined(options)

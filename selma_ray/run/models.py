@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.judging.config import JudgeConfig
@@ -117,7 +118,8 @@ def check_trainable(recipe: Recipe) -> None:
         raise ConfigError(
             f"{model.key} must be a family that experts can be fitted to ({', '.join(FAMILIES)}), got {model.name} ({pipeline_class})"
         )
-    _check_targets(recipe)
+    if recipe.experts.lora.targets != LoraSettings().targets:  # every family has the default ones
+        _check_targets(recipe)
 
 
 def _check_targets(recipe: Recipe) -> None:
