@@ -1,6 +1,7 @@
 """Ray's nodes as processes of this machine, started by `ray start`: for tests in which nodes come and go."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,10 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+import pytest
 
-__all__ = ["ENVIRONMENT", "RAY", "RayNode", "free_port", "own_address", "wait_until"]
+__all__ = ["ENVIRONMENT", "NEEDS_MOUNT_NAMESPACE", "RAY", "RayNode", "free_port", "own_address", "wait_until"]
 
 RAY = str(Path(sys.executable).with_name("ray"))
+NEEDS_MOUNT_NAMESPACE = pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
+    reason="a node with another filesystem needs a mount namespace, which this machine does not give",
+)
 # Nodes and drivers that are to find one another. On a busy machine a node takes its time to start.
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "180"}
 

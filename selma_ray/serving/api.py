@@ -116,9 +116,8 @@ def _add_probes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
         return Response(metrics.exposition(stats), media_type=metrics.CONTENT_TYPE)
 
 
-def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: ModelNames, metrics: Metrics) -> None:
+def _add_model_routes(app: FastAPI, live_names: LiveNames) -> None:
     started_s = int(time.time())
-    live_names = LiveNames(names, backend)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -134,6 +133,10 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
             raise known.unknown(name)
         return Model(id=name, created=started_s, kind=known.kind(name))
 
+
+def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: ModelNames, metrics: Metrics) -> None:
+    live_names = LiveNames(names, backend)
+    _add_model_routes(app, live_names)
     links = ImageLinks(config)
 
     @app.get(FILES_PATH + "{name}", response_class=Response)

@@ -15,16 +15,13 @@ from pyarrow import fs
 
 from selma_ray.storage import RunFolder
 from tests.e2e.conftest import DEMO, REPOSITORY, SMALL
-from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
+from tests.local_ray import ENVIRONMENT, NEEDS_MOUNT_NAMESPACE, RayNode, free_port, own_address, wait_until
 from tests.object_store import BUCKET, object_store
 
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(
-        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
-        reason="a node with another filesystem needs a mount namespace, which this machine does not give",
-    ),
+    NEEDS_MOUNT_NAMESPACE,
 ]
 
 _STORE = "--object-store-memory=300000000"

@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import REPOSITORY
-from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
+from tests.local_ray import ENVIRONMENT, NEEDS_MOUNT_NAMESPACE, RayNode, free_port, own_address, wait_until
 
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
-        reason="a node with another filesystem needs a mount namespace, which this machine does not give",
-    ),
+    NEEDS_MOUNT_NAMESPACE,
 ]
 
 
