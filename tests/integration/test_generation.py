@@ -57,21 +57,22 @@ class AnswerRequests:
     def __init__(
         self,
         longest_delay_s: float = 0.0,
-        fails_from_request: int | None = None,
+        fails_once_kept_in: RunFolder | None = None,
         first_image_in: RunFolder | None = None,
     ) -> None:
         self._longest_delay_s = longest_delay_s
-        self._fails_from_request = fails_from_request
+        self._fails_once_kept_in = fails_once_kept_in
         self._first_image_in = first_image_in
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._answer(request) for request in requests.to_pylist()])
 
     def _answer(self, request: dict) -> dict:
-        if self._fails_from_request is not None and request["request"] >= self._fails_from_request:
+        if self._fails_once_kept_in is not None and request["request"] >= 3:
+            wait_for_a_file(self._fails_once_kept_in, "prompts")
             raise RuntimeError("the language model went away")
         if self._first_image_in is not None and request["request"] >= 2:
-            wait_for_an_image(self._first_image_in)
+            wait_for_a_file(self._first_image_in, "images")
         time.sleep(random.random() * self._longest_delay_s)
         rng = random.Random(f"{request['seed']} {request['text']}")
         captions = [" ".join(rng.choices(WORDS, k=rng.randint(4, 13))) for _ in range(6)]
@@ -79,10 +80,10 @@ class AnswerRequests:
         return {"skill": request["skill"], "request": request["request"], "answer": answer, "truncated": False}
 
 
-def wait_for_an_image(folder: RunFolder, timeout_s: float = 300) -> None:
+def wait_for_a_file(folder: RunFolder, kind: str, timeout_s: float = 300) -> None:
     deadline_s = time.monotonic() + timeout_s
-    while not folder.files("images"):
-        assert time.monotonic() < deadline_s, "no image is finished while prompts are still to be written"
+    while not folder.files(kind):
+        assert time.monotonic() < deadline_s, f"none of the {kind} is written while requests are still to be answered"
         time.sleep(0.2)
 
 
@@ -141,7 +142,7 @@ def test_a_larger_window_streams_in_whole_batches_to_its_end(folder: RunFolder) 
 
 def test_a_stopped_run_goes_on_to_the_same_prompts(folder: RunFolder, undisturbed: list[dict]) -> None:
     with pytest.raises(Exception, match="went away"):
-        stream(folder, language_model(fails_from_request=3)).materialize()
+        stream(folder, language_model(fails_once_kept_in=folder)).materialize()
     before = kept(folder)
     assert 0 < len(before) < len(undisturbed)
     rows = stream(folder, language_model()).take_all()
