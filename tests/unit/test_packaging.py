@@ -24,6 +24,7 @@ def test_the_wheel_claims_no_name_but_its_own(files: set[str]) -> None:
     "name",
     [
         "py.typed",
+        "recipes/demo.yaml",
         "skills/coco.yaml",
         "serving/page/page.html",
         "evaluation/report.html.j2",
