@@ -24,7 +24,7 @@ from selma_ray.cli.merge_adapters import add_merge_adapters, execute_merge_adapt
 from selma_ray.cluster.errors import known_error
 from selma_ray.errors import first_line
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 _COMMANDS = {
     "plan": "print what a recipe takes: weights, memory, GPU-hours and storage; nothing runs",
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    parser = build_parser()
     # argparse ends the list of overrides at the first option; those after it belong to the list too.
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
@@ -82,7 +82,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="selma",
         description="Make a text-to-image model follow its prompts better, and serve it.",
