@@ -13,7 +13,7 @@ from selma_ray.adapters.files import CONFIG_FILE, is_adapter, local_adapter
 from selma_ray.adapters.mixture_of_experts import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import TrainingError
-from selma_ray.experts.examples import EncodedExamples, batch_positions, dropped_captions, example_generators
+from selma_ray.experts.examples import EncodedExamples, dropped_captions, example_generators
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
@@ -191,7 +191,7 @@ class ExpertTrainer:
         Returns the loss and, of pairs, the share that is preferred.
         """
         config, step = self.job.config, self.steps_done
-        positions = batch_positions(len(self._examples), config.batch_size, step, self._seed)
+        positions = self._examples.positions(config.batch_size, step, self._seed)
         batch = self._examples.batch([positions[place] for place in places])
         dropped = dropped_captions(step, places, self._seed, config.caption_dropout)
         if config.dpo:

@@ -1,6 +1,6 @@
 """The image dataset in a run's folder: Parquet shards by skill, each written whole, each row named by its content.
 
-images/skill=<skill>/<split>-<hash>.parquet   rendered rows of one split; those of `rejected` were not chosen
+images/skill=<skill>/<split>-<hash>.parquet   rendered rows of one split and size; those of `rejected` were not chosen
 candidates/skill=<skill>/<hash>.parquet       rendered rows of whole prompts that a judge is yet to choose from
 failures/skill=<skill>/<hash>.parquet         rows that failed, with their error; the next start tries them again
 """
@@ -55,7 +55,7 @@ class WriteImages:
 
 
 def write_shards(folder: RunFolder, rows: pa.Table) -> None:
-    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill and split; the same rows always make the same shards."""
+    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill, split and size; the same rows always make the same shards."""
     rows = _image_rows(rows)
     for skill in rows["skill"].unique().to_pylist():
         of_skill = rows.filter(pc.equal(rows["skill"], skill))
@@ -64,7 +64,8 @@ def write_shards(folder: RunFolder, rows: pa.Table) -> None:
         rendered = of_skill.filter(pc.invert(failed))
         # Rejected rows first: what was chosen is rendered and chosen again by a start after a kill in between, what was not would be.
         for split in sorted(rendered["split"].unique().to_pylist(), key=lambda split: split != _REJECTED):
-            _write_shard(folder, _IMAGES, skill, rendered.filter(pc.equal(rendered["split"], split)), f"{split}-")
+            for of_size in _by_size(rendered.filter(pc.equal(rendered["split"], split))):
+                _write_shard(folder, _IMAGES, skill, of_size, f"{split}-")
         _write_shard(folder, _FAILURES, skill, of_skill.filter(failed))
 
 
@@ -186,6 +187,12 @@ def _image_rows(rows: pa.Table) -> pa.Table:
     missing = {name: pa.nulls(rows.num_rows, IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names}
     columns = [rows[name] if name in rows.column_names else missing[name] for name in IMAGE_SCHEMA.names]
     return pa.table(columns, schema=IMAGE_SCHEMA)
+
+
+def _by_size(rows: pa.Table) -> list[pa.Table]:
+    """Return rows of one size each: what is encoded for training together."""
+    sizes = list(zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True))
+    return [rows.filter(pa.array([each == size for each in sizes], pa.bool_())) for size in sorted(set(sizes))]
 
 
 def _write_shard(folder: RunFolder, kind: str, skill: str, rows: pa.Table, prefix: str = "") -> None:

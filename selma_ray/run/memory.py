@@ -150,13 +150,13 @@ def _generate(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if images.num_gpus and images.engine == "diffusers" and recipe.data.images == "model":
         model = recipe.data.model or recipe.model
         remedies = ("images.batch_size=1", f"{'data.model' if recipe.data.model else 'model'}.card.offload=model")
-        yield _renderer("generate", model, images.sampling, images.batch_size, beside, gpu_bytes, remedies)
+        yield _renderer("generate", model, images.largest_sampling, images.batch_size, beside, gpu_bytes, remedies)
     if images.selection:
         yield from _judge("generate", "images.selection.judge", images.selection.judge)
 
 
 def _train(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
-    config, sampling = recipe.experts, recipe.images.sampling
+    config, sampling = recipe.experts, recipe.images.largest_sampling
     if not config.gpus_per_worker:
         return
     cost, parameters = _training_cost(recipe)
@@ -275,7 +275,7 @@ def _engine(
 
 def _training_cost(recipe: Recipe) -> tuple["TrainingCost", dict[str, int]]:
     """Return what training costs and the weights of each part of the model."""
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     return cost, pipeline_weights(recipe.model)
 
