@@ -12,10 +12,10 @@ from selma_ray.adapters.files import ADAPTER_FILES, is_adapter
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.experts.config import CheckpointChoiceConfig
-from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result, mean_of_tail
 from selma_ray.models.device import see_own_gpus, task_options
 
-__all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
+__all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted", "stopped_at"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class CandidateScores:
         return [
             (job, step)
             for job, step in self._unscored
-            if job.name not in self.failures and is_adapter(job.folder, job.candidate(step))
+            if job.name not in self.failures and is_adapter(job.folder, job.candidate(step)) and not stopped_at(job)
         ]
 
     def _start(self, job: ExpertJob, step: int) -> Any:
@@ -110,26 +110,56 @@ class CandidateScores:
 
 def is_fitted(job: ExpertJob) -> bool:
     """Tell whether training is over: the adapter is there, or every adapter to choose from."""
+    if finished_result(job) is not None:
+        return True
     folder = job.folder
-    return finished_result(job) is not None or (
-        bool(job.candidate_steps)
-        and all(is_adapter(folder, job.candidate(step)) for step in job.candidate_steps)
-        and folder.exists(job.directory, "result.json")
-        and folder.read_json(job.directory, "result.json")["key"] == job.key
-    )
+    if not (job.candidate_steps and folder.exists(job.directory, "result.json")):
+        return False
+    result = ExpertResult(**folder.read_json(job.directory, "result.json"))
+    trained = [step for step in job.candidate_steps if step <= result.steps]
+    return result.key == job.key and all(is_adapter(folder, job.candidate(step)) for step in trained)
+
+
+def stopped_at(job: ExpertJob) -> int | None:
+    """Return the step at which experts.early_stop ends training, by the scores that are there; None where none says so yet.
+
+    Depends on the scores alone, not on when they came: what was trained beyond that step is not looked at.
+    """
+    best, waited = float("-inf"), 0
+    for step in job.candidate_steps if job.config.early_stop else ():
+        if not job.folder.exists(f"{job.candidate(step)}.json"):
+            return None
+        score = job.folder.read_json(f"{job.candidate(step)}.json")["dsg"]
+        best, waited = (score, 0) if score > best else (best, waited + 1)
+        if waited == job.config.early_stop:
+            return step
+    return None
 
 
 def choose_adapter(job: ExpertJob) -> None:
-    """Make the adapter with the best dev score the expert's, the earliest of equal ones; every candidate must be scored."""
+    """Make the adapter with the best dev score the expert's, the earliest of equal ones; every candidate must be scored.
+
+    Of an expert whose training was stopped early, the candidates, the curve and the result are those up to that step.
+    """
     folder = job.folder
-    scores = [folder.read_json(f"{job.candidate(step)}.json") for step in job.candidate_steps]
+    result = _result_until(job, stopped_at(job))
+    steps = [step for step in job.candidate_steps if step <= result.steps]
+    scores = [folder.read_json(f"{job.candidate(step)}.json") for step in steps]
     best = max(scores, key=lambda score: (score["dsg"], -score["step"]))
-    result = ExpertResult(**folder.read_json(job.directory, "result.json"))
     folder.write_json(scores, job.directory, _SCORES_FILE)
     folder.write_json(replace(result, step=best["step"], dev_dsg=best["dsg"]).as_dict(), job.directory, "result.json")
     for name in ADAPTER_FILES:
         folder.write_bytes(folder.read_bytes(job.candidate(best["step"]), name), job.directory, name)
     folder.delete(job.candidates)
+
+
+def _result_until(job: ExpertJob, stopped: int | None) -> ExpertResult:
+    result = ExpertResult(**job.folder.read_json(job.directory, "result.json"))
+    if stopped is None:
+        return result
+    curve = job.folder.read_json(job.directory, "curve.json")[:stopped]
+    job.folder.write_json(curve, job.directory, "curve.json")
+    return replace(result, steps=stopped, loss=mean_of_tail([row["loss"] for row in curve]))
 
 
 def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int, num_gpus: float) -> dict[str, float]:
