@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import Placement, StrictModel
+from selma_ray.tracking.tracker import TrackerName
 
 __all__ = ["GRADIENTS_AT_ONCE", "CheckpointChoiceConfig", "DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig"]
 
@@ -117,6 +118,9 @@ class ExpertsConfig(StrictModel):
     """Experts fitted at once, the others in turn; default: as many as the cluster's resources allow."""
     checkpoint_every_steps: Placement[int] = Field(default=500, ge=1)
     """Steps between checkpoints."""
+    trackers: Placement[tuple[TrackerName, ...]] = ("tensorboard",)
+    """Where curves and, with `selection`, sample images of the dev prompts go while training: `tensorboard` files in the run's folder,
+    `wandb`, `mlflow`, `trackio`, each with the environment variables of its own client on every node (WANDB_API_KEY, …)."""
     max_failures: Placement[int] = Field(default=2, ge=0)
     """Restarts from the last checkpoint; experts that take turns share them."""
     selection: CheckpointChoiceConfig | None = None

@@ -4,9 +4,11 @@ Layout, until the choice: experts/<name>/candidates-<key>/step-000100/ holds an 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
+
+from PIL import Image
 
 from selma_ray.adapters.files import ADAPTER_FILES, is_adapter
 from selma_ray.cluster.config import ClusterConfig
@@ -25,8 +27,13 @@ _SCORES_FILE = "dev_scores.json"
 class AdapterScorer(Protocol):
     """Renders and judges: handed in by whoever puts the stages together, so that this stage needs no judge. Must pickle."""
 
-    def __call__(self, adapter_dir: str, skills: Sequence[str]) -> Mapping[str, float]:
-        """Return `dsg` in [0, 1], and whatever else is worth keeping, of an adapter on the dev prompts of `skills`."""
+    def __call__(
+        self, adapter_dir: str, skills: Sequence[str], show: Callable[[Mapping[str, Image.Image]], None] | None = None
+    ) -> Mapping[str, float]:
+        """Return `dsg` in [0, 1], and whatever else is worth keeping, of an adapter on the dev prompts of `skills`.
+
+        `show` is given a few of the images by their prompts, the same ones for every adapter.
+        """
 
 
 class CandidateScores:
@@ -163,10 +170,11 @@ def _result_until(job: ExpertJob, stopped: int | None) -> ExpertResult:
 
 
 def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int, num_gpus: float) -> dict[str, float]:
-    """Score one adapter, and show the score in TensorBoard beside the loss; runs as a Ray task."""
+    """Score one adapter, and show the score in the trackers beside the loss; runs as a Ray task."""
     see_own_gpus(num_gpus)
-    from selma_ray.experts.curves import log_scalars
+    from selma_ray.experts.curves import log_scores
 
-    scores = dict(score(job.folder.path(job.candidate(step)), job.skills))
-    log_scalars(job, {"dev/dsg": scores["dsg"]}, step)
+    samples: dict[str, Image.Image] = {}
+    scores = dict(score(job.folder.path(job.candidate(step)), job.skills, samples.update))
+    log_scores(job, {"dsg": scores["dsg"]}, samples, step)
     return scores

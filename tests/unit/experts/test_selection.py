@@ -95,7 +95,7 @@ def test_patience_counts_scores_in_a_row(job: ExpertJob) -> None:
 
 
 def test_nothing_waits_where_no_adapter_was_left_or_all_are_scored(job: ExpertJob) -> None:
-    def score(adapter_dir: Any, skills: Any) -> None:
+    def score(adapter_dir: Any, skills: Any, show: Any = None) -> None:
         pytest.fail("must not be called")
 
     assert CandidateScores([job], SELECTION, score, ClusterConfig()).is_idle
@@ -143,7 +143,9 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job: ExpertJob, fake_ray: Any) -> None:
-    scores = CandidateScores([job], SELECTION, lambda directory, skills: {"dsg": 0.5, "images": 3}, ClusterConfig())
+    scores = CandidateScores(
+        [job], SELECTION, lambda directory, skills, show=None: {"dsg": 0.5, "images": 3}, ClusterConfig()
+    )
     scores.poll()
     assert fake_ray.started == {}
     leave_candidates(job, {2: 0.0, 4: 0.0})
@@ -163,7 +165,7 @@ def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job: Expert
 def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_left_alone(
     job: ExpertJob, fake_ray: Any
 ) -> None:
-    def broken(directory: Any, skills: Any) -> None:
+    def broken(directory: Any, skills: Any, show: Any = None) -> None:
         raise RuntimeError("no judge")
 
     leave_candidates(job, {2: 0.0, 4: 0.0})

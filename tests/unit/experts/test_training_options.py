@@ -98,7 +98,8 @@ def test_an_optimiser_s_state_is_in_the_checkpoint(make_job: Any, name: str, tmp
 def test_the_average_of_the_weights_is_kept_and_resumed(make_job: Any, changes: Any, tmp_path: Path) -> None:
     from selma_ray.experts.trainer import ExpertTrainer
 
-    job, expected = make_job(ema=0.4, **changes), {}
+    job = make_job(ema=0.4, **changes)
+    expected: dict[str, torch.Tensor] = {}
     trainer = ExpertTrainer(job)
     for step in range(1, job.config.steps + 1):
         trainer.step()
@@ -186,6 +187,6 @@ def test_the_plan_counts_an_optimiser_s_state(name: str) -> None:
 
 def test_options_decide_the_adapter(make_job: Any) -> None:
     selection = CheckpointChoiceConfig(every_steps=2)
-    options = [{}, {"ema": 0.9}, {"ema": 0.99}, {"optimizer": "adafactor"}, {"selection": selection},
+    options: list[dict[str, Any]] = [{}, {"ema": 0.9}, {"ema": 0.99}, {"optimizer": "adafactor"}, {"selection": selection},
                {"selection": selection, "early_stop": 1}]  # fmt: skip
     assert len({make_job(**each).key for each in options}) == len(options)
