@@ -1,8 +1,9 @@
 """The image dataset in a run's folder: Parquet shards by skill, each written whole, each row named by its content.
 
-images/skill=<skill>/<split>-<hash>.parquet   rendered rows of one split, put together as they come; those of `rejected` were not chosen
-candidates/skill=<skill>/<hash>.parquet       rendered rows of whole prompts that a judge is yet to choose from
-failures/skill=<skill>/<hash>.parquet         rows that failed, with their error; the next start tries them again
+images/skill=<skill>/<split>-<width>x<height>-<hash>.parquet   rendered rows of one split and size, put together as they come; those of
+                                                               `rejected` were not chosen
+candidates/skill=<skill>/<hash>.parquet   rendered rows of whole prompts that a judge is yet to choose from
+failures/skill=<skill>/<hash>.parquet     rows that failed, with their error; the next start tries them again
 """
 
 from collections import Counter
@@ -42,7 +43,7 @@ _SHOWN_REASONS = 3
 
 
 def write_shards(folder: RunFolder, rows: pa.Table) -> dict[str, int]:
-    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill and split; the same rows always make the same shards.
+    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill, split and size; the same rows always make the same shards.
 
     Returns the sizes in bytes of the shards of rendered rows, by path.
     """
@@ -55,9 +56,8 @@ def write_shards(folder: RunFolder, rows: pa.Table) -> dict[str, int]:
         rendered = of_skill.filter(pc.invert(failed))
         # Rejected rows first: what was chosen is rendered and chosen again by a start after a kill in between, what was not would be.
         for split in sorted(rendered["split"].unique().to_pylist(), key=lambda split: split != _REJECTED):
-            written |= _write_shard(
-                folder, _IMAGES, skill, rendered.filter(pc.equal(rendered["split"], split)), f"{split}-"
-            )
+            for (width, height), of_size in _by_size(rendered.filter(pc.equal(rendered["split"], split))):
+                written |= _write_shard(folder, _IMAGES, skill, of_size, f"{split}-{width}x{height}-")
         _write_shard(folder, _FAILURES, skill, of_skill.filter(failed))
     return written
 
@@ -76,7 +76,7 @@ def sizes_of_shards(folder: RunFolder) -> dict[str, int]:
 
 
 def kind_of_shard(path: str) -> str:
-    """Return what shards that may be put together have in common: skill and split."""
+    """Return what shards that may be put together have in common: skill, split and size."""
     return path.rpartition("-")[0]
 
 
@@ -199,6 +199,12 @@ def _image_rows(rows: pa.Table) -> pa.Table:
     missing = {name: pa.nulls(rows.num_rows, IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names}
     columns = [rows[name] if name in rows.column_names else missing[name] for name in IMAGE_SCHEMA.names]
     return pa.table(columns, schema=IMAGE_SCHEMA)
+
+
+def _by_size(rows: pa.Table) -> list[tuple[tuple[int, int], pa.Table]]:
+    """Return rows of one size each, with their width and height in pixels: what is encoded for training together."""
+    sizes = list(zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True))
+    return [(size, rows.filter(pa.array([each == size for each in sizes], pa.bool_()))) for size in sorted(set(sizes))]
 
 
 def _write_shard(folder: RunFolder, kind: str, skill: str, rows: pa.Table, prefix: str = "") -> dict[str, int]:

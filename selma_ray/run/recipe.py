@@ -89,6 +89,14 @@ class Recipe(StrictModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _drawn_images_have_one_size(self) -> "Recipe":
+        if self.images.buckets_px and self.data.images == "ground_truth":
+            raise ValueError(
+                "images.buckets_px must be left out with data.images=ground_truth, whose scenes are drawn at one size"
+            )
+        return self
+
     def as_yaml(self) -> str:
         """Return the resolved recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
