@@ -56,7 +56,7 @@ docs: $(READY) ## Build the documentation into site/; a broken link is an error
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --quiet
 
 lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt and gpu.txt
-	@$(COMPILE) --extra cpu --extra dev --extra docs --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
+	@$(COMPILE) --extra cpu --extra dev --extra docs --extra trackers --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
 	@$(COMPILE) --extra gpu --override requirements/overrides_gpu.txt -o requirements/gpu.txt
 
 gpu-kit: $(READY) ## Lay wheels for a CUDA machine without a network into .gpu-kit
