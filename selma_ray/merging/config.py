@@ -57,7 +57,8 @@ class MergingConfig(StrictModel):
     """Adapters to merge in the place of the run's own, by name: a LoRA file of diffusers, kohya or ai-toolkit, an adapter's folder, or
     a run's folder, whose expert or merge of that name is meant. They may adapt different modules at different ranks."""
     skip_text_encoders: bool = False
-    """Leave out what a LoRA file holds for text encoders, which are not merged; otherwise such a file is refused."""
+    """Leave out what a LoRA file holds for text encoders; otherwise that of CLIP is merged for Stable Diffusion 1.x, 2.x and XL, and a
+    file with parts for other text encoders is refused."""
     weights: dict[str, float] | None = None
     """Weight of each skill; default: all the same. The means (`average_deltas`, `average_factors`, `svd`) divide weights by their sum."""
     scale: float = 1.0
@@ -68,8 +69,9 @@ class MergingConfig(StrictModel):
     """Share of each expert's entries that `ties`, `dare`, `knots` and `core_space` keep."""
     adapter_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the merged adapter's file; the 16-bit ones are half as large. The baked pipeline is made of the merge itself."""
-    exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")
-    """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`, `kohya` in ComfyUI and A1111."""
+    exports: tuple[Literal["diffusers", "kohya", "comfyui"], ...] = ("diffusers", "kohya", "comfyui")
+    """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`; `kohya`, of UNets, in ComfyUI and A1111;
+    `comfyui`, of FLUX, FLUX.2, Qwen-Image and Z-Image, in ComfyUI."""
     export_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of those files: the 16-bit ones are half as large, and loaders convert either to their model's."""
     export_experts: bool = False

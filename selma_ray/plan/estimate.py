@@ -110,7 +110,13 @@ def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
 
 def _adapter_bytes(recipe: Recipe) -> int:
     """Return the bytes of a merged weight in all files that hold it: the adapter and its exports."""
-    return _BYTES[recipe.merging.adapter_dtype] + len(recipe.merging.exports) * _BYTES[recipe.merging.export_dtype]
+    return _BYTES[recipe.merging.adapter_dtype] + _export_count(recipe) * _BYTES[recipe.merging.export_dtype]
+
+
+def _export_count(recipe: Recipe) -> int:
+    """Return how many files are exported: a model has either kohya's or ComfyUI's."""
+    exports = set(recipe.merging.exports)
+    return len(exports) - ({"kohya", "comfyui"} <= exports)
 
 
 def _encoded_per_prompt(recipe: Recipe) -> int:
