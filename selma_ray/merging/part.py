@@ -12,6 +12,7 @@ from selma_ray.adapters.text_encoders import text_parts
 from selma_ray.merging.bake import PartDeltas
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.methods import DENSE_METHODS, METHODS, MergeOptions
+from selma_ray.merging.regmean import InputStatistics
 from selma_ray.merging.report import MergeReport
 from selma_ray.merging.weights import Weights, weights_of
 from selma_ray.models.parts import DTYPES
@@ -49,13 +50,19 @@ def text_encoder_adapters(adapters: Mapping[str, Adapter]) -> dict[str, dict[str
 
 
 def merge_part(
-    target: Path, adapters: Mapping[str, Adapter], weights: Weights, config: MergingConfig, seed: int, model_name: str
+    target: Path,
+    adapters: Mapping[str, Adapter],
+    weights: Weights,
+    config: MergingConfig,
+    seed: int,
+    model_name: str,
+    inputs: InputStatistics | None = None,
 ) -> MergedPart:
     """Merge the same part of several adapters into the adapter's folder `target`; raises AdapterError where they do not fit together."""
     experts = list(adapters.values())
     shapes = shapes_of(experts, alike=not config.experts)
     cut_rank = config.rank or max(expert.rank for expert in experts)
-    options = MergeOptions(config.scale, cut_rank, config.density, seed, model_name)
+    options = MergeOptions(config.scale, cut_rank, config.density, seed, model_name, inputs)
     merged = merger(adapters, shapes, weights, config.method, options)
     exact = merger(adapters, shapes, weights, "average_deltas", options) if config.method == "svd" else None
     report = MergeReport(list(adapters), cut_rank)

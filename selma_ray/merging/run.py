@@ -22,6 +22,7 @@ from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.inputs import open_adapters, open_foreign
 from selma_ray.merging.methods import MEANS, MergeOptions, default_weight, shares
 from selma_ray.merging.part import low_rank, merge_part, merger, summed_rank, text_encoder_adapters
+from selma_ray.merging.regmean import InputStatistics
 from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights
 from selma_ray.models.config import ModelConfig
@@ -67,18 +68,19 @@ def merge_experts(
     config: MergingConfig,
     seed: int = 0,
     found: SearchResult | None = None,
+    inputs: InputStatistics | None = None,
 ) -> MergeSummary:
     """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/, report.json and the exports asked for.
 
-    `found` is the search of `method: search`, whose best weights are merged. The folder appears whole or not at all, and one that was
-    made from the same experts in the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or
-    does not fit the model.
+    `found` is the search of `method: search`, whose best weights are merged, `inputs` what `method: regmean` needs. The folder appears
+    whole or not at all, and one that was made from the same experts in the same way is kept. Raises AdapterError where an expert is
+    missing, unreadable, of another run, or does not fit the model.
     """
     adapters = open_adapters(folder, skills, model, config)
     skills = list(adapters)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: _weights(skills, model, config)}
-    return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found)
+    return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found, inputs)
 
 
 def merge_adapters(
@@ -112,6 +114,7 @@ def _merge_into(
     config: MergingConfig,
     seed: int,
     found: SearchResult | None,
+    inputs: InputStatistics | None = None,
     *,
     bake: bool = True,
 ) -> MergeSummary:
@@ -121,7 +124,7 @@ def _merge_into(
         logger.info("%s holds this merge already", folder.path(*place))
         return _summary(before, config)
     with whole_folder(folder, *place, last=_REPORT_FILE) as part:
-        report = _build(part, adapters, weights, model, config, seed, bake=bake)
+        report = _build(part, adapters, weights, model, config, seed, inputs, bake=bake)
         report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
         if found:
             report["search"] = {"weights": found.weights, **found.as_dict()}
@@ -152,10 +155,11 @@ def _build(
     model: ModelConfig,
     config: MergingConfig,
     seed: int,
+    inputs: InputStatistics | None,
     *,
     bake: bool,
 ) -> dict[str, Any]:
-    denoiser = merge_part(part / "adapter", adapters, weights, config, seed, model.name)
+    denoiser = merge_part(part / "adapter", adapters, weights, config, seed, model.name, inputs)
     encoders = {
         name: merge_part(part / "adapter" / name, of_part, weights, config, seed, model.name)
         for name, of_part in text_encoder_adapters(adapters).items()

@@ -154,8 +154,7 @@ def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
 
 
 def _render_flops(cost: "TrainingCost", sampling: SamplingConfig) -> float:
-    predictions = cost.predictions_per_step if sampling.guidance_scale > 1 else 1
-    return cost.forward_flops * sampling.steps * predictions
+    return cost.forward_flops * sampling.steps * cost.predictions(sampling.guidance_scale)
 
 
 def _pixel_bytes(sampling: SamplingConfig) -> int:
