@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
+from selma_ray.adapters.mixes import Mix
 from selma_ray.adapters.targets import is_adaptable, sees_rows_together
 from selma_ray.errors import AdapterError
 
-__all__ = ["Expert", "ExpertLayers", "LowRank", "Mix", "fitted_expert"]
-
-Mix = tuple[tuple[str, float], ...]
-"""Experts on the base model by name, each with the weight of its delta; empty for the base model itself."""
+__all__ = ["Expert", "ExpertLayers", "LowRank", "fitted_expert"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,12 @@ class ExpertLayers:
         for module_name in sorted(set(fitted) - self._hooked):
             self._denoiser.get_submodule(module_name).register_forward_hook(self._hook(module_name))
         self._hooked |= set(fitted)
+
+    def remove(self, name: str) -> None:
+        """Forget an expert that no mix names any more, between two calls of the denoiser; its hooks stay, which then do nothing."""
+        self._experts.pop(name, None)
+        if name in self._active:
+            self._active, self._stacks, self._weights_NK = (), {}, None
 
     def weigh(self, mixes_N: Sequence[Mix]) -> None:
         """Set the mix of each row for the calls of the denoiser that follow."""

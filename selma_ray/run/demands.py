@@ -106,7 +106,9 @@ def _serve(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
     serving = recipe.serving
     generators = {"CPU": serving.num_cpus, "GPU": serving.num_gpus}
     evaluators = {"CPU": serving.num_cpus, "GPU": serving.evaluator_num_gpus}
-    parts = [Demand("serving.generator_replicas", "serve", _times(serving.generator_replicas, generators))]
+    count = serving.generator_replicas * (1 + len(serving.models))  # each run of serving.models has its own
+    key = "serving.generator_replicas" + (" x the runs of serving.models" if serving.models else "")
+    parts = [Demand(key, "serve", _times(count, generators))]
     if serving.evaluator_replicas:
         parts.append(Demand("serving.evaluator_replicas", "serve", _times(serving.evaluator_replicas, evaluators)))
     return [(parts, False)]

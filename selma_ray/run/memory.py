@@ -20,6 +20,8 @@ from selma_ray.prompts.config import LLMConfig
 from selma_ray.run.demands import SERVE, stage_demands
 from selma_ray.run.question_source import is_chosen_later, source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
+from selma_ray.run.served_weights import adapter_parameters, hosted_recipes
+from selma_ray.serving.config import ServingConfig
 
 if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
     from selma_ray.models.cost import TrainingCost
@@ -205,14 +207,37 @@ def _serve(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if not serving.num_gpus:
         return
     beside = judge if serving.num_gpus + serving.evaluator_num_gpus <= 1 else None
+    own = _generator(recipe, serving, beside, gpu_bytes)
+    others = [_generator(each, serving, None, gpu_bytes) for each in hosted_recipes(serving).values()]
+    at_once = max(1, int(1 / serving.num_gpus))  # generators that share a card
+    largest = sorted([own, *others] * serving.generator_replicas, key=lambda need: -need.total_bytes)[:at_once]
+    yield largest[0] if len(largest) == 1 else _together(largest)
+
+
+def _generator(recipe: Recipe, serving: ServingConfig, judge: JudgeConfig | None, gpu_bytes: float | None) -> Need:
+    """Return what a generator of a run holds, served by a service that may be another run's."""
     remedies = ("serving.max_batch_size=1", "serving.experts=false", "model.card.offload=model")
-    need = _renderer(SERVE, recipe.model, serving.sampling, serving.max_batch_size, beside, gpu_bytes, remedies)
-    if serving.experts:
-        cost, _ = _training_cost(recipe)
-        adapters = len(recipe.skills) * cost.lora_parameters
-        parts = {**need.parts, "base and experts": (cost.parameters + adapters) * _BYTES[recipe.model.dtype]}
-        need = Need(need.stage, need.what, parts, need.remedies)
-    yield need
+    sampling = recipe.serving.sampling
+    need = _renderer(SERVE, recipe.model, sampling, serving.max_batch_size, judge, gpu_bytes, remedies)
+    adapters = sum(adapter_parameters(path) for path in serving.adapters.values()) if recipe.serving is serving else 0
+    if not (serving.experts or adapters):
+        return need
+    cost, _ = _training_cost(recipe)
+    experts = len(recipe.skills) * cost.lora_parameters if serving.experts else 0
+    width = _BYTES[recipe.model.dtype]
+    parts = {**need.parts, "base and experts": (cost.parameters + experts) * width}
+    if adapters:
+        parts["adapters"] = adapters * width
+    return Need(need.stage, need.what, parts, need.remedies)
+
+
+def _together(needs: Sequence[Need]) -> Need:
+    """Return what several processes hold that share a card."""
+    parts: dict[str, float] = {}
+    for need in needs:
+        for name, amount in need.parts.items():
+            parts[name] = parts.get(name, 0.0) + amount
+    return Need(SERVE, f"{len(needs)} generators on one GPU", parts, needs[0].remedies, "set serving.num_gpus=1")
 
 
 def _renderer(

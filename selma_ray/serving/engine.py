@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -115,6 +115,12 @@ class Engine:
     def add_experts(self, experts: Mapping[str, Expert]) -> None:
         """Let requests that come from now on mix more experts, which fit the base model."""
         self._change(lambda batch: batch.add_experts(experts))
+
+    def remove_experts(self, names: Iterable[str]) -> None:
+        """Forget experts; requests in progress that mix one go on with it, and it leaves when the last of them has."""
+        gone = tuple(names)
+        if gone:
+            self._change(lambda batch: batch.remove_experts(gone))
 
     def stats(self) -> EngineStats:
         """Return counts since the start."""

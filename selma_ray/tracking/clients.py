@@ -104,7 +104,9 @@ class MlflowTracker:
         """Log images by number, and their captions beside them."""
         for number, image in enumerate(images.values()):
             self._client.log_image(self._id, image, key=f"sample_{number}", step=step)
-        self._client.log_dict(self._id, dict(enumerate(images)), f"captions-{step:06d}.json")
+        self._client.log_dict(
+            self._id, {str(number): caption for number, caption in enumerate(images)}, f"captions-{step:06d}.json"
+        )
 
     def keep(self) -> None:
         """Do nothing: nothing is buffered."""

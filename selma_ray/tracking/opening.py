@@ -17,8 +17,9 @@ def check_trackers(names: Sequence[TrackerName], folder: RunFolder) -> None:
     """Raise ConfigError for a tracker whose client is not installed here, or that has no place or key to log to."""
     for name in names:
         if name != "tensorboard" and find_spec(name) is None:
+            package = "trackio" if name == "trackio" else "'selma-ray[trackers]'"
             raise ConfigError(
-                f"experts.trackers {name} needs its client; `pip install 'selma-ray[trackers]'` on every node, or leave it out"
+                f"experts.trackers {name} needs its client; `pip install {package}` on every node, or leave it out"
             )
     if "mlflow" in names:
         _check_mlflow(folder)

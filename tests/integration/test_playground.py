@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
+from benchmarks.playground_pictures import take_pictures
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import GrammarQuestions
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -177,6 +178,32 @@ def test_a_key_with_an_odd_character_is_said_to_be_wrong(
         blank.keyboard.press("Tab")
         wait_for_status(blank, "Ready")
         blank.close()
+
+
+def test_what_was_drawn_before_brings_its_settings_back(page: Page) -> None:
+    page.locator("#steps").fill("2")
+    page.locator("#seed").fill("3")
+    page.locator("#negative").fill("blurry")
+    page.locator("#generate").click()
+    wait_for_drawing(page)
+    page.locator("#fresh").check()
+    page.locator("#prompt").fill("a red car")
+    page.locator("#generate").click()
+    wait_for_drawing(page)
+    assert page.locator("#seed").input_value() != "3", "a new seed each time"
+    entries = page.locator("#history > div")
+    assert entries.count() == 2
+    entries.last.locator("button").first.click()
+    assert page.locator("#prompt").input_value() == "two blue bananas to the left of a red car"
+    assert [page.locator(f"#{name}").input_value() for name in ("seed", "steps", "negative")] == ["3", "2", "blurry"]
+
+
+def test_pictures_for_the_docs_are_taken(chromium: Browser, url: str, tmp_path: Path) -> None:
+    light, dark = (Image.open(path).convert("L") for path in take_pictures(chromium, url, tmp_path))
+    corners: Any = [each.getpixel((1, 1)) for each in (light, dark)]
+    assert corners[0] > 200
+    assert corners[1] < 60
+    assert light.size == dark.size == (980, 1180)
 
 
 def test_drawing_can_be_stopped(page: Page) -> None:

@@ -14,7 +14,8 @@ from selma_ray.images.config import ImageChoiceConfig, ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.plan import PLAN_SCHEMA
 from selma_ray.images.rendering import RENDERED_SCHEMA, RenderPrompts, encoded
-from selma_ray.images.shards import WriteImages, existing_ids, image_summary
+from selma_ray.images.shards import existing_ids, image_summary
+from selma_ray.images.writing import WriteImages
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.storage import RunFolder
 

@@ -132,7 +132,7 @@ def test_mlflow(run: TrackedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_trackio(run: TrackedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio", reason="trackio is not installed: the extra `trackers`")
+    pytest.importorskip("trackio", reason="trackio is not installed: it asks for an older pillow")
     from trackio.sqlite_storage import SQLiteStorage
 
     track("trackio", run)
