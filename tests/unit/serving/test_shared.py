@@ -131,7 +131,7 @@ class Dead:
 
 
 def test_without_the_replica_that_holds_the_state_images_are_drawn_all_the_same() -> None:
-    (client, _), (backend, _) = two_replicas(api_key(requests_per_minute=1), RemoteState(Dead(), 1))  # type: ignore[arg-type]
+    (client, _), (backend, _) = two_replicas(api_key(requests_per_minute=1), RemoteState(Dead(), 1))
     for _ in range(2):
         answer = client.post(PATH, json={"prompt": "a cat"}, headers={"Idempotency-Key": "order-1"})
         assert answer.status_code == 200
@@ -147,7 +147,7 @@ def test_the_state_s_refusal_is_passed_on() -> None:
 
     image = StoredImage("name", 0, "png", b"")
     with pytest.raises(RequestError, match="too large"):
-        asyncio.run(RemoteState(Full(), 1).keep_image(image))  # type: ignore[arg-type]
+        asyncio.run(RemoteState(Full(), 1).keep_image(image))
 
 
 def test_a_client_that_leaves_gives_its_claim_back() -> None:
