@@ -9,7 +9,7 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python --no-deps $(FIND_LINKS)
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-heavy lint format lock gpu-kit setup clean help
+.PHONY: demo test test-heavy lint format docs lock gpu-kit setup clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,15 +49,18 @@ format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(READY) ## Build the documentation into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # For every Python from 3.11 on: both files are universal, with markers where versions or machines differ.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --quiet
 
 lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt and gpu.txt
-	@$(COMPILE) --extra cpu --extra dev --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
+	@$(COMPILE) --extra cpu --extra dev --extra docs --extra trackers --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
 	@$(COMPILE) --extra gpu --override requirements/overrides_gpu.txt -o requirements/gpu.txt
 
 gpu-kit: $(READY) ## Lay wheels for a CUDA machine without a network into .gpu-kit
 	@$(BIN)/python -m benchmarks.gpu_kit
 
 clean: ## Delete .venv, the runs and the kit
-	@rm -rf .venv runs .gpu-kit
+	@rm -rf .venv runs site .gpu-kit

@@ -67,9 +67,19 @@ def run_all(run: Run) -> None:
         _fetch_one_image(run)
     except SelmaError as error:  # the run is finished all the same
         console.print(f"[yellow]No picture of the served model: {escape(str(error))}[/yellow]")
-    console.print(
-        f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {escape(run.folder.path('recipe.yaml'))}"
-    )
+    console.print(f"\nFinished in {_minutes(time.monotonic() - started_s)}.")
+    for line in _next_steps(run):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _next_steps(run: Run) -> list[str]:
+    """Return what to look at and what to try next."""
+    recipe = run.folder.path("recipe.yaml")
+    return [
+        f"Look at {run.folder.path('report.html')} and at what it learnt from: selma data sheet {run.folder.uri}",
+        f"Serve it, with a page to compare models on: selma serve {recipe}",
+        "Teach it a skill of your own: selma init; other models and machines: selma recipes",
+    ]
 
 
 def fetch(recipe: Recipe) -> None:

@@ -109,6 +109,15 @@ class Family(Protocol):
         All randomness of an example comes from its own generator.
         """
 
+    def errors_by_level(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        settings: LossSettings = DEFAULT_LOSS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `errors` returns, and the noise level of each example, from 0 to 1 for noise alone (both N)."""
+
 
 class Predictor(Protocol):
     """A loaded pipeline, taken apart so that images at different timesteps can share a call of the denoiser."""

@@ -108,7 +108,17 @@ class FlowMatching(ABC):
         generators: Sequence[torch.Generator],
         settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
-        """Return each example's mean squared error of the velocity noise - latents (N, fp32), every noise level weighed the same.
+        """Return each example's mean squared error of the velocity noise - latents (N, fp32), every noise level weighed the same."""
+        return self.errors_by_level(denoiser, batch, generators, settings)[0]
+
+    def errors_by_level(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        settings: LossSettings = DEFAULT_LOSS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each example's mean squared error of the velocity noise - latents, and its noise level (both N).
 
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. Raises
         ConfigError for `settings.min_snr_gamma`, which is defined for diffusion alone.
@@ -129,7 +139,7 @@ class FlowMatching(ABC):
         }
         timesteps_N = sigmas_N * self.schedule.config.num_train_timesteps
         velocity_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, self._told(conditioning, settings))
-        return squared_errors(velocity_NChw, noise_NChw - latents_NChw)
+        return squared_errors(velocity_NChw, noise_NChw - latents_NChw), sigmas_N
 
     @staticmethod
     @abstractmethod

@@ -118,7 +118,17 @@ class StableDiffusion:
         generators: Sequence[torch.Generator],
         settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
-        """Return each example's mean squared error of the prediction at a uniform timestep (N, fp32).
+        """Return each example's mean squared error of the prediction at a uniform timestep (N, fp32)."""
+        return self.errors_by_level(denoiser, batch, generators, settings)[0]
+
+    def errors_by_level(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        settings: LossSettings = DEFAULT_LOSS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each example's mean squared error of the prediction at a uniform timestep, and that timestep's share of all (both N).
 
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. With
         `settings.min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
@@ -135,8 +145,9 @@ class StableDiffusion:
         conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
         prediction_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, conditioning)
         error_N = squared_errors(prediction_NChw, target_NChw)
-        gamma = settings.min_snr_gamma
-        return error_N if gamma is None else self._min_snr_weights(timesteps_N, gamma) * error_N
+        if settings.min_snr_gamma is not None:
+            error_N = self._min_snr_weights(timesteps_N, settings.min_snr_gamma) * error_N
+        return error_N, timesteps_N / self.schedule.config.num_train_timesteps
 
     def _min_snr_weights(self, timesteps_N: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return the weights that make the loss one of the clean latents' error times min(SNR, gamma)."""

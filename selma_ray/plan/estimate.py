@@ -64,7 +64,7 @@ def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
 
     Raises ModelNotFoundError where its model's configurations cannot be read.
     """
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     parameters = pipeline_weights(recipe.model)
     num_skills = len(load_skills(recipe.skills))
@@ -128,7 +128,7 @@ def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
 def study_hours(study: Study, tflops: float) -> float:
     """Return the GPU-hours of all that a study makes, at a sustained rate of `tflops` TFLOP/s."""
     made, recipe = plan_study(study), study.recipe
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     flops = sum(count * _render_flops(cost, sampled) for count, sampled in (*made.images, *(made.scored or ())))
     flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in made.experts)

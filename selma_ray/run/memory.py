@@ -43,6 +43,7 @@ CUDA_BYTES = 1e9
 
 _BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
 _BASE_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "prodigy": 16, "adafactor": 0}
 _VLLM_SHARE = 0.9
 _GB = 1e9
 
@@ -103,7 +104,7 @@ def memory_needs(recipe: Recipe, stages: Sequence[str], gpu_bytes: float | None 
 
 
 def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[str, float]:
-    """Return what a worker holds: frozen weights, adapter with gradients, AdamW's state and masters, and activations, in bytes.
+    """Return the bytes that a worker holds: frozen weights, adapter with gradients, optimiser's state, masters, average, activations.
 
     ZeRO 1 and up exchange gradients through a buffer and split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
     """
@@ -116,12 +117,13 @@ def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[s
     gradients = width * cost.lora_parameters / split[1]
     if config.zero_stage:
         gradients += width * min(cost.lora_parameters, GRADIENTS_AT_ONCE)
-    optimizer = (8 + masters) * cost.lora_parameters / split[0]
+    optimizer = (_STATE_BYTES[config.optimizer] + masters) * cost.lora_parameters / split[0]
+    average = 4 * cost.lora_parameters if config.ema else 0
     activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
     images = micro_batch * (2 if config.dpo else 1)
     return {
         "weights": (base + width * cost.lora_parameters) / split[2],
-        "gradients and optimiser": gradients + optimizer,
+        "gradients and optimiser": gradients + optimizer + average,
         "activations": images * activations * width / 4,
     }
 
@@ -152,13 +154,13 @@ def _generate(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if images.num_gpus and images.engine == "diffusers" and recipe.data.images == "model":
         model = recipe.data.model or recipe.model
         remedies = ("images.batch_size=1", f"{'data.model' if recipe.data.model else 'model'}.card.offload=model")
-        yield _renderer("generate", model, images.sampling, images.batch_size, beside, gpu_bytes, remedies)
+        yield _renderer("generate", model, images.largest_sampling, images.batch_size, beside, gpu_bytes, remedies)
     if images.selection:
         yield from _judge("generate", "images.selection.judge", images.selection.judge)
 
 
 def _train(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
-    config, sampling = recipe.experts, recipe.images.sampling
+    config, sampling = recipe.experts, recipe.images.largest_sampling
     if not config.gpus_per_worker:
         return
     cost, parameters = _training_cost(recipe)
@@ -300,7 +302,7 @@ def _engine(
 
 def _training_cost(recipe: Recipe) -> tuple["TrainingCost", dict[str, int]]:
     """Return what training costs and the weights of each part of the model."""
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     return cost, pipeline_weights(recipe.model)
 
