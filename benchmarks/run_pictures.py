@@ -1,6 +1,7 @@
 """Pictures of a finished run for the docs: its report in light and dark, a contact sheet, and what its command printed.
 
-The browser is the machine's Chromium, or the one that CHROME names. LOG is the command's output with its colours: `script -qc 'make demo' LOG`.
+The browser is the machine's Chromium, or the one that CHROME names. LOG is the command's output with its colours, as
+`script -qc 'make demo' LOG` keeps it.
 
 Run: python -m benchmarks.run_pictures runs/demo [LOG] [FOLDER]
 """
