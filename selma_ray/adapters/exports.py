@@ -3,6 +3,7 @@
 Shapes: I input features, O output features, R rank.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ logger = logging.getLogger(__name__)
 
 ExportName = Literal["diffusers", "kohya", "comfyui"]
 
+# By the width of their texts: kohya's name, whether it is a second version, and the name and size of Stability's model specification.
 _VERSIONS = {
-    768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
-    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
-    2048: {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+    768: ("sd_v1", "False", "stable-diffusion-v1", "512x512"),
+    1024: ("sd_v2", "True", "stable-diffusion-v2-512", "512x512"),
+    2048: ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base", "1024x1024"),
 }
+_MODEL_HASH, _LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
+_LEGACY_PART = 0x100000, 0x10000  # where the older hash begins, and how many bytes it is of
 EXPORT_FILES: Mapping[ExportName, str] = {
     "diffusers": "pytorch_lora_weights.safetensors",
     "kohya": "kohya.safetensors",
@@ -163,10 +167,40 @@ def write_kohya(
         "ss_network_alpha": f"{adapter.scales[largest] * adapter.rank:g}",
         "ss_sd_model_name": adapter.base_model or "",
     }
-    write_safetensors(path, specs, tensors, {**metadata, **described, **_version(shapes)})
+    hashes = {_MODEL_HASH: "0" * 64, _LEGACY_HASH: "0" * 8}
+    write_safetensors(path, specs, tensors, {**metadata, **described, **_version(shapes, path), **hashes})
+    _fill_in_hashes(path)
 
 
-def _version(shapes: Mapping[str, Shape]) -> dict[str, str]:
+def _version(shapes: Mapping[str, Shape], path: Path) -> dict[str, str]:
     """Return which Stable Diffusion a UNet is, by the width of its texts: A1111 hides a file that does not say so beside another."""
     widths = {shape[1] for module, shape in shapes.items() if module.endswith(("attn2.to_k", "attn2.to_v"))}
-    return next((dict(said) for width, said in _VERSIONS.items() if widths == {width}), {})
+    width = next((width for width in _VERSIONS if widths == {width}), None)
+    if width is None:
+        return {}
+    version, is_second, architecture, resolution = _VERSIONS[width]
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": is_second,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": path.stem,
+        "modelspec.resolution": resolution,
+    }
+
+
+def _fill_in_hashes(path: Path) -> None:
+    """Put the hashes that kohya's tools know a LoRA by into a file's header: of all tensors, and of a part of the file."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        model_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        start, count = _LEGACY_PART
+        file.seek(start)
+        legacy_hash = hashlib.sha256(file.read(count)).hexdigest()[:8]
+        for name, found in ((_MODEL_HASH, model_hash), (_LEGACY_HASH, legacy_hash)):
+            empty = f'"{name}":"' + "0" * len(found)
+            header = header.replace(empty.encode(), f'"{name}":"{found}'.encode())
+        file.seek(8)
+        file.write(header)

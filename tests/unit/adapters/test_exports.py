@@ -1,5 +1,6 @@
 """Exports are read back by the loaders they are for."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -150,9 +151,7 @@ def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path: Path) -> Non
     ("width", "version", "is_second"),
     [(768, "sd_v1", "False"), (1024, "sd_v2", "True"), (2048, "sdxl_base_v1-0", "False")],
 )
-def test_a_kohya_file_says_which_stable_diffusion_it_is_for(
-    width: int, version: str, is_second: str, tmp_path: Path
-) -> None:
+def test_a_kohya_file_says_what_it_is(width: int, version: str, is_second: str, tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"a.attn2.to_k": (4, width)}
     factors = [LoraFactors("a.attn2.to_k", torch.ones(2, width), torch.ones(4, 2), 1.0)]
     write_adapter(tmp_path / "adapter", factors, shapes, 2, "base")
@@ -160,6 +159,15 @@ def test_a_kohya_file_says_which_stable_diffusion_it_is_for(
     with safe_open(tmp_path / "kohya.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == (version, is_second)
+    assert metadata["modelspec.architecture"].startswith("stable-diffusion-")
+    assert metadata["modelspec.architecture"].endswith("/lora")
+    assert {"modelspec.sai_model_spec", "modelspec.implementation", "modelspec.title", "modelspec.resolution"} <= set(
+        metadata
+    )
+    content = (tmp_path / "kohya.safetensors").read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
 
 
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
