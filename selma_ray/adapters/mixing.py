@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from selma_ray.adapters.mixes import Mix
-from selma_ray.adapters.targets import is_adaptable
+from selma_ray.adapters.targets import is_adaptable, sees_rows_together
 from selma_ray.errors import AdapterError
 
 __all__ = ["Expert", "ExpertLayers", "LowRank", "fitted_expert"]
@@ -139,6 +139,11 @@ def fitted_expert(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[
             raise AdapterError(
                 f"expert {name}: {module_name} must be a linear module or a convolution of shape {shape} in the model that is served; "
                 "serve experts with the model they were fitted to"
+            )
+        if sees_rows_together(denoiser, module_name):
+            raise AdapterError(
+                f"expert {name}: {module_name} sees the tokens of all rows of a batch as one, so that they cannot mix experts apart; serve "
+                "with serving.experts=false, or fit experts without it"
             )
         device, dtype = module.weight.device, module.weight.dtype
         fitted[module_name] = LowRank(delta.A_RI.to(device, dtype), delta.B_OR.to(device, dtype))

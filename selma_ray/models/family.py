@@ -79,6 +79,9 @@ class Family(Protocol):
     predictions_per_step: int
     """Calls of the denoiser in a guided sampling step: 2 with classifier-free guidance, 1 where guidance is an input."""
 
+    guides_above: float
+    """Guidance scale above which a sampling step is guided: 1, or 0 where a family counts from 0."""
+
     upcasts_autoencoder: bool
     """Whether its pipeline decodes in fp32 what it draws in fp16, where the autoencoder's configuration says so."""
 

@@ -38,6 +38,7 @@ class FlowMatching(ABC):
     """A pipeline whose transformer was trained by rectified flow, at noise levels from a logit-normal distribution."""
 
     predictions_per_step = 2
+    guides_above: ClassVar[float] = 1.0
     upcasts_autoencoder = False
     transformer_class: ClassVar[Any]
     autoencoder_class: ClassVar[Any] = AutoencoderKL

@@ -51,6 +51,7 @@ class StableDiffusion:
     """A StableDiffusionPipeline's parts, each loaded from its own sub-folder when it is needed."""
 
     predictions_per_step = 2
+    guides_above = 1.0
     upcasts_autoencoder = False
     _denoise = staticmethod(_denoise)
 

@@ -82,7 +82,10 @@ def _worker_key(config: ExpertsConfig) -> str:
 
 
 def _merge(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
-    evaluation = recipe.evaluation
+    evaluation, experts = recipe.evaluation, recipe.experts
+    if recipe.merging.method == "regmean":
+        worker = {"CPU": experts.cpus_per_worker, "GPU": experts.gpus_per_worker}
+        return [([Demand("experts.cpus_per_worker and experts.gpus_per_worker", "train", worker)], True)]
     if recipe.merging.method != "search":
         return []
     both = shared_resources(_resources(evaluation), _resources(evaluation.judge))

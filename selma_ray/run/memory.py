@@ -251,7 +251,6 @@ def _renderer(
 ) -> Need:
     """Return what a pipeline holds that draws batches, and a judge in vLLM beside it."""
     width, cost, card = _BYTES[model.dtype], _drawing(model, sampling), model.card
-    predictions = cost.predictions_per_step if sampling.guidance_scale > 1 else 1
     weights = pipeline_weights(model)
     resident = {"none": sum(weights.values()), "model": max(weights.values()), "sequential": 0}[card.offload] * width
     upcasts = cost.upcasts and model.dtype == "fp16"
@@ -259,7 +258,7 @@ def _renderer(
     decoding = decoded * cost.decode_bytes * (4 if upcasts else width) / 4 + (
         2 * cost.autoencoder_parameters if upcasts else 0
     )
-    predicting = batch_size * predictions * cost.row_bytes * width / 4
+    predicting = batch_size * cost.rows(sampling.guidance_scale) * cost.row_bytes * width / 4
     parts = {"weights": resident, "drawing": max(predicting, decoding)}
     if judge and gpu_bytes and _is_in_vllm(judge):
         parts["judge"] = (judge.gpu_memory_fraction or _VLLM_SHARE) * gpu_bytes

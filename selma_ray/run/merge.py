@@ -14,10 +14,17 @@ def merge(run: Run, report: Report) -> dict[str, Any]:
 
     recipe = run.recipe
     found = _searched(run, report) if recipe.merging.method == "search" else None
+    inputs = _inputs(run, report) if recipe.merging.method == "regmean" else None
     report(Progress("merge", 0, 1))
-    summary = merge_experts(run.folder, run.skill_names, recipe.model, recipe.merging, recipe.seed, found)
+    summary = merge_experts(run.folder, run.skill_names, recipe.model, recipe.merging, recipe.seed, found, inputs)
     report(Progress("merge", 1, 1))
     return summary.as_dict()
+
+
+def _inputs(run: Run, report: Report) -> Any:
+    from selma_ray.run.input_statistics import input_statistics
+
+    return input_statistics(run, report)
 
 
 def _searched(run: Run, report: Report) -> Any:

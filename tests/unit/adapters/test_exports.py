@@ -31,6 +31,7 @@ SKILLS = ["counting", "style"]
 
 UNETS = ["stable_diffusion", "sdxl"]
 TRANSFORMERS = ["sd3", "flux"]
+UNET_FILES = [EXPORT_FILES["diffusers"], EXPORT_FILES["kohya"]]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir: Path, merge
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_diffusers_renders_the_same_from_the_kohya_file(base_dir: Path, merged_dir: Path) -> None:
     by_format = []
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
         pipeline.load_lora_weights(merged_dir, weight_name=name)
         by_format.append(image_of(pipeline))
@@ -120,7 +121,7 @@ def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir: Path) -> No
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_files_say_what_they_were_merged_from(merged_dir: Path) -> None:
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         with safe_open(merged_dir / name, framework="pt") as file:
             metadata = file.metadata()
         assert metadata["merge_method"] == "average_deltas"
@@ -179,7 +180,7 @@ def test_single_experts_are_exported_where_the_recipe_says_so(base_dir: Path, me
     plain = image_of(with_peft)
     PeftModel.from_pretrained(denoiser_of(with_peft), run.path("experts", "style"))
     expected = image_of(with_peft).astype(int)
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
         pipeline.load_lora_weights(folder, weight_name=name)
         assert np.abs(image_of(pipeline) - expected).max() <= 1  # its scale is applied at another place
@@ -197,7 +198,7 @@ def test_adapters_on_more_than_attention_are_read_back_from_both_files(base_dir:
     with_peft = DiffusionPipeline.from_pretrained(base_dir)
     PeftModel.from_pretrained(denoiser_of(with_peft), folder / "adapter")
     expected = image_of(with_peft)
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
         pipeline.load_lora_weights(folder, weight_name=name)
         assert image_of(pipeline).tobytes() == expected.tobytes()
@@ -213,6 +214,11 @@ def test_a_transformer_has_no_kohya_file(merged_dir: Path) -> None:
     assert not (merged_dir / EXPORT_FILES["kohya"]).exists()
 
 
+@pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
+def test_a_unet_has_no_file_of_comfyui_beside_kohya_s(merged_dir: Path) -> None:
+    assert not (merged_dir / EXPORT_FILES["comfyui"]).exists()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
 def test_files_of_half_the_size_hold_the_same_adapter(
@@ -225,7 +231,7 @@ def test_files_of_half_the_size_hold_the_same_adapter(
         config = MergingConfig.model_validate({"name": name, "export_dtype": precision})
         merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(base_dir)), config)
         files[name] = tmp_path / "merged" / name
-    for export in EXPORT_FILES.values():
+    for export in UNET_FILES:
         whole, half = (load_file(files[name] / export) for name in ("whole", "half"))
         assert whole.keys() == half.keys()
         weights = [key for key in half if not key.endswith("alpha")]

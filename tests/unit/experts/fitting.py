@@ -24,11 +24,13 @@ BASE = ExpertsConfig(
 )
 
 
-def encoded_job(folder: RunFolder, model: ModelConfig, name: str, config: ExpertsConfig) -> ExpertJob:
+def encoded_job(
+    folder: RunFolder, model: ModelConfig, name: str, config: ExpertsConfig, skill: str = "counting"
+) -> ExpertJob:
     """Return a job whose images, seven where there are none, are encoded."""
-    if not folder.files("images"):
-        write_images(folder, "counting", 7)
-    cache = skill_cache(folder, "counting", model, in_pairs=config.dpo is not None)
+    if not folder.files("images", f"skill={skill}"):
+        write_images(folder, skill, 7)
+    cache = skill_cache(folder, skill, model, in_pairs=config.dpo is not None)
     if not cache.is_complete(folder):
         encode_here(folder, cache, EncodeExamples(folder, model, cache.ids), empty_caption=True)
     return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)

@@ -27,6 +27,7 @@ SAID_GB = {
     "zimage": 48,
     "flux2_klein": 48,
     "qwen_image": 80,
+    "sana": 48,
 }
 
 
