@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import httpx
 import torch
@@ -82,7 +83,7 @@ def main() -> None:
 def _measure(
     models: ServedModels, config: ServingConfig, offline: "_Offline", options: dict[str, int], load_s: int
 ) -> None:
-    started_s = time.monotonic()
+    started_s = time.monotonic()  # Ray's start and the service's; imports of this program are over
     source = GrammarQuestions()
     service = start_service(
         models, config, ClusterConfig(num_cpus=4), partial(open_scorer, JudgeConfig(), {}, source), open_experts

@@ -1,6 +1,7 @@
 """What MkDocs puts into the pages that are made from the code: recipes, their keys, commands, and the service's API."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -9,8 +10,12 @@ from selma_ray.cli.explain import keys_by_section
 from selma_ray.run.published import about, published_recipes
 
 
+_TEST = re.compile(r"\[(?P<words>[^\]]+)\]\((?:\.\./)+tests/\S+ \"(?P<test>\w+)\"\)")
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in what a page asks for by `<!-- generated: NAME -->`."""
+    """Fill in what a page asks for by `<!-- generated: NAME -->`; tests, which the site does not have, are named."""
+    markdown = _TEST.sub(lambda found: f"<abbr title={found['test']}>{found['words']}</abbr>", markdown)
     for name, make in _GENERATORS.items():
         mark = f"<!-- generated: {name} -->"
         if mark in markdown:

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,7 @@ class Generator:
     async def generate(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> Images:
         """Return one encoded image a request; raises RequestError: 429 where the queue is full, 400 for what a filter refuses."""
         await self._check_prompts(requests)
+        self._refuse_what_left(requests)
         futures = [asyncio.wrap_future(future) for future in self._engine.submit(requests)]
         try:
             images = await asyncio.gather(*futures)
@@ -99,6 +100,7 @@ class Generator:
     async def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
         """Yield previews and finished images as they come; raises RequestError as `generate` does."""
         await self._check_prompts(requests)
+        self._refuse_what_left(requests)
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[tuple[int, int | None, Any]] = asyncio.Queue()
 
@@ -207,6 +209,12 @@ class Generator:
     async def _check_prompts(self, requests: Sequence[ImageRequest]) -> None:
         if self._filters:
             await asyncio.to_thread(self._filters.check_prompts, [request.prompt for request in requests])
+
+    def _refuse_what_left(self, requests: Sequence[ImageRequest]) -> None:
+        """Raise RequestError (404) for a mix of what is loaded no longer: whoever asks may not know yet."""
+        for name in {name for request in requests for name, _ in request.mix or ()} - self._loaded:
+            loaded = tuple(each for each in self._paths if each in self._loaded)
+            raise replace(self._models.names, experts=loaded).unknown(self._models.prefix + name)
 
     def _merged_denoiser(self, weights: MergedWeights) -> Any:
         from selma_ray.serving.denoiser import denoiser_for

@@ -115,6 +115,7 @@ class ApiReplica:
         join_serve_logs()
         config = common.config
         self._gate, self._metrics = Gate(), Metrics()
+        self._all: DeploymentHandle | None = None
         backend = Deployments(generators, evaluator, config.request_timeout_s)
         peers = Peers(
             LocalState(config, common.keys) if state is None else RemoteState(state, 2 * config.request_timeout_s),
@@ -146,9 +147,9 @@ class ApiReplica:
         return self._metrics.exposition()
 
     async def _all_expositions(self) -> Sequence[bytes]:
-        application = serve.get_replica_context().app_name
-        answers = serve.get_deployment_handle(API, application).broadcast("exposition")
-        return await answers.results_async(timeout_s=_ANSWER_S)
+        if self._all is None:  # a replica is not among those of its own deployment before it has started
+            self._all = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
+        return await self._all.broadcast("exposition").results_async(timeout_s=_ANSWER_S)
 
 
 def _first_requests(entries: Mapping[str, Entry]) -> dict[str, ImageRequest]:

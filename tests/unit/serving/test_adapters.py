@@ -26,6 +26,7 @@ from selma_ray.serving.api import build_app
 from selma_ray.serving.catalogue import Catalogue, Entry
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import PNG
+from selma_ray.serving.errors import RequestError
 from selma_ray.serving.experts import check_adapters, open_experts
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.live_names import LiveNames
@@ -204,6 +205,8 @@ def test_an_adapter_that_is_no_longer_named_leaves_the_memory(model: ModelConfig
         gc.collect()
         assert read
         assert not [each for each in read if each() is not None]
+        with pytest.raises(RequestError, match="model 'style' is not served; names: merged, base, counting"):
+            drawn(generator, style=1.0)
         asyncio.run(generator.reconfigure({"adapters": {"style": folders["style"]}}))
         assert np.array_equal(drawn(generator, style=1.0), before), "it can come again"
     finally:
