@@ -9,7 +9,6 @@ from selma_ray.cli.commands import build_parser
 from selma_ray.cli.explain import keys_by_section
 from selma_ray.run.published import about, published_recipes
 
-
 _TEST = re.compile(r"\[(?P<words>[^\]]+)\]\((?:\.\./)+tests/\S+ \"(?P<test>\w+)\"\)")
 
 
