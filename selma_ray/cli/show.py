@@ -237,13 +237,17 @@ def _score_table(summary: dict[str, Any]) -> Table:
     )
     table.caption, table.caption_justify = _difference_line(summary["difference"]), "left"
     table.add_column("model")
-    for heading in ("all", "interval", *skills):
+    second = summary.get("second_judge")
+    for heading in ("all", "interval", *(["second judge"] if second else []), *skills):
         table.add_column(heading, justify="right")
     for name, scores in summary["models"].items():
         low, high = map(_percent, scores["interval"])
         overall, *by_skill = map(_percent, [scores["dsg"], *(scores["skills"][skill] for skill in skills)])
         interval = f"{low}-{high}"
-        table.add_row(name, overall, interval, *by_skill, style="bold" if name in ("base", "merged") else None)
+        by_second = [_percent((second["models"].get(name) or {}).get("dsg"))] if second else []
+        table.add_row(
+            name, overall, interval, *by_second, *by_skill, style="bold" if name in ("base", "merged") else None
+        )
     return table
 
 

@@ -14,7 +14,7 @@ from selma_ray.cluster.metrics import count
 from selma_ray.experts.curves import CurveLog
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.lanes import Lane
-from selma_ray.experts.trainer import ExpertTrainer
+from selma_ray.experts.trainer import ExpertTrainer, trainer_of
 
 __all__ = ["fit_experts"]
 
@@ -38,7 +38,7 @@ def _fit_expert(job: ExpertJob) -> None:
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    trainer = ExpertTrainer(job, rank, context.get_world_size())
+    trainer = trainer_of(job, rank, context.get_world_size())
     _restore(trainer)
     progress = _ProgressFile(job) if rank == 0 else None
     curves = CurveLog(job, trainer.steps_done) if rank == 0 else None

@@ -29,14 +29,21 @@ def plan_experts(skills: Sequence[str], config: ExpertsConfig) -> list[PlannedEx
 
     Those are a LoRA for each rank of experts.mixed, and a mixture of the experts.
     """
+    if config.nft:
+        config = config.model_copy(update={"steps": config.nft.steps(config.batch_size)})
     planned = [PlannedExpert(skill, (skill,), config) for skill in skills]
     if config.mixed:
         scale = config.lora.alpha / config.lora.rank
         for rank in config.mixed.ranks:
             lora = config.lora.model_copy(update={"rank": rank, "alpha": scale * rank})
-            changes: dict[str, Any] = {"lora": lora, "steps": config.mixed.steps or config.steps}
+            changes: dict[str, Any] = {"lora": lora, "steps": _steps(config.mixed.steps, config)}
             planned.append(PlannedExpert(f"{MIXED_PREFIX}{rank}", tuple(skills), config.model_copy(update=changes)))
     if config.moe:
         changes = {"learning_rate": config.moe.learning_rate, "steps": config.moe.steps or config.steps}
         planned.append(PlannedExpert(MIXTURE, tuple(skills), config.model_copy(update=changes), tuple(skills)))
     return planned
+
+
+def _steps(own: int | None, config: ExpertsConfig) -> int:
+    """Return the steps of a mixed LoRA: in rounds as many as an expert's, as each step's images are drawn for it."""
+    return config.steps if config.nft or own is None else own

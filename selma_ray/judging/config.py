@@ -14,10 +14,10 @@ class JudgeConfig(StrictModel):
     """The model that answers questions about images."""
 
     name: str = "miniature"
-    """`miniature`, a local folder, or a hub name."""
+    """`miniature`, its second judge `miniature-detector`, a local folder, or a hub name."""
     revision: str | None = None
     """Hub revision; default: the newest."""
-    engine: Literal["auto", "miniature", "transformers", "vllm"] = "auto"
+    engine: Literal["auto", "miniature", "miniature_detector", "transformers", "vllm"] = "auto"
     """What runs it: `transformers` ViLT and BLIP, `vllm` any vision-language model; `auto` goes by its configuration."""
     embedder: str | None = None
     """Sentence embedding model, a folder or a hub name, that maps free answers to a question's choices (TIFA)."""

@@ -71,6 +71,9 @@ def _train(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
     worker = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     workers = Demand(_worker_key(config), "train", _times(config.workers_per_expert, worker))
     encoders = Demand("experts.encoders", "train", {"CPU": 1, "GPU": 1 if config.gpus_per_worker else 0})
+    if nft := config.nft:
+        renderer = {"CPU": nft.cpus_per_renderer, "GPU": nft.gpus_per_renderer}
+        return [([workers, Demand("experts.nft.renderers", "render", _times(nft.renderers, renderer))], False)]
     parts = [([encoders], True), ([workers], True)]
     if choice := config.selection:
         parts.append(([Demand("experts.selection", "render", {"CPU": choice.num_cpus, "GPU": choice.num_gpus})], True))

@@ -58,6 +58,7 @@ def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report)
 
 def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
     """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
+    from selma_ray.evaluation.config import SECOND_ANSWERS
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
     from selma_ray.judging.suites import open_suite
 
@@ -81,7 +82,8 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
         report,
     )  # fmt: skip
     folder.mark_done("scores", {"models": list(models)})
-    write_tables(study, StudyScores.read(study, suite, config))
+    second = StudyScores.read(study, suite, config, SECOND_ANSWERS) if config.second_judge else None
+    write_tables(study, StudyScores.read(study, suite, config), second)
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
