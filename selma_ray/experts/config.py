@@ -86,7 +86,7 @@ class NftConfig(StrictModel):
     """Divide each squared error of the clean latents by its own mean absolute error, as published; false takes the errors of what the model
     predicts as they are."""
     spread_deviations: float = Field(default=2.0, gt=0)
-    """Distance from a group's mean score, in deviations of all centred scores of the round, at which an image counts as wholly good or bad."""
+    """Distance from a group's mean score, in deviations of all centred scores of the round, at which an image is wholly good or bad."""
     old_share: float = Field(default=0.9, ge=0, lt=1)
     """Largest share of the drawing adapter that stays after a round; the rest is the trained one."""
     old_share_per_round: float = Field(default=0.02, ge=0, le=1)
@@ -167,6 +167,9 @@ class ExpertsConfig(StrictModel):
     """Experts fitted at once, the others in turn; default: as many as the cluster's resources allow."""
     checkpoint_every_steps: Placement[int] = Field(default=500, ge=1)
     """Steps between checkpoints."""
+    fused: Placement[bool] = False
+    """Fit all skills' experts in one process with one forward pass, each row of the batch with its own adapter: one base in memory in the
+    place of one an expert, and the same experts up to rounding."""
     max_failures: Placement[int] = Field(default=2, ge=0)
     """Restarts from the last checkpoint; experts that take turns share them."""
     selection: CheckpointChoiceConfig | None = None
@@ -220,6 +223,15 @@ class ExpertsConfig(StrictModel):
             raise ValueError(
                 "zero_stage must be at most 2 with nft, whose old adapter takes the new one's place in turn, got 3"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fused_learns_by_denoising(self) -> "ExpertsConfig":
+        other = next((name for name in ("dpo", "nft") if getattr(self, name) is not None), None)
+        if self.fused and other:
+            raise ValueError(f"fused must be false with {other}, whose experts are fitted one by one")
+        if self.fused and self.precision == "fp16":
+            raise ValueError("precision must be auto, bf16 or fp32 with fused, whose losses are not scaled, got fp16")
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from selma_ray.errors import TrainingError
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
-from selma_ray.experts.lanes import Lane, divide
+from selma_ray.experts.lanes import Lane, lanes_of
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.experts.rounds import RoundsSource
 from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
@@ -142,7 +142,7 @@ def _fit_wave(
 ) -> dict[str, Exception]:
     """Fit experts, `slots` at a time, and choose their adapters; returns the failures by name."""
     unfinished = [job for job in wave if finished_result(job) is None]
-    lanes = divide(wave, slots)
+    lanes = lanes_of(wave, slots)
     failures: dict[str, Exception] = {}
     if is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -168,7 +168,10 @@ def _fit_wave(
 
 
 def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]) -> None:
-    """Fit the experts of a lane; where one fails, those after it get a run of their own, and its checkpoints stay."""
+    """Fit the experts of a lane; where one fails, those after it get a run of their own, and its checkpoints stay.
+
+    Experts that are fitted as one fail as one.
+    """
     while lane.unfitted():
         try:
             _run(lane, cluster)
@@ -177,6 +180,10 @@ def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]
             unfitted = lane.unfitted()
             if not unfitted:  # the run failed when its work was done
                 break
+            if lane.fused:
+                logger.warning("experts fitted as one failed", exc_info=error)
+                failures |= {job.name: error for job in unfitted}
+                return
             failed, *others = unfitted
             logger.warning("expert %s failed", failed.name, exc_info=error)
             failures[failed.name] = error

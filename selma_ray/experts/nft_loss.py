@@ -1,7 +1,7 @@
 """DiffusionNFT (Zheng et al. 2025, 2509.16117): towards good images of a prompt and away from bad ones. Knows no model and no Ray.
 
-All predictions are a model's own (epsilon, v or velocity), which are linear in the clean latents x0: the paper's errors of x0 are these errors
-times c(t), `models.noising.Noised.clean_scale_N`.
+All predictions are a model's own (epsilon, v or velocity), which are linear in the clean latents x0: the paper's errors of x0 are these
+errors times c(t), `Noised.clean_scale`.
 
 Shapes: N images, C latent channels, h x w latent pixels.
 """

@@ -117,10 +117,10 @@ class NftTrainer(ExpertTrainer):
         loss_N = nft_loss(
             self._family.predict(self._engine, noised),
             old_NChw,
-            noised.target_NChw,
+            noised.target,
             batch[REWARDS],
             self._nft.beta,
-            noised.clean_scale_N if self._nft.normalised else None,
+            noised.clean_scale if self._nft.normalised else None,
         )
         return (loss_N.mean(),)
 

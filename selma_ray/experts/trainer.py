@@ -1,6 +1,6 @@
 """One expert's training in one process: DeepSpeed around a denoiser with LoRA, fed by encoded examples. Knows no Ray."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import deepspeed
@@ -13,6 +13,7 @@ from selma_ray.adapters.files import CONFIG_FILE, is_adapter, local_adapter
 from selma_ray.adapters.mixture_of_experts import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import TrainingError
+from selma_ray.experts.curve import Curve
 from selma_ray.experts.examples import EncodedExamples, dropped_captions, example_generators
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.order import batch_positions
@@ -24,34 +25,9 @@ from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
 from selma_ray.records import seed_of
 
-__all__ = ["Curve", "ExpertTrainer", "trainer_of"]
+__all__ = ["ExpertTrainer", "trainer_of"]
 
 _TAG = "state"  # name of DeepSpeed's folder inside a checkpoint
-
-
-@dataclass
-class Curve:
-    """Figures of every step so far.
-
-    `preferred` is the share of pairs whose chosen image is preferred, where there are pairs; `score` is the mean score of the images of the
-    step's round and `equal_groups` the share of their groups that have one score, where images are drawn in rounds.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    preferred: list[float] = field(default_factory=list)
-    score: list[float] = field(default_factory=list)
-    equal_groups: list[float] = field(default_factory=list)
-
-    def latest(self) -> dict[str, float]:
-        """Return the last step's figures by name."""
-        return {name: values[-1] for name, values in vars(self).items() if values}
-
-    def rows(self) -> list[dict[str, float]]:
-        """Return one row per step, counted from 1."""
-        columns = {name: values for name, values in vars(self).items() if values}
-        steps = zip(*columns.values(), strict=True)
-        return [{"step": step, **dict(zip(columns, row, strict=True))} for step, row in enumerate(steps, start=1)]
 
 
 class ExpertTrainer:

@@ -100,19 +100,19 @@ class DetectorModel(PreTrainedModel):
 class Detections:
     """What was found in one image, and what follows from it."""
 
-    peaks_OK: np.ndarray
-    """Probability that each candidate is an object, falling."""
-    places_OK2: np.ndarray
-    """x and y of each candidate, in cells."""
-    colours_OKC: np.ndarray
-    """Probabilities of its colours."""
+    peaks: np.ndarray
+    """Probability that each candidate is an object, falling (OK)."""
+    places: np.ndarray
+    """x and y of each candidate, in cells (OK2)."""
+    colours: np.ndarray
+    """Probabilities of its colours (OKC)."""
     backgrounds: np.ndarray
     styles: np.ndarray
 
     def counts(self, o: int) -> np.ndarray:
         """Return the probabilities of 0, 1, … objects of a kind: its candidates are there or not, each on its own."""
         chances = np.ones(1)
-        for peak in self.peaks_OK[o]:
+        for peak in self.peaks[o]:
             chances = np.convolve(chances, [1 - peak, peak])
         return chances
 
@@ -139,8 +139,8 @@ class Detections:
 
     def _of_colour(self, o: int, colour: int) -> float:
         """Return the probability that objects of a kind have a colour: the least of those that are there, else the likeliest one's."""
-        there = max(1, int((self.peaks_OK[o] > 0.5).sum()))
-        return float(self.colours_OKC[o, :there, colour].min())
+        there = max(1, int((self.peaks[o] > 0.5).sum()))
+        return float(self.colours[o, :there, colour].min())
 
     def _relation(self, o: int, p: int, relation: int) -> float:
         both = self.probability(("whole", o)) * self.probability(("whole", p))
@@ -151,9 +151,9 @@ class Detections:
         return both * float(chances[relation] / chances.sum())
 
     def _centre(self, o: int) -> np.ndarray:
-        weights_K = np.where(self.peaks_OK[o] > 0.5, self.peaks_OK[o], 0)
-        weights_K = weights_K if weights_K.any() else self.peaks_OK[o] + 1e-9
-        return (weights_K[:, None] * self.places_OK2[o]).sum(0) / weights_K.sum()
+        weights_K = np.where(self.peaks[o] > 0.5, self.peaks[o], 0)
+        weights_K = weights_K if weights_K.any() else self.peaks[o] + 1e-9
+        return (weights_K[:, None] * self.places[o]).sum(0) / weights_K.sum()
 
 
 class MiniatureDetector:

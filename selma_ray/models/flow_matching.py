@@ -115,7 +115,7 @@ class FlowMatching(ABC):
         ConfigError for `settings.min_snr_gamma`, which is defined for diffusion alone.
         """
         noised = self.noised(batch, generators, settings)
-        return squared_errors(self.predict(denoiser, noised), noised.target_NChw)
+        return squared_errors(self.predict(denoiser, noised), noised.target)
 
     def noised(
         self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS
@@ -142,7 +142,7 @@ class FlowMatching(ABC):
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in noised.conditioning.items()
         }
-        return self._denoise(denoiser, noised.noisy_NChw.to(dtype), noised.timesteps_N, conditioning)
+        return self._denoise(denoiser, noised.noisy.to(dtype), noised.timesteps, conditioning)
 
     @staticmethod
     @abstractmethod

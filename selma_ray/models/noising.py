@@ -19,10 +19,12 @@ __all__ = ["Noised"]
 class Noised:
     """Noised examples: what the denoiser is given, and what it should predict."""
 
-    noisy_NChw: torch.Tensor
-    timesteps_N: torch.Tensor
+    noisy: torch.Tensor
+    """NChw."""
+    timesteps: torch.Tensor
+    """N."""
     conditioning: Condition
-    target_NChw: torch.Tensor
-    """Noise, v or velocity, as the model predicts it."""
-    clean_scale_N: torch.Tensor
-    """c: by how much an error of the prediction is one of the clean latents."""
+    target: torch.Tensor
+    """Noise, v or velocity, as the model predicts it (NChw)."""
+    clean_scale: torch.Tensor
+    """c: by how much an error of the prediction is one of the clean latents (N)."""

@@ -125,9 +125,9 @@ class StableDiffusion:
         `settings.min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
         """
         noised = self.noised(batch, generators, settings)
-        error_N = squared_errors(self.predict(denoiser, noised), noised.target_NChw)
+        error_N = squared_errors(self.predict(denoiser, noised), noised.target)
         gamma = settings.min_snr_gamma
-        return error_N if gamma is None else self._min_snr_weights(noised.timesteps_N, gamma) * error_N
+        return error_N if gamma is None else self._min_snr_weights(noised.timesteps, gamma) * error_N
 
     def noised(
         self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS
@@ -147,7 +147,7 @@ class StableDiffusion:
         """Return the UNet's prediction of each noised example (NChw), in its precision."""
         dtype = next(denoiser.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in noised.conditioning.items()}
-        return self._denoise(denoiser, noised.noisy_NChw.to(dtype), noised.timesteps_N, conditioning)
+        return self._denoise(denoiser, noised.noisy.to(dtype), noised.timesteps, conditioning)
 
     def _min_snr_weights(self, timesteps_N: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return the weights that make the loss one of the clean latents' error times min(SNR, gamma)."""

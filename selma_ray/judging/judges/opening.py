@@ -105,7 +105,7 @@ def _engine(config: JudgeConfig, located: LocatedModel) -> str:
     if config.engine != "auto":
         return config.engine
     config_of_model = _config_of(located)
-    miniature = {_MINIATURE: "miniature", _DETECTOR: "miniature_detector"}.get(config_of_model.get("model_type"))
+    miniature = {_MINIATURE: "miniature", _DETECTOR: "miniature_detector"}.get(str(config_of_model.get("model_type")))
     if miniature:
         return miniature
     sees_and_speaks = "vision_config" in config_of_model and config_of_model.get("model_type") not in _VQA

@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -83,21 +84,21 @@ def test_a_good_image_at_beta_1_is_selma_s_loss_and_errors_of_x0_are_scaled(
     expected = family.errors(denoiser, batch, [torch.Generator().manual_seed(seed) for seed in seeds])
     noised = family.noised(batch, [torch.Generator().manual_seed(seed) for seed in seeds])
     prediction = family.predict(denoiser, noised)
-    loss = nft_loss(prediction, torch.randn_like(prediction), noised.target_NChw, torch.ones(2), 1.0)
+    loss = nft_loss(prediction, torch.randn_like(prediction), noised.target, torch.ones(2), 1.0)
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
-    clean = [_clean(kind, family, noised, each) for each in (prediction, noised.target_NChw)]
-    difference = (prediction - noised.target_NChw).abs() * noised.clean_scale_N.view(-1, 1, 1, 1)
+    clean = [_clean(kind, family, noised, each) for each in (prediction, noised.target)]
+    difference = (prediction - noised.target).abs() * noised.clean_scale.view(-1, 1, 1, 1)
     torch.testing.assert_close((clean[0] - clean[1]).abs(), difference, rtol=1e-3, atol=1e-4)
 
 
 def _clean(kind: str, family: Any, noised: Any, prediction: torch.Tensor) -> torch.Tensor:
     """Return the clean latents that a prediction stands for, by the textbook formulas."""
     if kind == "flow":
-        return noised.noisy_NChw - (noised.timesteps_N / 1000)[:, None, None, None] * prediction
-    signal = family.schedule.alphas_cumprod[noised.timesteps_N].view(-1, 1, 1, 1)
+        return noised.noisy - (noised.timesteps / 1000)[:, None, None, None] * prediction
+    signal = family.schedule.alphas_cumprod[noised.timesteps].view(-1, 1, 1, 1)
     if kind == "epsilon":
-        return (noised.noisy_NChw - (1 - signal).sqrt() * prediction) / signal.sqrt()
-    return signal.sqrt() * noised.noisy_NChw - (1 - signal).sqrt() * prediction
+        return (noised.noisy - (1 - signal).sqrt() * prediction) / signal.sqrt()
+    return signal.sqrt() * noised.noisy - (1 - signal).sqrt() * prediction
 
 
 @given(st.lists(st.lists(st.floats(0, 1), min_size=2, max_size=6), min_size=1, max_size=6))
@@ -109,7 +110,7 @@ def test_rewards_rank_the_images_of_a_group(groups: list[list[float]]) -> None:
         assert len(given_) == len(scores)
         assert all(0 <= reward <= 1 for reward in given_)
         ranked = sorted(range(len(scores)), key=lambda place: scores[place])
-        assert all(given_[a] <= given_[b] + 1e-9 for a, b in zip(ranked, ranked[1:], strict=False))
+        assert all(given_[a] <= given_[b] + 1e-9 for a, b in itertools.pairwise(ranked))
 
 
 def test_rewards_are_the_formula_s() -> None:

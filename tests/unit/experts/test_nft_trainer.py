@@ -29,10 +29,8 @@ NFT = NftConfig(rounds=3, prompts_per_round=2, images_per_prompt=3, prompts_per_
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | None]:
     """Score images by something that a model may learn and that is never equal."""
-    return [
-        float(image.convert("L").resize((1, 1)).getpixel((0, 0))) / 255 + 1e-4 * place
-        for place, image in enumerate(images)
-    ]
+    means = [sum(image.convert("L").tobytes()) / image.width / image.height / 255 for image in images]
+    return [mean + 1e-4 * place for place, mean in enumerate(means)]
 
 
 class Drawn:
@@ -113,7 +111,7 @@ def test_the_first_round_is_drawn_by_the_base_and_later_ones_by_what_was_learnt(
     ]
     deltas = [sum(float(t.abs().sum()) for name, t in each.items() if "lora_B" in name) for each in adapters]
     assert deltas[0] == 0
-    assert 0 < deltas[1]
+    assert deltas[1] > 0
     assert not torch.equal(*(next(t for name, t in each.items() if "lora_B" in name) for each in adapters[1:]))
 
 
