@@ -15,11 +15,11 @@ from selma_ray.errors import TrainingError
 from selma_ray.experts.examples import example_generators
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.nft_loss import nft_loss
-from selma_ray.experts.order import batch_positions
 from selma_ray.experts.round_examples import REWARDS, RoundExamples
 from selma_ray.experts.rounds import Round
 from selma_ray.experts.trainer import ExpertTrainer
 from selma_ray.models.family import Batch
+from selma_ray.order import batch_positions
 from selma_ray.records import seed_of
 
 __all__ = ["NftTrainer"]

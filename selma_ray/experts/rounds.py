@@ -14,8 +14,8 @@ from typing import Any
 from selma_ray.adapters.files import is_adapter
 from selma_ray.config import identity
 from selma_ray.errors import TrainingError
-from selma_ray.experts.order import batch_positions
 from selma_ray.models.config import SamplingConfig
+from selma_ray.order import batch_positions
 from selma_ray.records import content_id, seed_of
 from selma_ray.storage import RunFolder
 

@@ -16,13 +16,13 @@ from selma_ray.errors import TrainingError
 from selma_ray.experts.curve import Curve
 from selma_ray.experts.examples import EncodedExamples, dropped_captions, example_generators
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
-from selma_ray.experts.order import batch_positions
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
 from selma_ray.models.device import device_of
 from selma_ray.models.family import Batch, LossSettings, open_family
 from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
+from selma_ray.order import batch_positions
 from selma_ray.records import seed_of
 
 __all__ = ["ExpertTrainer", "trainer_of"]

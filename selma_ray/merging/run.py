@@ -32,7 +32,7 @@ from selma_ray.models.published import configured
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["MergeSummary", "merge_adapters", "merge_experts", "write_candidate"]
+__all__ = ["MergeSummary", "merge_adapters", "merge_experts", "start_of_student", "write_candidate"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +69,20 @@ def merge_experts(
     config: MergingConfig,
     seed: int = 0,
     found: SearchResult | None = None,
+    student: str | None = None,
 ) -> MergeSummary:
     """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/, report.json and the exports asked for.
 
-    `found` is the search of `method: search`, whose best weights are merged. The folder appears whole or not at all, and one that was
+    `found` is the search of `method: search`, whose best weights are merged, `student` the place of the adapter that `method: distil` has
+    trained. The folder appears whole or not at all, and one that was
     made from the same experts in the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or
     does not fit the model.
     """
-    adapters = open_adapters(folder, skills, model, config)
+    assert (student is not None) == (config.method == "distil")
+    adapters = {"student": open_adapter(student)} if student else open_adapters(folder, skills, model, config)
     skills = list(adapters)
     assert (found is not None) == (config.method == "search")
-    weights = found.weights if found else {ALL: _weights(skills, model, config)}
+    weights = found.weights if found else {ALL: {"student": 1.0} if student else _weights(skills, model, config)}
     return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found)
 
 
@@ -145,6 +148,28 @@ def write_candidate(target: Path, adapters: Mapping[str, Adapter], weights: Weig
         experts[0].base_model,
         experts[0].revision,
     )
+
+
+def start_of_student(
+    adapters: Mapping[str, Adapter], model: ModelConfig, config: MergingConfig, seed: int
+) -> tuple[list[LoraFactors], dict[str, Shape], int]:
+    """Return the factors, the shapes and the rank of the merge that a student starts at."""
+    distil = config.distil
+    started = config.model_copy(update={"method": distil.start})
+    experts = list(adapters.values())
+    shapes = shapes_of(experts)
+    cut_rank = distil.rank or config.rank or max(expert.rank for expert in experts)
+    options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
+    merged = _merger(adapters, shapes, {ALL: _weights(list(adapters), model, started)}, distil.start, options)
+    rank = distil.rank or _adapter_rank(experts, shapes, cut_rank, distil.start)
+    return [_of_rank(merged(module), rank) for module in shapes], shapes, rank
+
+
+def _of_rank(delta: Delta, rank: int) -> LoraFactors:
+    """Return a delta in factors of at most a rank, exactly where it has no larger one."""
+    if isinstance(delta, LoraFactors) and delta.rank <= rank:
+        return delta
+    return truncated(delta, rank)
 
 
 def _build(

@@ -85,7 +85,9 @@ def _worker_key(config: ExpertsConfig) -> str:
 
 
 def _merge(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
-    evaluation = recipe.evaluation
+    evaluation, distil = recipe.evaluation, recipe.merging.distil
+    if recipe.merging.method == "distil":
+        return [([Demand("merging.distil", "train", {"CPU": distil.num_cpus, "GPU": distil.num_gpus})], True)]
     if recipe.merging.method != "search":
         return []
     both = shared_resources(_resources(evaluation), _resources(evaluation.judge))

@@ -33,7 +33,11 @@ def splits_judged(recipe: Recipe) -> tuple[Split, ...]:
     chosen = recipe.images.selection is not None and recipe.data.images == "model"
     splits: list[Split] = ["train"] if chosen or recipe.experts.nft else []
     choice, search = recipe.experts.selection, recipe.merging.search
-    if (choice and choice.suite is None) or (recipe.merging.method == "search" and search.suite is None):
+    if (
+        (choice and choice.suite is None)
+        or (recipe.merging.method == "search" and search.suite is None)
+        or recipe.rounds > 1
+    ):
         splits.append("dev")
     return tuple(splits)
 

@@ -14,6 +14,7 @@ from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse
 from selma_ray.study.config import ArmConfig, Kind
+from selma_ray.study.costs import timed
 from selma_ray.study.study import Study
 from selma_ray.study.tables import StudyScores, write_tables
 
@@ -52,8 +53,9 @@ def study_steps(study: Study) -> list[StudyStep]:
 def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report) -> None:
     """Make an experiment's models, from what earlier experiments of the seed have made where that is the same."""
     reuse(arm, earlier)
-    for stage in ("generate", "train", *(["merge"] if "merged" in config.models else [])):
-        run_stage(arm, stage, report)
+    with timed(arm):
+        for stage in ("generate", "train", *(["merge"] if "merged" in config.models else [])):
+            run_stage(arm, stage, report)
 
 
 def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
@@ -94,7 +96,7 @@ def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
 
 
 def _kind(model: str) -> Kind:
-    if model == "merged":
+    if model == "merged" or model.startswith("round-"):
         return "merged"
     if model == MIXTURE:
         return "moe"

@@ -13,6 +13,7 @@ from selma_ray.experts.plan import MIXTURE
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.storage import RunFolder
 from selma_ray.study.config import StudyConfig
+from selma_ray.study.costs import cost_rows
 from selma_ray.study.study import Study
 
 __all__ = ["StudyScores", "write_tables"]
@@ -113,6 +114,7 @@ def write_tables(study: Study, scores: StudyScores, second: StudyScores | None =
             *_against_rows(against, reference, titles),
             "",
             *(_second_judge_tables(second, titles) if second else []),
+            *_cost_table(study),
         ]
     )
     folder.write_bytes(text.encode(), "tables.md")
@@ -134,6 +136,18 @@ def _second_judge_tables(second: StudyScores, titles: Mapping[str, str]) -> list
         *_difference_rows(by_scale, best, best_scale, titles),
         "",
     ]
+
+
+def _cost_table(study: Study) -> list[str]:
+    """Return what each experiment took; what one shares with an earlier one is counted there."""
+    config = study.config
+    folders = {
+        arm.title: [RunFolder(study.place(name, f"seed={seed}")) for seed in config.seeds]
+        for name, arm in config.arms.items()
+    }
+    rows = [[row["title"], f"{row['minutes']:.1f}", f"{row['images']:,}"] for row in cost_rows(folders)]
+    head = ["experiment", "minutes beyond what it shares", "images drawn while training, shared ones too"]
+    return ["Cost of each experiment, a mean over its seeds:", "", *_table(head, rows), ""] if rows else []
 
 
 def _seed_words(seeds: Sequence[int]) -> str:

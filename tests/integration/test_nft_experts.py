@@ -82,7 +82,7 @@ def test_a_judge_that_cannot_start_ends_training_with_its_reason(
     ray_cluster: Any, model: ModelConfig, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"nft": NFT, "max_failures": 0})
-    with pytest.raises(TrainingError, match="could not be drawn: .*the judge has no eyes"):
+    with pytest.raises(TrainingError, match=r"could not be drawn: .*the judge has no eyes"):
         train(RunFolder(str(tmp_path)), model, config, source(open_blind))
 
 
