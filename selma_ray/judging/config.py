@@ -56,6 +56,8 @@ class QuestionsConfig(StrictModel):
     no questions for is asked the one about the whole prompt, and counted."""
     suite: str | None = None
     """Suite by name, or JSON Lines file of prompts with questions, for the source `suite`."""
+    exact_counts: bool = False
+    """With the source `grammar`, ask also whether there is exactly one where a caption says “a”: nobody else asks about one too many."""
     writer: WriterConfig = WriterConfig()
     """How a language model writes them, for the source `written`."""
 

@@ -150,7 +150,7 @@ def _fit_temperature(model: DetectorModel, scenes: SceneArrays) -> float:
     rows = range(len(scenes) - NUM_TEST_SCENES, len(scenes) - NUM_TEST_SCENES + 600)
     images = [Image.fromarray(scenes.images[row]) for row in rows]
     best, best_loss = 1.0, float("inf")
-    for candidate in (0.3 * 1.15**step for step in range(16)):
+    for candidate in (0.05 * 1.15**step for step in range(24)):
         model.config.temperature = candidate
         found = [each for start in range(0, len(images), 100) for each in detector.detect(images[start : start + 100])]
         chances = [
