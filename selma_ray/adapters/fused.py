@@ -87,8 +87,8 @@ class FusedAdapters:
             next(weight for name, weight in first.items() if f".{module}.lora_{side}." in name).flatten(1)
             for side in "AB"
         )
-        stacked = (torch.nn.Parameter(each.repeat(self.count, 1, 1)) for each in (A_RI, B_OR))
-        return _Factors(*stacked, tuple(base.weight.shape))
+        A_KRI, B_KOR = (torch.nn.Parameter(each.repeat(self.count, 1, 1)) for each in (A_RI, B_OR))
+        return _Factors(A_KRI, B_KOR, tuple(base.weight.shape))
 
     def _hook(self, module_name: str) -> Callable[..., torch.Tensor]:
         factors = self.factors[module_name]

@@ -67,6 +67,8 @@ def run_all(run: Run) -> None:
         _fetch_one_image(run)
     except SelmaError as error:  # the run is finished all the same
         console.print(f"[yellow]No picture of the served model: {escape(str(error))}[/yellow]")
+    if run.recipe.model.name == "miniature" and run.recipe.experts.nft is None:
+        console.print("More rounds, by experts that learn from their own images: selma study jobs/recipes/beyond.yaml")
     console.print(
         f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {escape(run.folder.path('recipe.yaml'))}"
     )

@@ -38,7 +38,8 @@ class EvaluationConfig(StrictModel):
     """Which prompts are rendered by which models, and how their images are scored."""
 
     suite: str = "miniature"
-    """`miniature` (its fixed held-out captions), `miniature-exact` (with “a” asked to be exactly one) or a JSON Lines file of prompts with questions."""
+    """`miniature` (its fixed held-out captions), `miniature-exact` (the same, “a” being asked to be exactly one) or a JSON Lines file of
+    prompts with questions."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Prompts taken from the suite, spread evenly over its skills; default: all."""
     seeds: tuple[int, ...] = (0,)
