@@ -25,7 +25,7 @@ from selma_ray.experts.rounds import RoundsPlan
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import see_own_gpus
 
-__all__ = ["DrawChunks", "Drawing", "RoundBoard"]
+__all__ = ["DrawChunks", "RoundBoard", "RoundsDrawing"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _CHUNK_SCHEMA = pa.schema([("plan", pa.int64()), ("round", pa.int64()), ("chunk"
 _READS_AT_ONCE = 2
 
 
-class Drawing:
+class RoundsDrawing:
     """Draws in a thread, beside training, whatever rounds become drawable; trainers learn of its end from the rounds' folders."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Drawing:
         )
         self._thread = threading.Thread(target=self._draw, name="draw-rounds", daemon=True)
 
-    def __enter__(self) -> "Drawing":
+    def __enter__(self) -> "RoundsDrawing":
         self._thread.start()
         return self
 

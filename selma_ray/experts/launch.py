@@ -85,14 +85,14 @@ def _train_in_rounds(
     ]
     unfinished = [job for job in jobs if finished_result(job) is None]
     if unfinished:
-        from selma_ray.experts.draw_stream import Drawing
+        from selma_ray.experts.draw_stream import RoundsDrawing
 
         config, nft = jobs[0].config, jobs[0].config.nft
         assert nft is not None
         slots = _slots(config, cluster, {"CPU": nft.cpus_per_renderer, "GPU": nft.gpus_per_renderer}, nft.renderers)
         scores = CandidateScores(jobs, None, None, cluster)
         plans = [plan for job in unfinished if (plan := job.rounds)]
-        with Drawing(plans, nft, model, source.open_scorer, cluster):
+        with RoundsDrawing(plans, nft, model, source.open_scorer, cluster):
             _raise_for(_fit_wave(jobs, slots, cluster, _Reporter(jobs, report, scores), scores))
     return {job.name: _result_of(job) for job in jobs}
 

@@ -14,6 +14,7 @@ from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.interface import Judge
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.miniature.facts import with_article
+from selma_ray.miniature.heldout import heldout_by_skill
 from selma_ray.miniature.known_scenes import draw_known_scenes
 from selma_ray.miniature.question_texts import every_question, key_of_question
 from selma_ray.miniature.questions import questions_for
@@ -22,10 +23,7 @@ from selma_ray.miniature.sprites import OBJECTS
 from selma_ray.models.locate import locate_judge
 
 FIRST, SECOND = "miniature", "miniature-detector"
-CAPTIONS = [
-    "a red car", "two blue bananas to the left of a red car on a beach", "three green hats", "a watercolor painting of a purple tree",
-    "a yellow fish above a blue cup", "four orange balls",
-]  # fmt: skip
+CAPTIONS = [caption for captions in heldout_by_skill().values() for caption in captions[:6]]
 Asked = tuple[Image.Image, str]
 
 
