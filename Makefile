@@ -9,7 +9,7 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python --no-deps $(FIND_LINKS)
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-heavy lint format lock gpu-kit setup clean help
+.PHONY: demo test test-heavy lint format docs lock gpu-kit setup clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,10 +31,10 @@ $(READY): requirements/cpu.txt pyproject.toml
 demo: $(READY) ## Run the whole loop on the miniature and serve its merged model
 	@$(BIN)/selma run jobs/recipes/demo.yaml
 
-# Unit tests on every core; what starts Ray, one after another.
+# Unit tests and the GPU kit's, which run without Ray, on every core; what starts Ray, one after another.
 test: $(READY) ## Run the test suite
-	@$(BIN)/python -m pytest tests/unit -m "not heavy and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
-	@$(BIN)/python -m pytest --ignore tests/unit -m "not heavy and not gpu"
+	@$(BIN)/python -m pytest tests/unit tests/gpu -m "not heavy and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest tests/integration tests/e2e -m "not heavy and not gpu" --durations 25
 
 test-heavy: $(READY) ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m "heavy and not gpu"
@@ -49,15 +49,18 @@ format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(READY) ## Build the documentation into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # For every Python from 3.11 on: both files are universal, with markers where versions or machines differ.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --quiet
 
 lock: $(READY) ## Resolve pyproject.toml into requirements/cpu.txt and gpu.txt
-	@$(COMPILE) --extra cpu --extra dev --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
+	@$(COMPILE) --extra cpu --extra dev --extra docs --extra trackers --override requirements/overrides.txt $(FIND_LINKS) -o requirements/cpu.txt
 	@$(COMPILE) --extra gpu --override requirements/overrides_gpu.txt -o requirements/gpu.txt
 
 gpu-kit: $(READY) ## Lay wheels for a CUDA machine without a network into .gpu-kit
 	@$(BIN)/python -m benchmarks.gpu_kit
 
 clean: ## Delete .venv, the runs and the kit
-	@rm -rf .venv runs .gpu-kit
+	@rm -rf .venv runs site .gpu-kit

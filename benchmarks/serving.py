@@ -1,7 +1,9 @@
-"""The service against three others: one request at a time, batching of whole requests, and an offline batched loop.
+"""The service against three others (one request at a time, batching of whole requests, an offline batched loop), and under load.
 
-All draw the same requests of mixed step counts on the miniature, with the same batch and one thread each for the model.
-Run: python -m benchmarks.serving [requests=32] [rounds=3] [minutes=3], after which no other round begins
+All draw the same requests of mixed step counts on the miniature, with the same batch and one thread each for the model. Then the
+service alone: a small image beside large ones, kinds of rows in one batch, and requests that arrive at random at 50 to 110% of what
+it can draw.
+Run: python -m benchmarks.serving [requests=32] [rounds=3] [minutes=3] [load_s=60], after which no other round begins, for each level
 """
 
 import asyncio
@@ -20,9 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import httpx
 import torch
@@ -31,11 +36,16 @@ from PIL import Image
 from ray import serve
 
 from benchmarks.common import machine, print_result, print_table, read_settings
+from benchmarks.serving_parts.kinds import kinds_together, write_experts
+from benchmarks.serving_parts.levels import first_over_steady, under_load
 from selma_ray.cluster.config import ClusterConfig
+from selma_ray.judging.config import JudgeConfig
+from selma_ray.judging.sources import GrammarQuestions
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import PNG, base64_of, encode
+from selma_ray.serving.experts import open_experts
 from selma_ray.serving.run import start_service
 from selma_ray.serving.scorer import open_scorer
 from selma_ray.serving.served import ServedModels
@@ -47,6 +57,8 @@ SOLO_STEPS = 20
 SOLO_CALLS = 15
 GUIDANCE = 2.0
 PROMPT = "two blue bananas to the left of a red car"
+SOLO = {"prompt": PROMPT, "num_inference_steps": SOLO_STEPS, "guidance_scale": GUIDANCE, "seed": 0}
+SHORT = {**SOLO, "num_inference_steps": 10}
 Body = dict[str, Any]
 System = Callable[[Sequence[Body]], float]
 """Draws the bodies' images and returns the seconds it took."""
@@ -54,35 +66,48 @@ System = Callable[[Sequence[Body]], float]
 
 def main() -> None:
     """Measure all systems in turns and print the table, and the ratios as one JSON line."""
-    options = read_settings({"requests": 32, "rounds": 3, "minutes": 3})
+    options = read_settings({"requests": 32, "rounds": 3, "minutes": 3, "load_s": 60})
+    load_s = options.pop("load_s")
     print(machine())
     torch.set_num_threads(1)
     config = ServingConfig(
         port=0, max_batch_size=BATCH, num_threads=1, request_timeout_s=600,
         sampling=SamplingConfig(steps=SOLO_STEPS, guidance_scale=GUIDANCE, width_px=64, height_px=64),
     )  # fmt: skip
-    model = ModelConfig()
-    started_s = time.monotonic()
+    model, offline = ModelConfig(), _Offline()
+    with TemporaryDirectory() as folder:
+        experts = write_experts(offline.pipeline, Path(folder), ["one", "two"])
+        _measure(ServedModels("merged", model, model, experts), config, offline, options, load_s)
+
+
+def _measure(
+    models: ServedModels, config: ServingConfig, offline: "_Offline", options: dict[str, int], load_s: int
+) -> None:
+    started_s = time.monotonic()  # Ray's start and the service's; imports of this program are over
+    source = GrammarQuestions()
     service = start_service(
-        ServedModels("merged", model), config, ClusterConfig(num_cpus=4), partial(open_scorer, "miniature")
+        models, config, ClusterConfig(num_cpus=4), partial(open_scorer, JudgeConfig(), {}, source), open_experts
     )
-    cold_start_s = time.monotonic() - started_s
+    starts = {"startup_s": time.monotonic() - started_s}
+    url = f"{service.url}/v1/images/generations"
     try:
+        starts["first_over_steady"] = first_over_steady(url, SOLO)
         serve.run(_RequestBatching.bind(), name="request_batching", route_prefix="/batched")
         with _one_at_a_time() as alone_url:
-            offline = _Offline()
             systems: dict[str, System] = {
-                "step batching (selma)": partial(_clients, f"{service.url}/v1/images/generations"),
+                "step batching (selma)": partial(_clients, url),
                 "offline batched loop": offline.draw,
                 "request batching (@serve.batch)": partial(_clients, f"{service.url}/batched"),
                 "one at a time (FastAPI)": partial(_clients, alone_url),
             }
             seconds = _measured(systems, **options)
-            solo = _solo_latencies(f"{service.url}/v1/images/generations", offline)
-        swap_s, load_s = _swap(service.url)
+            solo = _solo_latencies(url, offline)
+        serve.delete("request_batching")
+        ratios = under_load(url, SHORT, load_s, BATCH) | kinds_together(url, SHORT, options["rounds"])
+        starts["swap_s"], starts["load_s"] = _swap(service.url)
     finally:
         service.stop()
-    _report(seconds, solo, options["requests"], {"cold_start_s": cold_start_s, "load_s": load_s, "swap_s": swap_s})
+    _report(seconds, solo, options["requests"], starts, ratios)
 
 
 def _requests(count: int, seed: int) -> list[Body]:
@@ -219,15 +244,14 @@ def _one_at_a_time() -> Iterator[str]:
 
 def _solo_latencies(url: str, offline: _Offline) -> dict[str, float]:
     """Return the median seconds of one image, over a kept HTTP connection with nothing else going on and as a bare call, in turns."""
-    body = {"prompt": PROMPT, "num_inference_steps": SOLO_STEPS, "guidance_scale": GUIDANCE, "seed": 0}
     seconds: dict[str, list[float]] = {"over HTTP": [], "bare pipeline call": []}
     with httpx.Client(timeout=600, trust_env=False) as client:
         for _ in range(SOLO_CALLS):
             started_s = time.monotonic()
-            client.post(url, json=body).raise_for_status()
+            client.post(url, json=SOLO).raise_for_status()
             seconds["over HTTP"].append(time.monotonic() - started_s)
             started_s = time.monotonic()
-            _drawn(offline.pipeline, [body])
+            _drawn(offline.pipeline, [SOLO])
             seconds["bare pipeline call"].append(time.monotonic() - started_s)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -244,7 +268,13 @@ def _swap(url: str) -> tuple[float, float]:
     return values["selma_engine_swap_seconds"], values["selma_engine_start_seconds"]
 
 
-def _report(seconds: dict[str, list[float]], solo: dict[str, float], count: int, starts: dict[str, float]) -> None:
+def _report(
+    seconds: dict[str, list[float]],
+    solo: dict[str, float],
+    count: int,
+    starts: dict[str, float],
+    ratios_under_load: dict[str, float],
+) -> None:
     ours, *others = seconds
     print_table(
         ("system", "images/s", "the service, times as fast"),
@@ -258,7 +288,7 @@ def _report(seconds: dict[str, list[float]], solo: dict[str, float], count: int,
     keys = dict(zip(("of_offline", "over_request_batching", "over_fastapi"), others, strict=True))
     ratios = {key: round(_ratio(seconds[name], seconds[ours]), 3) for key, name in keys.items()}
     ratios["solo_latency"] = round(solo["over HTTP"] / solo["bare pipeline call"], 3)
-    print_result(ratios | {key: round(value, 2) for key, value in starts.items()})
+    print_result(ratios | {key: round(value, 2) for key, value in (ratios_under_load | starts).items()})
 
 
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:

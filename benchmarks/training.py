@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.common import machine, print_result, print_table, read_settings
 from benchmarks.drawn_run import draw_run
 from selma_ray.adapters.config import LoraSettings
-from selma_ray.experts.cache import EncodeExamples, skill_cache
+from selma_ray.experts.cache import EncodeExamples, encode_here, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.examples import EncodedExamples
 from selma_ray.experts.job import ExpertJob
@@ -81,9 +81,7 @@ def _time_of(steps: Iterator[float], count: int) -> float:
 
 def _job(folder: RunFolder, settings: dict[str, int]) -> ExpertJob:
     cache = skill_cache(folder, SKILL, MODEL)
-    shards = [cache.shard(source) for source in cache.sources]
-    EncodeExamples(folder, MODEL)({"source": np.array(cache.sources), "shard": np.array(shards)})
-    folder.write_json({"shards": shards, "ids": cache.ids}, cache.directory, "index.json")
+    encode_here(folder, cache, EncodeExamples(folder, MODEL))
     config = ExpertsConfig(
         lora=LoraSettings(rank=settings["rank"], alpha=settings["rank"]),
         steps=10_000,

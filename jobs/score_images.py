@@ -2,7 +2,8 @@
 
 python -m jobs.score_images RUN_DIR metric=pickscore [key.path=value ...]
 
-The overrides are keys of `selma_ray.evaluation.image_metrics.ScoreImagesConfig`. Writes the figures to RUN_DIR/evaluation/metrics and
+The overrides are keys of `selma_ray.evaluation.image_metrics.ScoreImagesConfig`; under `ray job submit` the cluster's workers score, of
+which `num_gpus` and `workers` say what they take. Writes the figures to RUN_DIR/evaluation/metrics and
 prints them as one line of JSON, the last.
 """
 
@@ -20,12 +21,12 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{(__doc__ or '').splitlines()[2]}\n")
         return 2
     run_dir, *overrides = arguments
-    from selma_ray.evaluation.image_metrics import ScoreImagesConfig, open_configured, score_run
+    from selma_ray.evaluation.image_metrics import ScoreImagesConfig, score_run
     from selma_ray.storage import RunFolder
 
     try:
         config = validate(ScoreImagesConfig, apply_overrides({}, overrides, ScoreImagesConfig), "score_images")
-        result = score_run(RunFolder(run_dir), open_configured(config), config)
+        result = score_run(RunFolder(run_dir), config)
     except SelmaError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from selma_ray.errors import ConfigError
 from selma_ray.json_lines import ENCODING
@@ -23,6 +24,7 @@ __all__ = [
     "apply_overrides",
     "first_difference",
     "identity",
+    "is_placement",
     "read_yaml",
     "set_values",
     "validate",
@@ -57,14 +59,17 @@ def identity(value: Any) -> Any:
     """Return what of a configuration decides results, as plain JSON values: everything but its Placement fields."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
-        return {
-            name: identity(getattr(value, name)) for name, field in fields.items() if _PLACES_WORK not in field.metadata
-        }
+        return {name: identity(getattr(value, name)) for name, field in fields.items() if not is_placement(field)}
     if isinstance(value, Mapping):
         return {str(key): identity(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [identity(each) for each in value]
     return value
+
+
+def is_placement(field: FieldInfo) -> bool:
+    """Tell whether a field only says where, how fast or how safely a run works."""
+    return _PLACES_WORK in field.metadata
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

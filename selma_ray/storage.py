@@ -22,10 +22,13 @@ from pyarrow import fs
 
 from selma_ray.errors import StorageError
 
-__all__ = ["READERS", "RunFolder", "StoredFile", "storage_errors"]
+__all__ = ["READERS", "ROW_GROUP_ROWS", "RunFolder", "StoredFile", "storage_errors"]
 
 READERS = 16
 """Threads that read or write side by side: an object store answers late and many at once."""
+
+ROW_GROUP_ROWS = 256
+"""Rows of a Parquet file that are read together: what one worker takes of a large file."""
 
 _PART_SUFFIX = ".part"
 _CHUNK_BYTES = 8 * 1024 * 1024
@@ -78,23 +81,16 @@ class RunFolder:
 
     def files(self, *parts: str, suffix: str = "") -> list[str]:
         """Return the sorted relative paths of all finished files below `parts` whose names end in `suffix`."""
-        selector = fs.FileSelector(self._inner(*parts), allow_not_found=True, recursive=True)
-        prefix = len(self._root.rstrip("/")) + 1
-        with _reading(self.path(*parts)):
-            found = self._filesystem.get_file_info(selector)
-        return sorted(
-            info.path[prefix:]
-            for info in found
-            if info.type == fs.FileType.File and info.path.endswith(suffix) and not info.path.endswith(_PART_SUFFIX)
-        )
+        return [path for path in self.listing(*parts) if path and path.endswith(suffix)]
 
-    def listing(self) -> dict[str, StoredFile]:
-        """Return all finished files below the root by relative path; where the root is a file, that one, by the empty name."""
-        with _reading(self.uri):
-            root = self._filesystem.get_file_info(self._root)
-            if root.type == fs.FileType.File:
-                return {"": StoredFile(root.size, root.mtime_ns)}
-            found = self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True))
+    def listing(self, *parts: str) -> dict[str, StoredFile]:
+        """Return all finished files below `parts` by relative path, sorted; where the root is a file, that one, by the empty name."""
+        place = self._inner(*parts)
+        with _reading(self.path(*parts)):
+            info = self._filesystem.get_file_info(self._root) if not parts else None
+            if info is not None and info.type == fs.FileType.File:
+                return {"": StoredFile(info.size, info.mtime_ns)}
+            found = self._filesystem.get_file_info(fs.FileSelector(place, allow_not_found=True, recursive=True))
         prefix = len(self._root.rstrip("/")) + 1
         return {
             info.path[prefix:]: StoredFile(info.size, info.mtime_ns)
@@ -170,11 +166,23 @@ class RunFolder:
             tables = list(readers.map(lambda path: self._read_table(path, wanted), paths))
         return pa.concat_tables(tables, promote_options="default")
 
-    def write_table(self, table: pa.Table, *parts: str) -> None:
-        """Write `table` as one Parquet file, atomically."""
+    def read_row_group(self, path: str, group: int) -> pa.Table:
+        """Return the rows of one row group of a Parquet file."""
+        with _reading(self.path(path)), self._filesystem.open_input_file(self._inner(path)) as file:
+            return pq.ParquetFile(file).read_row_group(group)
+
+    def row_groups(self, path: str, columns: Sequence[str]) -> list[pa.Table]:
+        """Return some columns of a Parquet file, row group by row group."""
+        with _reading(self.path(path)), self._filesystem.open_input_file(self._inner(path)) as file:
+            opened = pq.ParquetFile(file)
+            return [opened.read_row_group(group, columns=list(columns)) for group in range(opened.num_row_groups)]
+
+    def write_table(self, table: pa.Table, *parts: str) -> int:
+        """Write `table` as one Parquet file, atomically, in row groups of `ROW_GROUP_ROWS`; returns its size in bytes."""
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", row_group_size=ROW_GROUP_ROWS)
         self.write_bytes(buffer.getbuffer(), *parts)
+        return buffer.tell()
 
     def delete(self, *parts: str) -> None:
         """Delete an object or a whole folder; what is not there is no error."""
@@ -184,6 +192,11 @@ class RunFolder:
                 self._filesystem.delete_dir(info.path)
             elif info.type == fs.FileType.File:
                 self._filesystem.delete_file(info.path)
+
+    def delete_files(self, paths: Sequence[str]) -> None:
+        """Delete objects side by side; what is not there is no error."""
+        with ThreadPoolExecutor(READERS) as deleters:
+            list(deleters.map(self.delete, paths))
 
     def delete_partial(self, *parts: str) -> None:
         """Delete what killed writers left half-written below `parts`; only for when nothing writes there."""

@@ -13,8 +13,9 @@ from selma_ray.judging.sources import GrammarQuestions, QuestionSource, WholeQue
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import MINIATURE, locate_text_to_image
 from selma_ray.run.opening import Run, open_run
-from selma_ray.run.serve import served_models, service_source
+from selma_ray.run.serve import hosted_runs, served_models, service_source
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.credentials import open_signer
 from selma_ray.serving.deployment import application
 from selma_ray.serving.experts import check_adapters, open_experts
 from selma_ray.serving.scorer import scorer_of
@@ -51,9 +52,12 @@ def build(args: ServeArgs) -> serve.Application:
         models = served_models(run, config)
         models = replace(models, name=args.model_name or models.name)
         source = service_source(run)
+    others = hosted_runs(config, models)
     # Checked here, before replicas are started that would fail one after the other.
-    locate_text_to_image(models.merged.name, models.merged.revision)
-    return application(models, config, args.cluster, scorer_of(config, source), open_experts)
+    open_signer(config)
+    for each in (models, *(hosted.models for hosted in others.values())):
+        locate_text_to_image(each.merged.name, each.merged.revision)
+    return application(models, config, args.cluster, scorer_of(config, source), open_experts, (), others)
 
 
 def _finished_run(run_dir: str) -> Run:

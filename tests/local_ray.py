@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class RayNode:
     ) -> None:
         self._log = log
         # A node whose agent finds its port taken, by another node of this machine, does not come up.
-        agent = f"--dashboard-agent-listen-port={free_port()}"
+        self._agent_port = free_port()
+        agent = f"--dashboard-agent-listen-port={self._agent_port}"
         start = [RAY, "start", *words, agent, "--block", "--disable-usage-stats"]
         if hidden is not None:  # another filesystem lies over it in a mount namespace of the node's own
             start = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden), *start]
@@ -54,6 +56,15 @@ class RayNode:
     def started(self) -> bool:
         """Tell whether the node is up."""
         return "Ray runtime started" in self._log.read_text()
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Tell whether a head takes jobs: they go through its agent, which comes up long after the dashboard on a busy machine."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._agent_port}/api/local_raylet_healthz", timeout=5):
+                return True
+        except OSError:
+            return False
 
     def kill(self) -> None:
         """End the node as a power cut would: kill -9 of all its processes at once."""

@@ -20,7 +20,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,"
 def save_tiny_stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> None:
     """Write a StableDiffusionPipeline folder whose parts are random and small."""
     torch.manual_seed(seed)
-    tokenizer = _character_tokenizer(folder / "tokenizer-source")
+    tokenizer = character_tokenizer(folder / "tokenizer-source")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -50,7 +50,7 @@ def save_tiny_stable_diffusion(folder: Path, prediction_type: str = "epsilon", s
 def save_tiny_sdxl(folder: Path, seed: int = 0) -> None:
     """Write a StableDiffusionXLPipeline folder whose parts are random and small."""
     torch.manual_seed(seed)
-    tokenizer = _character_tokenizer(folder / "tokenizer-source")
+    tokenizer = character_tokenizer(folder / "tokenizer-source")
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=77, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
@@ -75,7 +75,7 @@ def save_tiny_sdxl(folder: Path, seed: int = 0) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def _character_tokenizer(folder: Path) -> CLIPTokenizer:
+def character_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True)
     tokens = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))

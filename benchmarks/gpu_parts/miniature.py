@@ -17,7 +17,7 @@ from benchmarks.gpu_parts.images import difference
 from benchmarks.gpu_parts.report import Report
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.files import is_adapter
-from selma_ray.experts.cache import EncodeExamples, skill_cache
+from selma_ray.experts.cache import EncodeExamples, encode_here, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.examples import EncodedExamples
 from selma_ray.experts.job import ExpertJob
@@ -162,8 +162,5 @@ def exact_fp32() -> Iterator[None]:
 def _encoded(folder: RunFolder, config: ExpertsConfig, gpus: int) -> ExpertJob:
     model = ModelConfig()
     cache = skill_cache(folder, _SKILL, model)
-    shards = [cache.shard(source) for source in cache.sources]
-    encode = EncodeExamples(folder, model, cache.ids, gpus)
-    encode({"source": np.array(cache.sources), "shard": np.array(shards)})
-    folder.write_json({"shards": shards, "ids": cache.ids, "pairs": []}, cache.directory, "index.json")
+    encode_here(folder, cache, EncodeExamples(folder, model, cache.ids, gpus))
     return ExpertJob(_SKILL, folder, (cache.directory,), (cache.key,), model, config, seed=0)

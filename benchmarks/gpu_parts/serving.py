@@ -14,7 +14,8 @@ from benchmarks.gpu_parts.host_syncs import host_syncs
 from benchmarks.gpu_parts.images import difference
 from benchmarks.gpu_parts.pipelines import Subject, as_diffusers_has_it, random_pipeline
 from benchmarks.gpu_parts.report import Report
-from selma_ray.adapters.mixing import Expert, LowRank, Mix
+from selma_ray.adapters.mixes import Mix
+from selma_ray.adapters.mixing import Expert, LowRank
 from selma_ray.models.parts import denoiser_name, denoiser_of
 from selma_ray.models.placing import place_pipeline
 from selma_ray.serving.batch import StepBatch

@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,16 @@ from selma_ray.adapters.peft_format import (
     write_adapter,
 )
 from selma_ray.adapters.targets import adaptable_shapes
+from selma_ray.adapters.text_encoders import encoder_shapes, is_told, part_of, plain_name, text_parts
 from selma_ray.errors import AdapterError, first_line
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family, pipeline_class_of
 from selma_ray.models.published import configured
 
-__all__ = ["Adapted", "adapted", "import_adapter", "read_lora"]
+__all__ = ["Adapted", "Parts", "adapted", "described", "import_adapter", "read_lora", "read_parts"]
 
 logger = logging.getLogger(__name__)
 
-_TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoders?(_\d)?\.|te\d?\.|conditioner\.|text_model\.)")
 _UNSUPPORTED = {
     "DoRA, whose weights are scaled column by column, which no sum of deltas keeps": re.compile(
         r"dora_scale|lora_magnitude_vector"
@@ -52,15 +52,15 @@ _UNSUPPORTED = {
     ),
 }
 _SIDE = re.compile(
-    r"(?P<module>.+?)(?:\.lora_A(?:\.default)?\.weight|\.lora_down\.weight|\.lora\.down\.weight)$|"
-    r"(?P<up>.+?)(?:\.lora_B(?:\.default)?\.weight|\.lora_up\.weight|\.lora\.up\.weight)$|"
+    r"(?P<module>.+?)(?:\.lora_A(?:\.default)?\.weight|\.lora_down\.weight|\.lora(?:_linear_layer)?\.down\.weight)$|"
+    r"(?P<up>.+?)(?:\.lora_B(?:\.default)?\.weight|\.lora_up\.weight|\.lora(?:_linear_layer)?\.up\.weight)$|"
     r"(?P<scaled>.+?)\.alpha$"
 )
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The denoiser that a LoRA is for, by which its names and shapes are known."""
+    """The denoiser that a LoRA is for, by which its names and shapes are known, and the text encoders that it may adapt too."""
 
     model_name: str
     part: str
@@ -68,6 +68,12 @@ class Adapted:
     pipeline_class: str
     config: Any
     shapes: Mapping[str, Shape]
+    encoders: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
+    """Shapes of each text encoder's modules, by what the pipeline calls it; none where such parts are not applied."""
+
+
+Parts = dict[str, dict[str, LoraFactors]]
+"""Factors by module, of each part of a pipeline by its name there."""
 
 
 def adapted(denoiser: Any, pipeline_class: str, model_name: str) -> Adapted:
@@ -79,27 +85,34 @@ def adapted(denoiser: Any, pipeline_class: str, model_name: str) -> Adapted:
 def read_lora(source: Path, name: str, denoiser: Adapted, *, skip_text_encoders: bool) -> dict[str, LoraFactors]:
     """Return the factors of a LoRA by module, in fp32.
 
+    As `read_parts`, of which it returns the denoiser's.
+    """
+    return read_parts(source, name, denoiser, skip_text_encoders=skip_text_encoders)[denoiser.part]
+
+
+def read_parts(source: Path, name: str, denoiser: Adapted, *, skip_text_encoders: bool) -> Parts:
+    """Return the factors of a LoRA by part and module, in fp32: of the denoiser, and of the text encoders that it adapts.
+
     `source` is a LoRA file, a folder with one, an adapter's folder, or a run's folder, whose expert or merge `name` is meant. What it
-    has for text encoders is left out with a warning, or refused. Raises AdapterError, naming file, key and remedy, for what is no LoRA
-    of this model.
+    has for text encoders that are not known is refused, and all of it is left out with a warning where `skip_text_encoders` says so.
+    Raises AdapterError, naming file, key and remedy, for what is no LoRA of this model.
     """
     place = _found(source, name)
-    if not place.is_dir():
-        return _read_file(place, denoiser, skip_text_encoders)
-    factors = {each.module: each for each in open_adapter(place)}
-    _check_modules(place, factors, denoiser)
-    return factors
+    return (_read_folder if place.is_dir() else _read_file)(place, denoiser, skip_text_encoders)
 
 
 def import_adapter(source: Path, name: str, target: Path, model: ModelConfig, skip_text_encoders: bool = False) -> None:
-    """Write a LoRA from anywhere, as `read_lora` takes it, as an adapter's folder of `model`; zeros fill up lower ranks."""
-    denoiser = _denoiser(model)
-    factors = read_lora(source, name, denoiser, skip_text_encoders=skip_text_encoders)
-    shapes = {module: denoiser.shapes[module] for module in sorted(factors)}
-    rank = max(each.rank for each in factors.values())
+    """Write a LoRA from anywhere, as `read_parts` takes it, as an adapter's folder of `model`; zeros fill up lower ranks."""
+    denoiser = described(model)
+    parts = read_parts(source, name, denoiser, skip_text_encoders=skip_text_encoders)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
-        write_adapter(part, (factors[module] for module in shapes), shapes, rank, model.name)
+        for of_part, factors in parts.items():
+            known = denoiser.encoders.get(of_part, denoiser.shapes)
+            shapes = {module: known[module] for module in sorted(factors)}
+            folder = part if of_part == denoiser.part else part / of_part
+            rank = max(each.rank for each in factors.values())
+            write_adapter(folder, (factors[module] for module in shapes), shapes, rank, model.name)
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)
     finally:
@@ -124,32 +137,67 @@ def _found(source: Path, name: str) -> Path:
     return files[0]
 
 
-def _denoiser(model: ModelConfig) -> Adapted:
+def described(model: ModelConfig) -> Adapted:
+    """Describe a model's denoiser and CLIP text encoders by their configurations alone."""
     with configured(model) as known, torch.device("meta"):
         family: Any = open_family(known)
-        return adapted(family.empty_denoiser(), pipeline_class_of(known, family.located), model.name)
+        denoiser = adapted(family.empty_denoiser(), pipeline_class_of(known, family.located), model.name)
+        return replace(denoiser, encoders=encoder_shapes(known))
 
 
-def _read_file(path: Path, denoiser: Adapted, skip_text_encoders: bool) -> dict[str, LoraFactors]:
+def _read_folder(folder: Path, denoiser: Adapted, skip_text_encoders: bool) -> Parts:
+    factors = {each.module: each for each in open_adapter(folder)}
+    _check_modules(folder, factors, denoiser)
+    parts = {denoiser.part: factors}
+    for part in [] if skip_text_encoders else text_parts(folder):
+        if part not in denoiser.encoders:
+            raise AdapterError(_unknown_encoder(folder, part, denoiser))
+        encoder = replace(denoiser, part=part, shapes=denoiser.encoders[part])
+        named = {plain_name(each.module, encoder.shapes): each for each in open_adapter(folder / part)}
+        parts[part] = {module: replace(each, module=module) for module, each in named.items()}
+        _check_modules(folder / part, parts[part], encoder)
+    return parts
+
+
+def _read_file(path: Path, denoiser: Adapted, skip_text_encoders: bool) -> Parts:
     tensors, settings = _loaded(path), _settings(path, denoiser)
     _refuse_other_kinds(path, tensors)
-    told = [key for key in tensors if _TEXT_ENCODERS.match(key)]
-    if told and not skip_text_encoders:
-        raise AdapterError(
-            f"{path}: {told[0]} is of a text encoder, which is not merged ({len(told)} such tensors); set "
-            "merging.skip_text_encoders=true to merge the rest, or export the LoRA without them"
-        )
-    for key in told:
-        del tensors[key]
-    if told:
+    told = {key: tensors.pop(key) for key in [*filter(is_told, tensors)]}
+    if told and skip_text_encoders:
         logger.warning("%s: what it has for text encoders is left out, the %s alone is adapted", path, denoiser.part)
     if not tensors:
         raise AdapterError(f"{path} holds nothing for the {denoiser.part} of {denoiser.model_name}; name another file")
-    _check_finite(path, tensors)
+    _check_finite(path, tensors | told)
     named = _named(tensors, denoiser)
     if not all(module in denoiser.shapes for module, _ in named):
         named = _named(_renamed(path, tensors, denoiser), denoiser)
-    return _factors(path, named, denoiser, settings)
+    parts = {denoiser.part: _factors(path, named, denoiser, settings)}
+    return parts if skip_text_encoders else parts | _text_factors(path, told, denoiser)
+
+
+def _text_factors(path: Path, told: Mapping[str, torch.Tensor], denoiser: Adapted) -> Parts:
+    by_part: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in told.items():
+        part, rest = part_of(key)
+        if part is None or part not in denoiser.encoders:
+            raise AdapterError(_unknown_encoder(path, key, denoiser))
+        by_part.setdefault(part, {})[rest] = tensor
+    parts: Parts = {}
+    for part, tensors in by_part.items():
+        encoder = replace(denoiser, part=part, shapes=denoiser.encoders[part])
+        sides = {
+            (plain_name(module, encoder.shapes), side): tensor
+            for (module, side), tensor in _named(tensors, encoder).items()
+        }
+        parts[part] = _factors(path, sides, encoder, _settings(path, encoder))
+    return parts
+
+
+def _unknown_encoder(path: Path, key: str, denoiser: Adapted) -> str:
+    return (
+        f"{path}: {key} is of a text encoder, which is merged for CLIP alone and not for {denoiser.model_name}; set "
+        "merging.skip_text_encoders=true to merge the rest, or export the LoRA without it"
+    )
 
 
 def _settings(path: Path, denoiser: Adapted) -> Mapping[str, Any]:

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from selma_ray.adapters.targets import is_adaptable
+from selma_ray.adapters.mixes import Mix
+from selma_ray.adapters.targets import is_adaptable, sees_rows_together
 from selma_ray.errors import AdapterError
 
-__all__ = ["Expert", "ExpertLayers", "LowRank", "Mix", "fitted_expert"]
-
-Mix = tuple[tuple[str, float], ...]
-"""Experts on the base model by name, each with the weight of its delta; empty for the base model itself."""
+__all__ = ["Expert", "ExpertLayers", "LowRank", "fitted_expert"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,12 @@ class ExpertLayers:
         for module_name in sorted(set(fitted) - self._hooked):
             self._denoiser.get_submodule(module_name).register_forward_hook(self._hook(module_name))
         self._hooked |= set(fitted)
+
+    def remove(self, name: str) -> None:
+        """Forget an expert that no mix names any more, between two calls of the denoiser; its hooks stay, which then do nothing."""
+        self._experts.pop(name, None)
+        if name in self._active:
+            self._active, self._stacks, self._weights_NK = (), {}, None
 
     def weigh(self, mixes_N: Sequence[Mix]) -> None:
         """Set the mix of each row for the calls of the denoiser that follow."""
@@ -135,6 +139,11 @@ def fitted_expert(name: str, expert: Expert, denoiser: torch.nn.Module) -> dict[
             raise AdapterError(
                 f"expert {name}: {module_name} must be a linear module or a convolution of shape {shape} in the model that is served; "
                 "serve experts with the model they were fitted to"
+            )
+        if sees_rows_together(denoiser, module_name):
+            raise AdapterError(
+                f"expert {name}: {module_name} sees the tokens of all rows of a batch as one, so that they cannot mix experts apart; serve "
+                "with serving.experts=false, or fit experts without it"
             )
         device, dtype = module.weight.device, module.weight.dtype
         fitted[module_name] = LowRank(delta.A_RI.to(device, dtype), delta.B_OR.to(device, dtype))

@@ -107,7 +107,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """Return the largest rank."""
-        return max(self.ranks.values())
+        return max(self.ranks.values(), default=1)
 
     @cached_property
     def _tensors(self) -> Any:

@@ -5,6 +5,9 @@ selma data status|sheet RUN          what a run's folder holds
 selma export RUN --to LAYOUT         its images, as other trainers read them
 selma push RUN --to hub:OWNER/NAME   what it made, with a card, to the hub or a folder
 selma merge-adapters A B --base NAME --out DIR     LoRAs from anywhere, without a run
+selma recipes [NAME]                 the recipes that come with selma_ray
+selma init NAME                      a recipe and a skill file of one's own to begin with
+selma skills [list|check FILE]       the packaged skills; what a skill file asks for
 selma explain KEY                    what a recipe's key means
 selma doctor                         what this machine has, and what would not work
 """
@@ -13,7 +16,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from selma_ray import __version__
@@ -21,7 +24,7 @@ from selma_ray.cli.merge_adapters import add_merge_adapters, execute_merge_adapt
 from selma_ray.cluster.errors import known_error
 from selma_ray.errors import first_line
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 _COMMANDS = {
     "plan": "print what a recipe takes: weights, memory, GPU-hours and storage; nothing runs",
@@ -37,7 +40,7 @@ _COMMANDS = {
 }
 
 _DATA_COMMANDS = ("data", "export", "push")
-_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters", "explain", "doctor")
+_OTHER_COMMANDS = (*_DATA_COMMANDS, "merge-adapters", "recipes", "init", "skills", "explain", "doctor")
 _OF_FINISHED_RUNS = ("report", "serve")
 
 
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    parser = build_parser()
     # argparse ends the list of overrides at the first option; those after it belong to the list too.
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
@@ -79,15 +82,18 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="selma", description="Make a text-to-image model follow its prompts better, and serve it."
+        prog="selma",
+        description="Make a text-to-image model follow its prompts better, and serve it.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. NO_COLOR=1 writes without colours.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in _COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("recipe", help="recipe file, such as jobs/recipes/demo.yaml")
+        command.add_argument("recipe", help="recipe file, or a name of `selma recipes`, such as demo")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         if name == "plan":
@@ -102,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_rating_options(command)
     _add_data_commands(commands)
     add_merge_adapters(commands)
+    _add_first_steps(commands)
     explain = commands.add_parser("explain", help="tell what a recipe's key means: type, bounds, default, unit")
     explain.add_argument("key", nargs="?", default="", help="such as experts.lora.rank; default: the sections")
     doctor = commands.add_parser("doctor", help="tell what this machine has for a run, and what would not work")
@@ -110,6 +117,30 @@ def _parser() -> argparse.ArgumentParser:
     for command in (explain, doctor):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _add_first_steps(commands: Any) -> None:
+    """Add the commands that read no run: what comes with the package, and files to begin with."""
+    recipes = commands.add_parser("recipes", help="list the recipes that come with selma_ray, or show one")
+    recipes.add_argument("name", nargs="?", help="the recipe to show")
+    recipes.add_argument("--resolved", action="store_true", help="with every default written out")
+    init = commands.add_parser(
+        "init", help="write a recipe and a skill file of your own to begin with, each line explained"
+    )
+    init.add_argument("name", nargs="?", default="my_skill", help="of the skill and its run (default: my_skill)")
+    init.add_argument("--folder", default=".", help="where to write them (default: here)")
+    init.add_argument(
+        "--extends", default="demo", metavar="RECIPE", help="the published recipe it changes (default: demo)"
+    )
+    skills = commands.add_parser("skills", help="list the packaged skills, or check a skill file")
+    what = skills.add_subparsers(dest="what", required=True, metavar="WHAT")
+    listed = what.add_parser("list", help="the packaged skills and what each teaches")
+    check = what.add_parser("check", help="seeds, caps, grammar, and the request that a language model gets")
+    check.add_argument("skill", help="a skill file, or a packaged skill's name")
+    for command in (recipes, listed):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    for command in (recipes, init, listed, check):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _add_data_commands(commands: Any) -> None:
@@ -166,19 +197,53 @@ def _examined(options: argparse.Namespace) -> int:
     return 0 if show_findings(examine(options.run_dir), as_json=options.json) else 1
 
 
+def _show_recipes(options: argparse.Namespace) -> None:
+    from selma_ray.cli.recipes import list_recipes, show_recipe
+
+    if options.name is None:
+        list_recipes(as_json=options.json)
+    else:
+        show_recipe(options.name, resolved=options.resolved, as_json=options.json)
+
+
+def _show_skills(options: argparse.Namespace) -> None:
+    from selma_ray.cli.skills import check_skill, list_skills
+
+    if options.what == "list":
+        list_skills(as_json=options.json)
+    else:
+        check_skill(options.skill)
+
+
+def _initialise(options: argparse.Namespace) -> None:
+    from selma_ray.cli.init import init
+
+    init(options.folder, options.name, options.extends)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from selma_ray.cli.explain import explain
+
+    explain(options.key)
+
+
+_WITHOUT_A_RUN: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "merge-adapters": execute_merge_adapters,
+    "recipes": _show_recipes,
+    "init": _initialise,
+    "skills": _show_skills,
+    "explain": _explain,
+}
+
+
 def _execute(options: argparse.Namespace) -> None:
     if options.command in _DATA_COMMANDS:
         from selma_ray.cli import data
 
         data.execute(options)
         return
-    if options.command == "explain":
-        from selma_ray.cli.explain import explain
-
-        explain(options.key)
-        return
-    if options.command == "merge-adapters":
-        execute_merge_adapters(options)
+    if options.command in _WITHOUT_A_RUN:
+        _WITHOUT_A_RUN[options.command](options)
         return
     if options.command in ("plan", "study") and _executed_of_study(options):
         return

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from selma_ray.config import StrictModel
+from selma_ray.config import StrictModel, is_placement
 from selma_ray.errors import ConfigError
 from selma_ray.run.recipe import Recipe
 
-__all__ = ["explain"]
+__all__ = ["explain", "keys_by_section"]
 
 _BOUNDS = {
     Ge: ("at least", "ge"),
@@ -48,6 +48,24 @@ def explain(key: str) -> None:
             meaning = (each.description or "").partition(". ")[0].partition("; ")[0]
             table.add_row(*map(escape, (f"{key}.{name}".lstrip("."), default, " ".join(meaning.split()))))
         console.print(table, soft_wrap=False)
+
+
+def keys_by_section(
+    section: type[StrictModel] = Recipe, above: str = ""
+) -> Iterator[tuple[str, list[tuple[str, str, str, str, bool]]]]:
+    """Yield every section's name, the recipe's is empty, with its keys: name, type, default, meaning, whether it places work."""
+    rows = []
+    below: list[tuple[str, type[StrictModel]]] = []
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None:
+            below.append((f"{above}{name}", inner))
+        words = _type_words(field.annotation) + _bounds(field)
+        default = "" if inner is not None else _default(field)
+        rows.append((f"{above}{name}", words, default, field.description or "", is_placement(field)))
+    yield above.removesuffix("."), rows
+    for name, inner in below:
+        yield from keys_by_section(inner, f"{name}.")
 
 
 def _found(key: str) -> tuple[FieldInfo | None, type[StrictModel] | None]:

@@ -52,6 +52,8 @@ def execute_merge_adapters(options: argparse.Namespace) -> None:
         raise ConfigError("--method must not be search, which scores candidates on a run's dev prompts; name another")
     if config.method == "distil":
         raise ConfigError("--method must not be distil, whose student draws a run's prompts; name another")
+    if config.method == "regmean":
+        raise ConfigError("--method must not be regmean, which needs the examples of a run's experts; name another")
     model = validate(ModelConfig, {"name": options.base, "revision": options.base_revision}, "merge-adapters")
     summary = merge_adapters(places, model, config, Path(options.out), options.seed, bake=options.pipeline)
     print(

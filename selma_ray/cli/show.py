@@ -67,11 +67,26 @@ def run_all(run: Run) -> None:
         _fetch_one_image(run)
     except SelmaError as error:  # the run is finished all the same
         console.print(f"[yellow]No picture of the served model: {escape(str(error))}[/yellow]")
-    if run.recipe.model.name == "miniature" and run.recipe.experts.nft is None:
-        console.print("More rounds, by experts that learn from their own images: selma study jobs/recipes/beyond.yaml")
-    console.print(
-        f"\nFinished in {_minutes(time.monotonic() - started_s)}. Serve it: selma serve {escape(run.folder.path('recipe.yaml'))}"
+    console.print(f"\nFinished in {_minutes(time.monotonic() - started_s)}.")
+    for line in _next_steps(run):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _next_steps(run: Run) -> list[str]:
+    """Return what to look at and what to try next."""
+    recipe = run.folder.path("recipe.yaml")
+    is_first_look = run.recipe.model.name == "miniature" and run.recipe.experts.nft is None
+    more = (
+        ["Let its experts go on learning from their own images: selma study jobs/recipes/beyond.yaml"]
+        if is_first_look
+        else []
     )
+    return [
+        f"Look at {run.folder.path('report.html')} and at what it learnt from: selma data sheet {run.folder.uri}",
+        f"Serve it, with a page to compare models on: selma serve {recipe}",
+        *more,
+        "Teach it a skill of your own: selma init; other models and machines: selma recipes",
+    ]
 
 
 def fetch(recipe: Recipe) -> None:

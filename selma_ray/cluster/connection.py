@@ -15,7 +15,7 @@ import ray
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import ClusterError, first_line
 
-__all__ = ["connect", "cpu_count"]
+__all__ = ["cluster_memory_bytes", "connect", "cpu_count"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,11 @@ def _end_on_sigterm() -> None:
 def cpu_count() -> int:
     """Return the logical CPUs of the connected cluster."""
     return int(ray.cluster_resources().get("CPU", 1))
+
+
+def cluster_memory_bytes() -> float:
+    """Return the memory of the connected cluster's nodes that Ray gives to tasks and actors."""
+    return float(ray.cluster_resources().get("memory", 0.0))
 
 
 def _configure_output(config: ClusterConfig) -> None:

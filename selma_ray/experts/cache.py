@@ -1,14 +1,15 @@
 """The encoded-example cache: latents and text embeddings, computed once by Ray Data before any expert trains.
 
-Layout: cache/<key>/<skill>/<shard>.safetensors, then cache/<key>/<skill>/index.json when every shard is there. The key
-names the model's content, its precision and the exact rows or pairs of rows, so a cache of other images or of another model
-has another key and is never read.
+Layout: cache/<key>/<skill>/<shard>.safetensors, one for each row group of the images' files, then cache/<key>/<skill>/index.json
+when every shard is there. The key names the model's content, its precision and the exact rows or pairs of rows, so a cache of other
+images or of another model has another key and is never read.
 """
 
 import io
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -28,9 +29,9 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of, see_own_gpus
 from selma_ray.models.identity import model_identity
 from selma_ray.records import content_id
-from selma_ray.storage import RunFolder
+from selma_ray.storage import READERS, RunFolder
 
-__all__ = ["EncodeExamples", "SkillCache", "encode_caches", "skill_cache"]
+__all__ = ["EncodeExamples", "SkillCache", "encode_caches", "encode_here", "skill_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class SkillCache:
 
     skill: str
     key: str
-    sources: tuple[str, ...]
+    sources: tuple[tuple[str, int], ...]
+    """Files of images, each with one of its row groups: what is encoded at a time, and makes a shard."""
     ids: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...] = ()
     """Ids of the chosen and the rejected image of each preference; none where images are learnt one by one."""
@@ -55,13 +57,26 @@ class SkillCache:
         """Return the cache's folder, relative to the run's."""
         return f"cache/{self.key}/{self.skill}"
 
-    def shard(self, source: str) -> str:
-        """Return the path of the shard that holds the examples of one image file."""
-        return f"{self.directory}/{PurePosixPath(source).stem}.safetensors"
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """Return what `EncodeExamples` takes for each shard: its path, and the images that it holds the examples of."""
+        return [
+            {
+                "source": path,
+                "row_group": group,
+                "shard": f"{self.directory}/{PurePosixPath(path).stem}-{group:04d}.safetensors",
+            }
+            for path, group in self.sources
+        ]
 
     def is_complete(self, folder: RunFolder) -> bool:
         """Tell whether every shard was written."""
         return folder.exists(self.directory, "index.json")
+
+    def write_index(self, folder: RunFolder) -> None:
+        """Record that every shard was written."""
+        shards = [item["shard"] for item in self.items]
+        folder.write_json({"shards": shards, "ids": self.ids, "pairs": self.pairs}, self.directory, "index.json")
 
 
 def skill_cache(folder: RunFolder, skill: str, model: ModelConfig, *, in_pairs: bool = False) -> SkillCache:
@@ -69,20 +84,20 @@ def skill_cache(folder: RunFolder, skill: str, model: ModelConfig, *, in_pairs: 
 
     Raises TrainingError where there are none.
     """
-    sources = folder.files("images", f"skill={skill}", suffix=".parquet")
-    pairs = _pairs(folder, skill, sources) if in_pairs else ()
-    paired = {row_id for pair in pairs for row_id in pair}
-    used = [
-        (source, rows) for source in sources if (rows := _rows_in_order(folder, source, paired if in_pairs else None))
-    ]
-    ids = [row_id for *_, row_id in sorted(row for _, rows in used for row in rows)]
+    files = folder.files("images", f"skill={skill}", suffix=".parquet")
+    pairs = _pairs(folder, skill, files) if in_pairs else ()
+    paired = {row_id for pair in pairs for row_id in pair} if in_pairs else None
+    with ThreadPoolExecutor(READERS) as readers:
+        by_file = list(readers.map(lambda file: _rows_by_group(folder, file, paired), files))
+    sources = [(file, group) for file, groups in zip(files, by_file, strict=True) for group in groups]
+    ids = [row_id for *_, row_id in sorted(row for groups in by_file for rows in groups.values() for row in rows)]
     if not ids:
         raise TrainingError(
             f"skill {skill} has no rendered training image in {folder.path('images')}; run `selma generate` first"
         )
     named = {"pairs": pairs} if in_pairs else {"ids": ids}
     key = content_id(layout=_LAYOUT, model=model_identity(model), **named)
-    return SkillCache(skill, key, tuple(source for source, _ in used), tuple(ids), tuple(pairs))
+    return SkillCache(skill, key, tuple(sources), tuple(ids), tuple(pairs))
 
 
 def encode_caches(
@@ -90,29 +105,26 @@ def encode_caches(
 ) -> None:
     """Encode whatever shards are missing with a pool of actors, then write the index of each finished cache."""
     unfinished = [cache for cache in caches if not cache.is_complete(folder)]
-    items = [
-        {"source": source, "shard": cache.shard(source)}
-        for cache in unfinished
-        for source in cache.sources
-        if not folder.exists(cache.shard(source))
-    ]
+    items = [item for cache in unfinished for item in _missing(folder, cache)]
     if config.caption_dropout:
-        empty = [f"{cache.directory}/{EMPTY_CAPTION}" for cache in caches]
-        items += [{"source": "", "shard": shard} for shard in empty if not folder.exists(shard)]
+        items += [item for item in map(_empty_caption, caches) if not folder.exists(item["shard"])]
     if items:
         _encode(items, _all_ids(unfinished), folder, model, config, cluster)
     for cache in unfinished:
-        folder.write_json(
-            {"shards": [cache.shard(source) for source in cache.sources], "ids": cache.ids, "pairs": cache.pairs},
-            cache.directory,
-            "index.json",
-        )
+        cache.write_index(folder)
+
+
+def encode_here(folder: RunFolder, cache: SkillCache, encode: "EncodeExamples", *, empty_caption: bool = False) -> None:
+    """Encode a whole cache in this process, with the empty caption where asked for, and write its index."""
+    items = [*cache.items, *([_empty_caption(cache)] if empty_caption else [])]
+    encode({name: np.array([item[name] for item in items]) for name in items[0]})
+    cache.write_index(folder)
 
 
 class EncodeExamples:
-    """Turns files of rendered images into shards of encoded examples; one autoencoder and text encoder per actor.
+    """Turns row groups of files of rendered images into shards of encoded examples; one autoencoder and text encoder per actor.
 
-    Of a file, the rows in `ids` are encoded; default: those to train on.
+    Of a row group, the rows in `ids` are encoded; default: those to train on.
     """
 
     def __init__(
@@ -126,17 +138,17 @@ class EncodeExamples:
         self._encoders = open_family(model).load_encoders(device_of(num_gpus, "experts.gpus_per_worker"))
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Encode the files `source` into the safetensors `shard`; returns the shards and their numbers of examples.
+        """Encode `row_group` of each file `source` into the safetensors `shard`; returns the shards and their numbers of examples.
 
         The source "" stands for an example without a caption.
         """
         counts = [
-            self._encode_file(str(source), str(shard))
-            for source, shard in zip(batch["source"], batch["shard"], strict=True)
+            self._encode(str(source), int(group), str(shard))
+            for source, group, shard in zip(batch["source"], batch["row_group"], batch["shard"], strict=True)
         ]
         return {"shard": list(batch["shard"]), "examples": counts}
 
-    def _encode_file(self, source: str, shard: str) -> int:
+    def _encode(self, source: str, row_group: int, shard: str) -> int:
         from safetensors.torch import save
 
         from selma_ray.models.conditions import stacked
@@ -144,7 +156,7 @@ class EncodeExamples:
         if not source:
             self._folder.write_bytes(save(self._encoders.encode_no_caption()), shard)
             return 0
-        rows = _rows_to_encode(self._folder.read_table([source]), self._ids).to_pylist()
+        rows = _rows_to_encode(self._folder.read_row_group(source, row_group), self._ids).to_pylist()
         parts = [self._encode_rows(rows[first : first + _DECODED]) for first in range(0, len(rows), _DECODED)]
         tensors = {name: tensor.contiguous() for name, tensor in stacked(parts).items()}
         ids = json.dumps([row["id"] for row in rows])
@@ -164,7 +176,7 @@ class EncodeExamples:
 
 
 def _encode(
-    items: list[dict[str, str]],
+    items: list[dict[str, Any]],
     ids: frozenset[str],
     folder: RunFolder,
     model: ModelConfig,
@@ -175,7 +187,7 @@ def _encode(
     import ray.exceptions
 
     num_gpus = 1 if config.gpus_per_worker else 0
-    logger.info("encoding %d files of images", len(items))
+    logger.info("encoding the images of %d shards", len(items))
     encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         EncodeExamples,
         fn_constructor_args=(folder, model, ids, num_gpus),
@@ -210,11 +222,29 @@ def _pairs(folder: RunFolder, skill: str, sources: Sequence[str]) -> list[tuple[
     return pairs
 
 
-def _rows_in_order(folder: RunFolder, source: str, ids: Collection[str] | None) -> list[tuple[str, int, str]]:
-    """Return what orders examples, so that training sees them in the same order whatever its images' ids are: prompt, index, id."""
-    table = folder.read_table([source], columns=["id", "prompt", "image_index", "split", "error"])
-    rows = _rows_to_encode(table, ids).to_pylist()
-    return [(row["prompt"], row["image_index"], row["id"]) for row in rows]
+def _empty_caption(cache: SkillCache) -> dict[str, Any]:
+    """Return the item of the example without a caption."""
+    return {"source": "", "row_group": 0, "shard": f"{cache.directory}/{EMPTY_CAPTION}"}
+
+
+def _missing(folder: RunFolder, cache: SkillCache) -> list[dict[str, Any]]:
+    """Return the items of a cache whose shards are not written yet."""
+    there = set(folder.files(cache.directory))
+    return [item for item in cache.items if item["shard"] not in there]
+
+
+def _rows_by_group(folder: RunFolder, file: str, ids: Collection[str] | None) -> dict[int, list[tuple[str, int, str]]]:
+    """Return what orders the examples of a file, by its row groups: prompt, index, id; groups without examples are left out.
+
+    Training sees examples in the same order whatever their images' ids are.
+    """
+    groups = folder.row_groups(file, ["id", "prompt", "image_index", "split", "error"])
+    found = {number: _rows_to_encode(table, ids).to_pylist() for number, table in enumerate(groups)}
+    return {
+        number: [(row["prompt"], row["image_index"], row["id"]) for row in rows]
+        for number, rows in found.items()
+        if rows
+    }
 
 
 def _rows_to_encode(table: pa.Table, ids: Collection[str] | None) -> pa.Table:

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import Placement, StrictModel
 from selma_ray.judging.config import JudgeConfig, JudgeSetting
+from selma_ray.tracking.tracker import TrackerName
 
 __all__ = [
     "GRADIENTS_AT_ONCE",
@@ -20,6 +21,8 @@ __all__ = [
 
 GRADIENTS_AT_ONCE = 50_000_000
 """Gradients that workers exchange in one message, at the most; a worker has a buffer for them."""
+
+_LEAST_PRODIGY_RATE = 0.01
 
 
 class CheckpointChoiceConfig(StrictModel):
@@ -61,7 +64,7 @@ class MoeConfig(StrictModel):
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; default: experts.steps."""
     learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the experts' optimiser."""
 
 
 class DpoConfig(StrictModel):
@@ -130,16 +133,21 @@ class ExpertsConfig(StrictModel):
     """Global batch size of an optimiser step, over all workers and accumulation."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Examples one worker holds at once; default: its whole share."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = "adamw"
+    """`adamw8bit` is bitsandbytes', whose state takes a quarter, on GPUs alone; `prodigy` is prodigyopt's, which finds the learning rate;
+    `adafactor` is PyTorch's, whose state takes almost nothing."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; with prodigy a factor of the one that it finds, 1 as a rule."""
     schedule: Literal["constant", "cosine"] = "constant"
     """How the learning rate goes on after warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's weight decay."""
+    """Decoupled weight decay."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of the adapter's weights, such as 0.999, which is what is kept; default: the last step's weights are."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Training precision; auto takes bf16 where the hardware computes faster in it, else fp32. fp16 needs a GPU."""
     base_weights: Literal["full", "int8", "nf4"] = "full"
@@ -170,10 +178,16 @@ class ExpertsConfig(StrictModel):
     fused: Placement[bool] = False
     """Fit all skills' experts in one process with one forward pass, each row of the batch with its own adapter: one base in memory in the
     place of one an expert, and the same experts up to rounding."""
+    trackers: Placement[tuple[TrackerName, ...]] = ("tensorboard",)
+    """Where curves and, with `selection`, sample images of the dev prompts go while training: `tensorboard` files in the run's folder,
+    `wandb`, `mlflow`, `trackio`, each with the environment variables of its own client on every node (WANDB_API_KEY, …)."""
     max_failures: Placement[int] = Field(default=2, ge=0)
     """Restarts from the last checkpoint; experts that take turns share them."""
     selection: CheckpointChoiceConfig | None = None
     """Choice of checkpoint by dev score; default: the last step's is kept."""
+    early_stop: int | None = Field(default=None, ge=1)
+    """Checkpoints of `selection` in a row that bring no better dev score until training stops, however fast they are scored; default:
+    never. Time is saved where scoring has CPUs or GPUs beside training; where it waits for training's, later steps are thrown away."""
     mixed: MixedConfig | None = None
     """LoRAs on all skills' data together beside the experts, named mixed-r<rank>; default: no such LoRAs."""
     moe: MoeConfig | None = None
@@ -214,6 +228,7 @@ class ExpertsConfig(StrictModel):
             "moe": self.moe,
             "selection": self.selection,
             "min_snr_gamma": self.min_snr_gamma,
+            "ema": self.ema,
             "caption_dropout": self.caption_dropout or None,
         }
         taken = next((name for name, value in others.items() if value is not None), None)
@@ -227,9 +242,11 @@ class ExpertsConfig(StrictModel):
 
     @model_validator(mode="after")
     def _fused_learns_by_denoising(self) -> "ExpertsConfig":
-        other = next((name for name in ("dpo", "nft") if getattr(self, name) is not None), None)
+        other = next((name for name in ("dpo", "nft", "ema", "early_stop") if getattr(self, name) is not None), None)
         if self.fused and other:
             raise ValueError(f"fused must be false with {other}, whose experts are fitted one by one")
+        if self.fused and self.optimizer != "adamw":
+            raise ValueError(f"optimizer must be adamw with fused, whose experts share one, got {self.optimizer}")
         if self.fused and self.precision == "fp16":
             raise ValueError("precision must be auto, bf16 or fp32 with fused, whose losses are not scaled, got fp16")
         return self
@@ -242,6 +259,33 @@ class ExpertsConfig(StrictModel):
             raise ValueError(f"zero_stage must be at most 2 with base_weights {self.base_weights}, got 3")
         if self.moe:
             raise ValueError(f"moe needs base_weights full, got {self.base_weights}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_works(self) -> "ExpertsConfig":
+        if self.optimizer == "adamw8bit" and not self.gpus_per_worker:
+            raise ValueError("optimizer adamw8bit needs gpus_per_worker above 0; take adamw or adafactor on the CPU")
+        if self.optimizer == "adafactor" and self.zero_stage:
+            raise ValueError(
+                f"optimizer adafactor needs zero_stage 0, as ZeRO flattens what it factors, got {self.zero_stage}"
+            )
+        if self.optimizer == "prodigy" and self.workers_per_expert > 1:
+            raise ValueError(
+                f"optimizer prodigy needs workers_per_expert 1, as it measures all weights together, got {self.workers_per_expert}"
+            )
+        if self.optimizer == "prodigy" and self.learning_rate < _LEAST_PRODIGY_RATE:
+            raise ValueError(
+                f"learning_rate multiplies what optimizer prodigy finds and must be at least {_LEAST_PRODIGY_RATE:g}, "
+                f"got {self.learning_rate:g}; set 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _early_stop_has_scores(self) -> "ExpertsConfig":
+        if self.early_stop and self.selection is None:
+            raise ValueError(
+                "early_stop needs selection, whose dev scores it goes by; set experts.selection.every_steps"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ Shapes: K experts, N examples of an expert.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,8 +22,8 @@ from selma_ray.adapters.files import ADAPTER_FILES, CONFIG_FILE, is_adapter
 from selma_ray.adapters.fused import FusedAdapters
 from selma_ray.adapters.peft_format import write_adapter
 from selma_ray.errors import TrainingError
-from selma_ray.experts.curve import Curve
 from selma_ray.experts.examples import EncodedExamples, dropped_captions, example_generators
+from selma_ray.experts.figures import Curve, by_noise_level
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.precision import resolve_precision
 from selma_ray.models.conditions import stacked
@@ -30,7 +31,6 @@ from selma_ray.models.device import device_of
 from selma_ray.models.family import LossSettings, open_family
 from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
-from selma_ray.order import batch_positions
 from selma_ray.records import seed_of
 
 __all__ = ["FusedTrainer"]
@@ -80,19 +80,19 @@ class FusedTrainer:
         micro, first = self.config.micro_batch_size or share, self._rank * share
         starts = range(first, first + share, micro)
         self._optimizer.zero_grad()
-        losses_K = torch.zeros(len(self.jobs), device=self._device)
+        figures = []
         for start in starts:
-            micro_losses_K = self._losses(range(start, start + micro)) / len(starts)
-            micro_losses_K.sum().backward()
-            losses_K += micro_losses_K.detach()
-        losses = self._shared_means(losses_K)
+            figures.append(self._figures(range(start, start + micro)))
+            (figures[-1]["loss"] / len(starts)).sum().backward()
+        means = self._shared_means(
+            {name: torch.stack([each[name].detach() for each in figures]).mean(0) for name in figures[0]}
+        )
         self._clip()
         self._optimizer.step()
         self._schedule.step()
-        for curve, loss in zip(self.curves, losses, strict=True):
-            curve.loss.append(loss)
-            curve.learning_rate.append(learning_rate)
-        return losses
+        for k, curve in enumerate(self.curves):
+            curve.add({name: values[k] for name, values in means.items()}, learning_rate)
+        return means["loss"]
 
     def save(self, directory: str) -> None:
         """Write adapters, optimiser and curves to `directory`; every worker calls it, all with the same content."""
@@ -153,31 +153,42 @@ class FusedTrainer:
             quantise(denoiser, config.base_weights, dtype)
         return denoiser
 
-    def _losses(self, places: range) -> torch.Tensor:
-        """Return each expert's mean loss (K) of its own examples at `places` of its global batch, from one forward pass."""
+    def _figures(self, places: range) -> dict[str, torch.Tensor]:
+        """Return each expert's figures (K each), its loss among them, of its own examples at `places` of its global batch.
+
+        All come from one forward pass.
+        """
         batches, generators = [], []
         for examples, seed in zip(self._examples, self._seeds, strict=True):
-            positions = batch_positions(len(examples), self.config.batch_size, self.steps_done, seed)
+            positions = examples.positions(self.config.batch_size, self.steps_done, seed)
             batch = examples.batch([positions[place] for place in places])
             dropped = dropped_captions(self.steps_done, places, seed, self.config.caption_dropout)
             batches.append(examples.without(batch, dropped))
             generators += example_generators(self.steps_done, places, seed)
         together = {name: tensor.to(self._device) for name, tensor in stacked(batches).items()}
-        errors = self._family.errors(self._adapters.denoiser, together, generators, self._loss)
-        return errors.unflatten(0, (len(self.jobs), -1)).mean(1)
+        errors, levels = self._family.errors_by_level(self._adapters.denoiser, together, generators, self._loss)
+        errors_KN, levels_KN = (each.unflatten(0, (len(self.jobs), -1)) for each in (errors, levels))
+        by_level = [by_noise_level(*of_expert) for of_expert in zip(errors_KN, levels_KN, strict=True)]
+        return {
+            "loss": errors_KN.mean(1),
+            **{name: torch.stack([each[name] for each in by_level]) for name in by_level[0]},
+        }
 
-    def _shared_means(self, losses_K: torch.Tensor) -> list[float]:
-        """Average losses and gradients over the workers."""
+    def _shared_means(self, figures: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+        """Average figures and gradients over the workers."""
         if self._world_size > 1:
-            for tensor in (losses_K, *(each.grad for each in self._adapters.parameters() if each.grad is not None)):
+            for tensor in (
+                *figures.values(),
+                *(each.grad for each in self._adapters.parameters() if each.grad is not None),
+            ):
                 torch.distributed.all_reduce(tensor)
                 tensor /= self._world_size
-        for job, loss in zip(self.jobs, losses_K.tolist(), strict=True):
-            if not torch.isfinite(torch.tensor(loss)):
+        for job, loss in zip(self.jobs, figures["loss"].tolist(), strict=True):
+            if not math.isfinite(loss):
                 raise TrainingError(
                     f"loss of expert {job.name} must be finite, got {loss} at step {self.steps_done + 1}; lower experts.learning_rate"
                 )
-        return losses_K.tolist()
+        return {name: values.tolist() for name, values in figures.items()}
 
     def _clip(self) -> None:
         """Clip the gradient of each expert by its own norm."""

@@ -266,12 +266,8 @@ class _Reporter:
         if self._report is None:
             return
         states = [(job, *_progress_of(job)) for job in self._jobs]
-        done, total = sum(step for _, step, _ in states), sum(job.config.steps for job in self._jobs)
-        running = [
-            f"{job.name} {step}/{job.config.steps} loss {loss:.3f}"
-            for job, step, loss in states
-            if 0 < step < job.config.steps
-        ]
+        done, total = sum(step for _, step, _, _ in states), sum(last for *_, last in states)
+        running = [f"{job.name} {step}/{last} loss {loss:.3f}" for job, step, loss, last in states if 0 < step < last]
         words = [*running, self._scores.detail()] if self._scores.detail() else running
         detail = " · ".join(words) or ("finished" if done == total else "starting")
         progress = Progress("train", done, total, detail)
@@ -280,11 +276,12 @@ class _Reporter:
             self._report(progress)
 
 
-def _progress_of(job: ExpertJob) -> tuple[int, float]:
+def _progress_of(job: ExpertJob) -> tuple[int, float, int]:
+    """Return the steps done, the loss and the last step, which is an earlier one where training stopped early."""
     result = finished_result(job)
     if result is not None:
-        return result.steps, result.loss
+        return result.steps, result.loss, result.steps
     if not job.folder.exists(job.directory, "progress.json"):
-        return 0, 0.0
+        return 0, 0.0, job.config.steps
     state = job.folder.read_json(job.directory, "progress.json")
-    return state["step"], state["loss"]
+    return state["step"], state["loss"], job.config.steps

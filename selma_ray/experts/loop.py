@@ -16,6 +16,7 @@ from selma_ray.experts.fused_loop import fit_fused
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.lanes import Lane
 from selma_ray.experts.progress_file import ProgressFile
+from selma_ray.experts.selection import stopped_at
 from selma_ray.experts.trainer import ExpertTrainer, trainer_of
 
 __all__ = ["fit_experts"]
@@ -45,7 +46,7 @@ def _fit_expert(job: ExpertJob) -> None:
     _restore(trainer)
     progress = ProgressFile(job) if rank == 0 else None
     curves = CurveLog(job, trainer.steps_done) if rank == 0 else None
-    while trainer.steps_done < job.config.steps:
+    while trainer.steps_done < job.config.steps and not _is_stopped(trainer):
         loss = trainer.step()
         step = trainer.steps_done
         if progress and curves:
@@ -62,6 +63,14 @@ def _fit_expert(job: ExpertJob) -> None:
         curves.close()
     trainer.export(time.monotonic() - started_s)
     trainer.close()
+
+
+def _is_stopped(trainer: ExpertTrainer) -> bool:
+    """Tell, on every worker alike, whether the dev scores say that training is over; they are looked at where one may have come."""
+    job = trainer.job
+    if not job.config.early_stop or trainer.steps_done not in (0, *job.candidate_steps):
+        return False
+    return bool(broadcast_from_rank_zero(stopped_at(job) is not None))
 
 
 def _restore(trainer: ExpertTrainer) -> None:

@@ -38,7 +38,7 @@ class NftTrainer(ExpertTrainer):
         self._per_round = self._nft.steps_per_round(job.config.batch_size)
         self._loaded: int | None = None
         super().__init__(job, rank, world_size)
-        self._set_old(self._full_weights())
+        self._set_old(self._whole_weights())
         self._kept_by_checkpoint = 0
 
     def step(self) -> float:
@@ -109,7 +109,7 @@ class NftTrainer(ExpertTrainer):
         seed = seed_of(self._seed, round=self._round.number)
         return batch_positions(len(self._examples), self.job.config.batch_size, self.steps_done % self._per_round, seed)
 
-    def _figures(self, batch: Batch, step: int, places: range) -> tuple[torch.Tensor, ...]:
+    def _figures(self, batch: Batch, step: int, places: range) -> dict[str, torch.Tensor]:
         examples = {name: tensor for name, tensor in batch.items() if name != REWARDS}
         noised = self._family.noised(examples, example_generators(step, places, self._seed), self._loss)
         with torch.no_grad(), self._old_weights():
@@ -122,7 +122,10 @@ class NftTrainer(ExpertTrainer):
             self._nft.beta,
             noised.clean_scale if self._nft.normalised else None,
         )
-        return (loss_N.mean(),)
+        return {"loss": loss_N.mean()}
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.cpu().clone() for name, weight in self._trained_weights().items()}
 
     def _set_old(self, weights: dict[str, torch.Tensor]) -> None:
         """Keep the old adapter in fp32, as its steps may be too small for 16 bits, and beside it as the model computes with it."""
@@ -147,7 +150,7 @@ class NftTrainer(ExpertTrainer):
 
     def _follow(self, share: float) -> None:
         """Move the old adapter to share * old + (1 - share) * new, factor by factor, as the paper's code does."""
-        new = self._full_weights()
+        new = self._whole_weights()
         self._set_old({name: torch.lerp(old, new[name], 1 - share) for name, old in self._old.items()})
 
     def _state(self) -> dict[str, Any]:

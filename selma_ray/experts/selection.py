@@ -4,18 +4,20 @@ Layout, until the choice: experts/<name>/candidates-<key>/step-000100/ holds an 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
+
+from PIL import Image
 
 from selma_ray.adapters.files import ADAPTER_FILES, is_adapter
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import role_options
 from selma_ray.experts.config import CheckpointChoiceConfig
-from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
+from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result, mean_of_tail
 from selma_ray.models.device import see_own_gpus, task_options
 
-__all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted"]
+__all__ = ["AdapterScorer", "CandidateScores", "choose_adapter", "is_fitted", "stopped_at"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,13 @@ _SCORES_FILE = "dev_scores.json"
 class AdapterScorer(Protocol):
     """Renders and judges: handed in by whoever puts the stages together, so that this stage needs no judge. Must pickle."""
 
-    def __call__(self, adapter_dir: str, skills: Sequence[str]) -> Mapping[str, float]:
-        """Return `dsg` in [0, 1], and whatever else is worth keeping, of an adapter on the dev prompts of `skills`."""
+    def __call__(
+        self, adapter_dir: str, skills: Sequence[str], show: Callable[[Mapping[str, Image.Image]], None] | None = None
+    ) -> Mapping[str, float]:
+        """Return `dsg` in [0, 1], and whatever else is worth keeping, of an adapter on the dev prompts of `skills`.
+
+        `show` is given a few of the images by their prompts, the same ones for every adapter.
+        """
 
 
 class CandidateScores:
@@ -78,7 +85,7 @@ class CandidateScores:
         return [
             (job, step)
             for job, step in self._unscored
-            if job.name not in self.failures and is_adapter(job.folder, job.candidate(step))
+            if job.name not in self.failures and is_adapter(job.folder, job.candidate(step)) and not stopped_at(job)
         ]
 
     def _start(self, job: ExpertJob, step: int) -> Any:
@@ -110,21 +117,42 @@ class CandidateScores:
 
 def is_fitted(job: ExpertJob) -> bool:
     """Tell whether training is over: the adapter is there, or every adapter to choose from."""
+    if finished_result(job) is not None:
+        return True
     folder = job.folder
-    return finished_result(job) is not None or (
-        bool(job.candidate_steps)
-        and all(is_adapter(folder, job.candidate(step)) for step in job.candidate_steps)
-        and folder.exists(job.directory, "result.json")
-        and folder.read_json(job.directory, "result.json")["key"] == job.key
-    )
+    if not (job.candidate_steps and folder.exists(job.directory, "result.json")):
+        return False
+    result = ExpertResult(**folder.read_json(job.directory, "result.json"))
+    trained = [step for step in job.candidate_steps if step <= result.steps]
+    return result.key == job.key and all(is_adapter(folder, job.candidate(step)) for step in trained)
+
+
+def stopped_at(job: ExpertJob) -> int | None:
+    """Return the step at which experts.early_stop ends training, by the scores that are there; None where none says so yet.
+
+    Depends on the scores alone, not on when they came: what was trained beyond that step is not looked at.
+    """
+    best, waited = float("-inf"), 0
+    for step in job.candidate_steps if job.config.early_stop else ():
+        if not job.folder.exists(f"{job.candidate(step)}.json"):
+            return None
+        score = job.folder.read_json(f"{job.candidate(step)}.json")["dsg"]
+        best, waited = (score, 0) if score > best else (best, waited + 1)
+        if waited == job.config.early_stop:
+            return step
+    return None
 
 
 def choose_adapter(job: ExpertJob) -> None:
-    """Make the adapter with the best dev score the expert's, the earliest of equal ones; every candidate must be scored."""
+    """Make the adapter with the best dev score the expert's, the earliest of equal ones; every candidate must be scored.
+
+    Of an expert whose training was stopped early, the candidates, the curve and the result are those up to that step.
+    """
     folder = job.folder
-    scores = [folder.read_json(f"{job.candidate(step)}.json") for step in job.candidate_steps]
+    result = _result_until(job, stopped_at(job))
+    steps = [step for step in job.candidate_steps if step <= result.steps]
+    scores = [folder.read_json(f"{job.candidate(step)}.json") for step in steps]
     best = max(scores, key=lambda score: (score["dsg"], -score["step"]))
-    result = ExpertResult(**folder.read_json(job.directory, "result.json"))
     folder.write_json(scores, job.directory, _SCORES_FILE)
     folder.write_json(replace(result, step=best["step"], dev_dsg=best["dsg"]).as_dict(), job.directory, "result.json")
     for name in ADAPTER_FILES:
@@ -132,11 +160,21 @@ def choose_adapter(job: ExpertJob) -> None:
     folder.delete(job.candidates)
 
 
-def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int, num_gpus: float) -> dict[str, float]:
-    """Score one adapter, and show the score in TensorBoard beside the loss; runs as a Ray task."""
-    see_own_gpus(num_gpus)
-    from selma_ray.experts.curves import log_scalars
+def _result_until(job: ExpertJob, stopped: int | None) -> ExpertResult:
+    result = ExpertResult(**job.folder.read_json(job.directory, "result.json"))
+    if stopped is None:
+        return result
+    curve = job.folder.read_json(job.directory, "curve.json")[:stopped]
+    job.folder.write_json(curve, job.directory, "curve.json")
+    return replace(result, steps=stopped, loss=mean_of_tail([row["loss"] for row in curve]))
 
-    scores = dict(score(job.folder.path(job.candidate(step)), job.skills))
-    log_scalars(job, {"dev/dsg": scores["dsg"]}, step)
+
+def _score_candidate(score: AdapterScorer, job: ExpertJob, step: int, num_gpus: float) -> dict[str, float]:
+    """Score one adapter, and show the score in the trackers beside the loss; runs as a Ray task."""
+    see_own_gpus(num_gpus)
+    from selma_ray.experts.curves import log_scores
+
+    samples: dict[str, Image.Image] = {}
+    scores = dict(score(job.folder.path(job.candidate(step)), job.skills, samples.update))
+    log_scores(job, {"dsg": scores["dsg"]}, samples, step)
     return scores

@@ -13,16 +13,17 @@ from selma_ray.adapters.files import CONFIG_FILE, is_adapter, local_adapter
 from selma_ray.adapters.mixture_of_experts import Factors, add_mixture, read_experts, write_mixture
 from selma_ray.adapters.training import add_adapter, export_adapter, trainable_parameters
 from selma_ray.errors import TrainingError
-from selma_ray.experts.curve import Curve
+from selma_ray.experts.averaging import AveragedWeights
 from selma_ray.experts.examples import EncodedExamples, dropped_captions, example_generators
+from selma_ray.experts.figures import Curve, by_noise_level
 from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
+from selma_ray.experts.optimizers import open_optimizer
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
 from selma_ray.models.device import device_of
 from selma_ray.models.family import Batch, LossSettings, open_family
 from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
-from selma_ray.order import batch_positions
 from selma_ray.records import seed_of
 
 __all__ = ["ExpertTrainer", "trainer_of"]
@@ -47,6 +48,7 @@ class ExpertTrainer:
         if self._device.type == "cuda" and job.model.card.tf32:
             torch.set_float32_matmul_precision("high")
         self._engine = self._open_engine()
+        self._average = AveragedWeights(job.config.ema, self._trained_weights()) if job.config.ema else None
 
     @property
     def steps_done(self) -> int:
@@ -65,14 +67,14 @@ class ExpertTrainer:
         micro = config.micro_batch_size or share
         first = self._rank * share
         figures = [self._micro_step(range(start, start + micro)) for start in range(first, first + share, micro)]
-        loss, *preferred = self._global_means(torch.stack(figures).mean(0))
-        self.curve.loss.append(loss)
-        self.curve.learning_rate.append(learning_rate)
-        self.curve.preferred += preferred
-        return loss
+        names, values = list(figures[0]), torch.stack([torch.stack([*each.values()]) for each in figures])
+        self.curve.add(dict(zip(names, self._global_means(values.mean(0)), strict=True)), learning_rate)
+        if self._average:
+            self._average.update(self._trained_weights())
+        return self.curve.loss[-1]
 
     def save(self, directory: str) -> None:
-        """Write adapter, optimiser, schedule and curve to `directory`, without the frozen weights; every worker calls it."""
+        """Write adapter, average, optimiser, schedule and curve to `directory`, without the frozen weights; every worker calls it."""
         self._engine.save_checkpoint(directory, tag=_TAG, client_state=self._state(), exclude_frozen_parameters=True)
 
     def load(self, directory: str) -> None:
@@ -82,7 +84,7 @@ class ExpertTrainer:
 
     def export_candidate(self) -> None:
         """Leave the adapter as it is now to be chosen from, unless it is there; every worker calls it, the first one writes."""
-        weights = self._full_weights()
+        weights = self._kept_weights()
         directory = self.job.candidate(self.steps_done)
         if self._rank == 0 and not is_adapter(self.job.folder, directory):
             self._write_adapter(weights, directory)
@@ -93,7 +95,7 @@ class ExpertTrainer:
         Where a checkpoint is to be chosen, the candidates are the adapters, and none is written here.
         """
         job, curve = self.job, self.curve
-        weights = self._full_weights()
+        weights = self._kept_weights()
         if self._rank:
             return
         loss = mean_of_tail(curve.loss)
@@ -118,23 +120,23 @@ class ExpertTrainer:
 
     def _positions(self) -> list[int]:
         """Return which examples the global batch of this step holds."""
-        return batch_positions(len(self._examples), self.job.config.batch_size, self.steps_done, self._seed)
+        return self._examples.positions(self.job.config.batch_size, self.steps_done, self._seed)
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside weights and optimiser."""
-        return dict(vars(self.curve))
+        return {**vars(self.curve), "average": self._average.state_dict() if self._average else None}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.curve = Curve(**{each.name: state.get(each.name, []) for each in fields(Curve)})
+        if self._average:
+            self._average.load_state_dict(state["average"])
 
     def _open_engine(self) -> Any:
         config = self.job.config
         model = self._adapted(self._base())
         model.train()
         parameters = list(trainable_parameters(model).values())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
-        )
+        optimizer = open_optimizer(parameters, config)
         schedule = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer,
@@ -183,10 +185,10 @@ class ExpertTrainer:
         revision = self._family.located.revision
         write_mixture(job.folder, directory, names, self._experts(), weights, job.model.name, revision)
 
-    def _micro_step(self, places: range) -> torch.Tensor:
+    def _micro_step(self, places: range) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of the examples at `places` of the global batch; the last of a step moves the weights.
 
-        Returns the loss and, of pairs, the share that is preferred.
+        Returns figures by name, the loss among them, whose means over all parts of the batch are those of the step.
         """
         config, step = self.job.config, self.steps_done
         positions = self._positions()
@@ -196,9 +198,9 @@ class ExpertTrainer:
             dropped = [*dropped, *(len(places) + row for row in dropped)]
         placed = self._on_device(self._examples.without(batch, dropped))
         figures = self._figures(placed, step, places)
-        self._engine.backward(figures[0])
+        self._engine.backward(figures["loss"])
         self._engine.step()
-        return torch.stack(figures).detach()
+        return {name: figure.detach() for name, figure in figures.items()}
 
     def _on_device(self, batch: Batch) -> Batch:
         if self._device.type != "cuda":
@@ -206,11 +208,12 @@ class ExpertTrainer:
         # From pinned memory a copy does not wait for the step before it.
         return {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _figures(self, batch: Batch, step: int, places: range) -> tuple[torch.Tensor, ...]:
+    def _figures(self, batch: Batch, step: int, places: range) -> dict[str, torch.Tensor]:
         config = self.job.config
         if config.dpo is None:
             generators = example_generators(step, places, self._seed)
-            return (self._family.errors(self._engine, batch, generators, self._loss).mean(),)
+            errors_N, levels_N = self._family.errors_by_level(self._engine, batch, generators, self._loss)
+            return {"loss": errors_N.mean(), **by_noise_level(errors_N, levels_N)}
 
         def errors_of_pairs() -> torch.Tensor:
             # Both images of a pair, under both denoisers, at one timestep and with one noise (2311.12908, section 4).
@@ -219,7 +222,8 @@ class ExpertTrainer:
 
         with torch.no_grad(), self._engine.module.disable_adapter():
             base_errors_2N = errors_of_pairs()
-        return preference_loss(errors_of_pairs(), base_errors_2N, config.dpo.beta)
+        loss, preferred = preference_loss(errors_of_pairs(), base_errors_2N, config.dpo.beta)
+        return {"loss": loss, "preferred": preferred}
 
     def _global_means(self, figures: torch.Tensor) -> list[float]:
         if self._world_size > 1:
@@ -232,11 +236,18 @@ class ExpertTrainer:
             )
         return figures.tolist()
 
-    def _full_weights(self) -> dict[str, torch.Tensor]:
+    def _kept_weights(self) -> dict[str, torch.Tensor]:
+        """Return what is exported, on the CPU: the average of the weights where there is one."""
+        if self._average:
+            return self._average.weights()
+        return {name: weight.cpu().clone() for name, weight in self._trained_weights().items()}
+
+    def _trained_weights(self) -> dict[str, torch.Tensor]:
+        """Return the adapter's weights in fp32, whole, whatever ZeRO has split; every worker calls it."""
         weights = {}
         for name, parameter in trainable_parameters(self._engine.module).items():
             master = safe_get_full_fp32_param(parameter)  # none under ZeRO 0, which does not show its masters
-            weights[name] = (parameter if master is None else master).detach().float().cpu().clone()
+            weights[name] = (parameter if master is None else master).detach().float()
         return weights
 
 

@@ -76,7 +76,7 @@ def _settings(config: ImagesConfig, model: ModelConfig, llm: str) -> dict[str, o
         "scheduler": _scheduler_words(config),
         "steps": config.sampling.steps,
         "guidance scale": config.sampling.guidance_scale,
-        "size": f"{config.sampling.width_px} x {config.sampling.height_px} px",
+        "size": ", ".join(f"{width_px} x {height_px} px" for width_px, height_px in config.sizes_px),
         "negative prompt": config.sampling.negative_prompt or "none",
         "images per prompt": config.per_prompt,
         "selection": _selection_words(config),

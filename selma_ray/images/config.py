@@ -41,6 +41,9 @@ class ImagesConfig(StrictModel):
     """The stand-in engine."""
     sampling: SamplingConfig = SamplingConfig()
     """How each image is sampled."""
+    buckets_px: tuple[tuple[int, int], ...] = ()
+    """Further sizes, [width, height], that images have beside sampling's (aspect-ratio buckets): a prompt's is drawn by its seed. A
+    batch, of rendering as of training, is of one size."""
     per_prompt: int = Field(default=1, ge=1)
     """Images rendered for each prompt."""
     selection: ImageChoiceConfig | None = None
@@ -77,7 +80,37 @@ class ImagesConfig(StrictModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _buckets_are_sizes(self) -> "ImagesConfig":
+        for width_px, height_px in self.buckets_px:
+            if min(width_px, height_px) < 8 or width_px % 8 or height_px % 8:
+                raise ValueError(f"buckets_px must have sides that divide by 8, got {width_px}x{height_px}")
+        if len(set(self.sizes_px)) < len(self.sizes_px):
+            raise ValueError(
+                "buckets_px must be different sizes, and others than sampling's; leave the one out that is there twice"
+            )
+        return self
+
+    @property
+    def sizes_px(self) -> tuple[tuple[int, int], ...]:
+        """Return every size (width, height) that images have, sampling's first."""
+        return ((self.sampling.width_px, self.sampling.height_px), *self.buckets_px)
+
+    @property
+    def samplings(self) -> tuple[SamplingConfig, ...]:
+        """Return how images of each size are sampled, in the order of `sizes_px`."""
+        return tuple(
+            self.sampling.model_copy(update={"width_px": width_px, "height_px": height_px})
+            for width_px, height_px in self.sizes_px
+        )
+
+    @property
+    def largest_sampling(self) -> SamplingConfig:
+        """Return how images of the largest size are sampled: what memory and time are planned for."""
+        return max(self.samplings, key=lambda sampling: sampling.width_px * sampling.height_px)
+
     @property
     def rows_per_batch(self) -> int:
-        """Return how many images a batch holds: with a selection, those of whole prompts."""
-        return max(1, self.batch_size // self.per_prompt) * self.per_prompt if self.selection else self.batch_size
+        """Return how many images a call of a renderer gets: those of a batch for each size; with a selection, those of whole prompts."""
+        rows = self.batch_size * len(self.sizes_px)
+        return max(1, rows // self.per_prompt) * self.per_prompt if self.selection else rows

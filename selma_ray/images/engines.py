@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,10 @@ class ImageEngine(Protocol):
         """Return the name of the sampler, as result rows show it."""
         ...
 
-    def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """Return one RGB image per prompt, in order."""
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int] | None = None
+    ) -> list[Image.Image]:
+        """Return one RGB image per prompt, in order, all of a size (width, height); default: the sampling's."""
         ...
 
 
@@ -33,15 +36,23 @@ class FreeEngine:
 
     def __init__(self, config: FreeEngineConfig, sampling: SamplingConfig) -> None:
         self._latency_s = config.latency_s
-        ramp_HW = np.add.outer(np.arange(sampling.height_px), np.arange(sampling.width_px))
-        ramp_HW3 = np.stack([ramp_HW, 2 * ramp_HW, 255 - ramp_HW], axis=-1)
-        self._ramp_HW3 = (ramp_HW3 + np.random.default_rng(0).integers(0, 16, ramp_HW3.shape)).astype(np.uint8)
+        self._size_px = sampling.width_px, sampling.height_px
 
-    def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int] | None = None
+    ) -> list[Image.Image]:
         """Return a ramp per prompt."""
         if self._latency_s:
             time.sleep(self._latency_s)
-        return [Image.fromarray(self._ramp_HW3 + np.uint8(seed % 256)) for seed in seeds]
+        ramp_HW3 = _draw_ramp(*(size_px or self._size_px))
+        return [Image.fromarray(ramp_HW3 + np.uint8(seed % 256)) for seed in seeds]
+
+
+@lru_cache
+def _draw_ramp(width_px: int, height_px: int) -> np.ndarray:
+    ramp_HW = np.add.outer(np.arange(height_px), np.arange(width_px))
+    ramp_HW3 = np.stack([ramp_HW, 2 * ramp_HW, 255 - ramp_HW], axis=-1)
+    return (ramp_HW3 + np.random.default_rng(0).integers(0, 16, ramp_HW3.shape)).astype(np.uint8)
 
 
 def open_engine(config: ImagesConfig, model: ModelConfig) -> ImageEngine:

@@ -1,5 +1,6 @@
 """From kept prompts to the images still to be rendered: each with its id and its seed."""
 
+import random
 from collections.abc import Collection
 from typing import Any
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 
 from selma_ray.config import identity
 from selma_ray.images.config import ImagesConfig
-from selma_ray.models.config import ModelConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.identity import model_identity
 from selma_ray.records import content_id, seed_of
 
@@ -21,6 +22,8 @@ PLAN_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("image_index", pa.int32()),
         ("seed", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
     ]
 )
 
@@ -32,11 +35,8 @@ class PlanImages:
         self._per_prompt = config.per_prompt
         self._seed = seed
         self._finished_ids = frozenset(finished_ids)
-        self._provenance = {
-            "engine": config.engine,
-            "model": model_identity(model),
-            "sampling": identity(config.sampling),
-        }
+        self._provenance = {"engine": config.engine, "model": model_identity(model)}
+        self._samplings = config.samplings
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """Return a row (PLAN_SCHEMA) for each image of each training prompt that is not finished."""
@@ -50,10 +50,17 @@ class PlanImages:
 
     def _row(self, prompt: dict[str, Any], image_index: int) -> dict[str, Any]:
         image = {"skill": prompt["skill"], "prompt": prompt["prompt"], "image_index": image_index}
-        seed = seed_of(self._seed, **image)
+        seed, sampling = seed_of(self._seed, **image), self._sampling(prompt)
         return {
-            "id": content_id(**image, seed=seed, **self._provenance),
+            "id": content_id(**image, seed=seed, **self._provenance, sampling=identity(sampling)),
             **image,
             "split": prompt["split"],
             "seed": seed,
+            "width": sampling.width_px,
+            "height": sampling.height_px,
         }
+
+    def _sampling(self, prompt: dict[str, Any]) -> SamplingConfig:
+        """Return how a prompt's images are sampled: of one size, so that a judge chooses among, and pairs are made of, alike ones."""
+        drawn = random.Random(seed_of(self._seed, skill=prompt["skill"], prompt=prompt["prompt"], size=True))
+        return drawn.choice(self._samplings)

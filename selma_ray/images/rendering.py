@@ -4,6 +4,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -56,7 +57,7 @@ class RenderPrompts:
         see_own_gpus(max(config.num_gpus, judge.num_gpus if judge else 0))
         self._config = config
         self._folder = folder
-        self._denoiser = SharedBatches(self._render, config.batch_size)
+        self._denoiser = SharedBatches(self._render, config.batch_size, kind=_size_px)
         self._engine: ImageEngine = self._denoiser.alone(open_engine, config, model)
         self._score: ScoreImages | None = open_scorer() if open_scorer else None
         self._provenance = {
@@ -65,8 +66,6 @@ class RenderPrompts:
             "scheduler": self._engine.scheduler,
             "steps": config.sampling.steps,
             "guidance_scale": config.sampling.guidance_scale,
-            "width": config.sampling.width_px,
-            "height": config.sampling.height_px,
         }
 
     def __call__(self, planned: pa.Table) -> pa.Table:
@@ -86,8 +85,9 @@ class RenderPrompts:
         return pa.Table.from_pylist(rendered, schema=RENDERED_SCHEMA)
 
     def _render(self, rows: Sequence[dict[str, Any]]) -> list[Image.Image | Exception]:
+        """Render rows of one size."""
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
-        return render_each(self._engine.render, prompts, seeds, self._config.max_attempts)
+        return render_each(self._at_size(rows[0]), prompts, seeds, self._config.max_attempts)
 
     def _render_suspects(self, rows: Sequence[dict[str, Any]]) -> list[tuple[Image.Image | Exception, float]]:
         """Render rows of which one may have ended an earlier process; it is the one that does so alone, time and again."""
@@ -102,9 +102,12 @@ class RenderPrompts:
         begun = begin_row(self._folder, row["id"], self._config.max_attempts)
         if begun >= self._config.max_attempts:
             return RuntimeError(f"the renderer's process ended {begun} times while it rendered this row alone")
-        image = render_alone(self._engine.render, row["prompt"], row["seed"], self._config.max_attempts)
+        image = render_alone(self._at_size(row), row["prompt"], row["seed"], self._config.max_attempts)
         finish_row(self._folder, row["id"])
         return image
+
+    def _at_size(self, row: dict[str, Any]) -> Callable[[Sequence[str], Sequence[int]], list[Image.Image]]:
+        return partial(self._engine.render, size_px=_size_px(row))
 
     def _outcome(self, id_: str, image: Image.Image | Exception) -> dict[str, Any]:
         if isinstance(image, Exception):
@@ -118,6 +121,10 @@ class RenderPrompts:
         assert self._config.selection is not None
         there = [image if isinstance(image, Image.Image) else None for image in images]
         choose(rendered, there, self._score, self._config.selection)
+
+
+def _size_px(row: dict[str, Any]) -> tuple[int, int]:
+    return row["width"], row["height"]
 
 
 def encoded(image: Image.Image, format_: str) -> bytes:

@@ -1,8 +1,9 @@
 """The image dataset in a run's folder: Parquet shards by skill, each written whole, each row named by its content.
 
-images/skill=<skill>/<split>-<hash>.parquet   rendered rows of one split; those of `rejected` were not chosen
-candidates/skill=<skill>/<hash>.parquet       rendered rows of whole prompts that a judge is yet to choose from
-failures/skill=<skill>/<hash>.parquet         rows that failed, with their error; the next start tries them again
+images/skill=<skill>/<split>-<width>x<height>-<hash>.parquet   rendered rows of one split and size, put together as they come; those of
+                                                               `rejected` were not chosen
+candidates/skill=<skill>/<hash>.parquet   rendered rows of whole prompts that a judge is yet to choose from
+failures/skill=<skill>/<hash>.parquet     rows that failed, with their error; the next start tries them again
 """
 
 from collections import Counter
@@ -12,14 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from selma_ray.errors import RenderError
+from selma_ray.errors import RenderError, StorageError
 from selma_ray.images.config import ImagesConfig
-from selma_ray.images.in_flight import finish_batches
 from selma_ray.records import IMAGE_SCHEMA, content_id
 from selma_ray.storage import RunFolder
 
 __all__ = [
-    "WriteImages",
     "candidate_shards",
     "check_failures",
     "count_candidates",
@@ -27,8 +26,11 @@ __all__ = [
     "existing_ids",
     "forget_failures",
     "image_summary",
+    "kind_of_shard",
     "read_images",
+    "replace_shards",
     "shards_of",
+    "sizes_of_shards",
     "splits_of_shards",
     "too_many_failures",
     "write_candidates",
@@ -40,23 +42,13 @@ _REJECTED = "rejected"
 _SHOWN_REASONS = 3
 
 
-class WriteImages:
-    """Writes rendered rows and passes on what progress needs of them; `unjudged` ones are kept apart until a judge has chosen."""
+def write_shards(folder: RunFolder, rows: pa.Table) -> dict[str, int]:
+    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill, split and size; the same rows always make the same shards.
 
-    def __init__(self, folder: RunFolder, unjudged: bool = False) -> None:
-        self._folder = folder
-        self._write = write_candidates if unjudged else write_shards
-
-    def __call__(self, rendered: pa.Table) -> pa.Table:
-        """Write rows of RENDERED_SCHEMA; returns a light row for each."""
-        self._write(self._folder, rendered)
-        finish_batches(self._folder, rendered["batch"].unique().to_pylist())
-        return rendered.select(["id", "skill", "prompt", "split", "error", "seconds", "again", "score"])
-
-
-def write_shards(folder: RunFolder, rows: pa.Table) -> None:
-    """Write rows (the columns of IMAGE_SCHEMA) as shards by skill and split; the same rows always make the same shards."""
+    Returns the sizes in bytes of the shards of rendered rows, by path.
+    """
     rows = _image_rows(rows)
+    written: dict[str, int] = {}
     for skill in rows["skill"].unique().to_pylist():
         of_skill = rows.filter(pc.equal(rows["skill"], skill))
         # A failed image among others of its prompt, of which some were chosen, is rejected for good.
@@ -64,8 +56,28 @@ def write_shards(folder: RunFolder, rows: pa.Table) -> None:
         rendered = of_skill.filter(pc.invert(failed))
         # Rejected rows first: what was chosen is rendered and chosen again by a start after a kill in between, what was not would be.
         for split in sorted(rendered["split"].unique().to_pylist(), key=lambda split: split != _REJECTED):
-            _write_shard(folder, _IMAGES, skill, rendered.filter(pc.equal(rendered["split"], split)), f"{split}-")
+            for (width, height), of_size in _by_size(rendered.filter(pc.equal(rendered["split"], split))):
+                written |= _write_shard(folder, _IMAGES, skill, of_size, f"{split}-{width}x{height}-")
         _write_shard(folder, _FAILURES, skill, of_skill.filter(failed))
+    return written
+
+
+def replace_shards(folder: RunFolder, paths: Sequence[str]) -> None:
+    """Put shards of rendered rows together; they go when what takes their place is written, and no row is in it twice."""
+    rows = folder.read_table(paths)
+    first = dict(reversed([(id_, place) for place, id_ in enumerate(rows["id"].to_pylist())]))
+    written = write_shards(folder, rows.take(sorted(first.values())))
+    folder.delete_files([path for path in paths if path not in written])
+
+
+def sizes_of_shards(folder: RunFolder) -> dict[str, int]:
+    """Return the sizes in bytes of all shards of rendered rows, by path, sorted."""
+    return {path: file.size_bytes for path, file in folder.listing(_IMAGES).items() if path.endswith(".parquet")}
+
+
+def kind_of_shard(path: str) -> str:
+    """Return what shards that may be put together have in common: skill, split and size."""
+    return path.rpartition("-")[0]
 
 
 def write_candidates(folder: RunFolder, rows: pa.Table) -> None:
@@ -87,8 +99,7 @@ def candidate_shards(folder: RunFolder) -> list[str]:
 
 def count_candidates(folder: RunFolder) -> int:
     """Return how many rendered images a judge is yet to choose from."""
-    paths = candidate_shards(folder)
-    return folder.read_table(paths, columns=["id"]).num_rows if paths else 0
+    return _columns(folder, ["id"], _CANDIDATES).num_rows
 
 
 def shards_of(folder: RunFolder, skill: str) -> list[str]:
@@ -98,20 +109,20 @@ def shards_of(folder: RunFolder, skill: str) -> list[str]:
 
 def existing_ids(folder: RunFolder) -> frozenset[str]:
     """Return the ids of all rows that need not be rendered any more."""
-    paths = folder.files(_IMAGES, suffix=".parquet") + candidate_shards(folder)
-    return frozenset(folder.read_table(paths, columns=["id"])["id"].to_pylist()) if paths else frozenset()
+    return frozenset(id_ for kind in (_IMAGES, _CANDIDATES) for id_ in _columns(folder, ["id"], kind)["id"].to_pylist())
 
 
 def splits_of_shards(folder: RunFolder, skills: Sequence[str]) -> list[str]:
     """Return the splits of which there are rendered rows, and write shards that hold several, as earlier versions did, one by one."""
     found = set()
     for path in (path for skill in skills for path in shards_of(folder, skill)):
-        name = path.rpartition("/")[2]
-        splits = set(folder.read_table([path], columns=["split"])["split"].to_pylist())
-        if len(splits) != 1 or not name.startswith(f"{min(splits)}-"):
-            write_shards(folder, folder.read_table([path]))
+        split, dash, _ = path.rpartition("/")[2].partition("-")
+        if not dash:
+            replaced = write_shards(folder, folder.read_table([path]))
             folder.delete(path)
-        found |= splits
+            found |= {name.rpartition("/")[2].partition("-")[0] for name in replaced}
+        else:
+            found.add(split)
     return sorted(found)
 
 
@@ -125,7 +136,9 @@ def drop_duplicates(folder: RunFolder) -> int:
         return 0
     seen: set[str] = set()
     dropped = 0
-    for path in paths:
+    sizes_bytes = sizes_of_shards(folder)
+    # The largest first: what was put together and not deleted yet goes as a whole.
+    for path in sorted(paths, key=lambda path: (-sizes_bytes[path], path)):
         ids = folder.read_table([path], columns=["id"])["id"].to_pylist()
         new = [id_ not in seen for id_ in ids]
         seen.update(ids)
@@ -155,12 +168,12 @@ def image_summary(folder: RunFolder, skills: Sequence[str]) -> dict[str, Any]:
     """Return how many images were rendered, rejected and failed, in all and by skill, and the commonest reasons."""
     by_skill, reasons = {}, Counter[str]()
     for skill in skills:
-        shards, failures = shards_of(folder, skill), folder.files(_FAILURES, f"skill={skill}", suffix=".parquet")
-        splits = folder.read_table(shards, columns=["split"])["split"].to_pylist() if shards else []
-        errors = folder.read_table(failures, columns=["error"])["error"].to_pylist() if failures else []
+        # A shard that is just being put together with others may show its rows twice.
+        rows = _columns(folder, ["id", "split"], _IMAGES, f"skill={skill}").group_by("id").aggregate([("split", "min")])
+        errors = _columns(folder, ["error"], _FAILURES, f"skill={skill}")["error"].to_pylist()
         reasons.update(errors)
-        rejected = splits.count(_REJECTED)
-        by_skill[skill] = {"rendered": len(splits) - rejected, "rejected": rejected, "failed": len(errors)}
+        rejected = pc.sum(pc.equal(rows["split_min"], _REJECTED)).as_py() or 0
+        by_skill[skill] = {"rendered": rows.num_rows - rejected, "rejected": rejected, "failed": len(errors)}
     totals = {key: sum(counts[key] for counts in by_skill.values()) for key in ("rendered", "rejected", "failed")}
     return {**totals, "reasons": dict(reasons.most_common(_SHOWN_REASONS)), "skills": by_skill}
 
@@ -188,7 +201,29 @@ def _image_rows(rows: pa.Table) -> pa.Table:
     return pa.table(columns, schema=IMAGE_SCHEMA)
 
 
-def _write_shard(folder: RunFolder, kind: str, skill: str, rows: pa.Table, prefix: str = "") -> None:
-    if rows.num_rows:
-        name = content_id(ids=sorted(rows["id"].to_pylist()))
-        folder.write_table(rows, kind, f"skill={skill}", f"{prefix}{name}.parquet")
+def _by_size(rows: pa.Table) -> list[tuple[tuple[int, int], pa.Table]]:
+    """Return rows of one size each, with their width and height in pixels: what is encoded for training together."""
+    sizes = list(zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True))
+    return [(size, rows.filter(pa.array([each == size for each in sizes], pa.bool_()))) for size in sorted(set(sizes))]
+
+
+def _write_shard(folder: RunFolder, kind: str, skill: str, rows: pa.Table, prefix: str = "") -> dict[str, int]:
+    """Write rows as one shard; returns its size in bytes by its path, or nothing where there are no rows."""
+    if not rows.num_rows:
+        return {}
+    path = f"{kind}/skill={skill}/{prefix}{content_id(ids=sorted(rows['id'].to_pylist()))}.parquet"
+    return {path: folder.write_table(rows, path)}
+
+
+def _columns(folder: RunFolder, columns: Sequence[str], *parts: str) -> pa.Table:
+    """Return columns of all shards below `parts`; lists them anew where some were put together between listing and reading."""
+    paths = folder.files(*parts, suffix=".parquet")
+    while paths:
+        try:
+            return folder.read_table(paths, columns)
+        except StorageError:
+            listed = folder.files(*parts, suffix=".parquet")
+            if set(paths) <= set(listed):
+                raise
+            paths = listed
+    return IMAGE_SCHEMA.empty_table().select(list(columns))

@@ -12,14 +12,8 @@ from selma_ray.images.plan import PlanImages
 from selma_ray.images.progress import follow
 from selma_ray.images.rendering import OpenEngine, RenderPrompts
 from selma_ray.images.selection import OpenScorer
-from selma_ray.images.shards import (
-    WriteImages,
-    check_failures,
-    existing_ids,
-    forget_failures,
-    image_summary,
-    read_images,
-)
+from selma_ray.images.shards import check_failures, existing_ids, forget_failures, image_summary, read_images
+from selma_ray.images.writing import WriteImages
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 

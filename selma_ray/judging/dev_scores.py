@@ -1,9 +1,11 @@
 """Scores of adapters on dev prompts: rendering and judging, put together for the choice of checkpoints and of merge weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from statistics import fmean
+
+from PIL import Image
 
 from selma_ray.errors import RenderError
 from selma_ray.judging.config import JudgeConfig
@@ -12,6 +14,8 @@ from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.records import seed_of
 
 __all__ = ["DevScorer"]
+
+_SHOWN = 4  # sample images of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,13 @@ class DevScorer:
     num_gpus_key: str = "evaluation.num_gpus"
     """The recipe's key that says so."""
 
-    def __call__(self, adapter_dir: str, skills: Sequence[str]) -> dict[str, float]:
-        """Return the mean DSG score `dsg` in [0, 1] and the number of `images` it is the mean of."""
+    def __call__(
+        self, adapter_dir: str, skills: Sequence[str], show: Callable[[Mapping[str, Image.Image]], None] | None = None
+    ) -> dict[str, float]:
+        """Return the mean DSG score `dsg` in [0, 1] and the number of `images` it is the mean of.
+
+        `show` is given the first images by their prompts.
+        """
         import torch
 
         from selma_ray.adapters.applying import load_adapted_pipeline
@@ -55,6 +64,9 @@ class DevScorer:
             batch = prompts[start : start + self.batch_size]
             seeds = [seed_of(self.seed, prompt=prompt.prompt, split="dev") for prompt in batch]
             images = renderer.render([prompt.prompt for prompt in batch], seeds)
+            if show and start == 0:
+                texts = [prompt.prompt for prompt in batch]
+                show(dict(zip(texts[:_SHOWN], images[:_SHOWN], strict=True)))
             questions = [prompt.questions for prompt in batch]
             judged = score_images(judge, images, questions, self.dsg_scorer)
             scores += [each.score for each in judged if each.score is not None]

@@ -17,7 +17,10 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.models.parts import DENOISERS
 
-__all__ = ["bake_pipeline", "denoiser_name", "pipeline_folder"]
+__all__ = ["PartDeltas", "bake_pipeline", "denoiser_name", "pipeline_folder"]
+
+PartDeltas = tuple[Mapping[str, Shape], Callable[[str], Delta]]
+"""The shape of each weight of a part that changes, and what is added to it."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,25 +49,33 @@ def bake_pipeline(
     merged: Callable[[str], Delta],
     dtype: torch.dtype,
     variant: str | None = None,
+    text_encoders: Mapping[str, PartDeltas] | None = None,
 ) -> None:
     """Copy the pipeline folder `source` to `target` with `merged(module)` added to each denoiser module's weight.
+
+    `text_encoders` are changed likewise, by their names in the pipeline.
 
     `shapes` maps each module to its weight's. A changed weight is stored in the wider of its own dtype and `dtype`, so that baking loses
     nothing that rendering in `dtype` would keep. Of a `variant` the copy holds that one alone,
     named as plain weights are. Raises AdapterError where a module is not the base's or its shape differs.
     """
-    denoiser = denoiser_name(source)
+    changes = {denoiser_name(source): (shapes, merged), **(text_encoders or {})}
     files = pipeline_files(source, variant)
-    weights = [file for file in files if file.source.parts[0] == denoiser and file.source.suffix == ".safetensors"]
-    if not weights:
-        raise AdapterError(f"{source / denoiser} holds no safetensors weights; save the pipeline with safetensors")
-    _check_modules([source / file.source for file in weights], shapes)
+    weights = {
+        part: [file for file in files if file.source.parts[0] == part and file.source.suffix == ".safetensors"]
+        for part in changes
+    }
+    for part, of_part in weights.items():
+        if not of_part:
+            raise AdapterError(f"{source / part} holds no safetensors weights; save the pipeline with safetensors")
+        _check_modules([source / file.source for file in of_part], changes[part][0])
     for file in files:
-        if file not in weights:
+        if not any(file in of_part for of_part in weights.values()):
             copy_file(source / file.source, target / file.target)
-    for file in weights:
-        (target / file.target).parent.mkdir(parents=True, exist_ok=True)
-        _bake_file(source / file.source, target / file.target, shapes, merged, dtype)
+    for part, of_part in weights.items():
+        for file in of_part:
+            (target / file.target).parent.mkdir(parents=True, exist_ok=True)
+            _bake_file(source / file.source, target / file.target, *changes[part], dtype)
 
 
 def denoiser_name(source: Path) -> str:
@@ -82,15 +93,24 @@ def _check_modules(files: list[Path], shapes: Mapping[str, Shape]) -> None:
     stored: dict[str, tuple[int, ...]] = {}
     for path in files:
         with safe_open(path, framework="pt") as tensors:
-            stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            for key in tensors.keys():  # noqa: SIM118
+                stored[_module_of(key, shapes) or key] = tuple(tensors.get_slice(key).get_shape())
     for module, shape in shapes.items():
-        got = stored.get(f"{module}.weight")
+        got = stored.get(module)
         if got != shape:
             what = f"has shape {got}" if got else "is missing"
             raise AdapterError(
                 f"{files[0]}: {module}.weight must have shape {shape} as the adapters do, it {what}; "
                 "merge experts that were fitted to this base"
             )
+
+
+def _module_of(key: str, shapes: Mapping[str, Shape]) -> str | None:
+    """Return the module to change whose weight a tensor is; files of older transformers name a text encoder's after `text_model`."""
+    if not key.endswith(".weight"):
+        return None
+    module = key.removesuffix(".weight")
+    return next((name for name in (module, module.removeprefix("text_model.")) if name in shapes), None)
 
 
 def _bake_file(
@@ -105,7 +125,7 @@ def _bake_file(
         for key in tensors.keys():  # noqa: SIM118
             view = tensors.get_slice(key)
             stored = DTYPES.get(view.get_dtype())
-            changed = key.removesuffix(".weight") in shapes and key.endswith(".weight")
+            changed = _module_of(key, shapes) is not None
             if stored is None or (changed and stored not in _FLOATS):
                 raise AdapterError(
                     f"{source}: {key} must be F16, BF16, F32 or F64 to be merged, is {view.get_dtype()}; use such weights"
@@ -117,8 +137,8 @@ def _bake_file(
         def baked() -> Iterator[torch.Tensor]:
             for spec in specs:
                 weight = tensors.get_tensor(spec.name)
-                module = spec.name.removesuffix(".weight")
-                if module in shapes and spec.name.endswith(".weight"):
+                module = _module_of(spec.name, shapes)
+                if module is not None:
                     weight = merged(module).added_to(weight)
                 yield weight
 

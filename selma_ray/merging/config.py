@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 
 from selma_ray.config import Placement, StrictModel
 
-__all__ = ["DistilConfig", "MergingConfig", "SearchConfig"]
+__all__ = ["DistilConfig", "MergingConfig", "RegmeanConfig", "SearchConfig"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
-_NEEDS_POSITIVE_WEIGHTS = ("ties", "knots", "core_space")
+_NEEDS_POSITIVE_WEIGHTS = ("ties", "knots", "core_space", "regmean")
 
 
 class SearchConfig(StrictModel):
@@ -76,6 +76,15 @@ class DistilConfig(StrictModel):
     """GPUs of the process that trains the student."""
 
 
+class RegmeanConfig(StrictModel):
+    """What `merging.method: regmean` takes of the experts' inputs (2212.09849); a module of I inputs takes I x I numbers an expert."""
+
+    examples: int = Field(default=256, ge=1)
+    """Cached examples that each expert is run over, with the noise of its training."""
+    off_diagonal: float = Field(default=0.9, ge=0, le=1)
+    """What products of two different inputs count; 0.9 there, 0 takes variances alone."""
+
+
 class MergingConfig(StrictModel):
     """How skill experts become one model."""
 
@@ -91,19 +100,22 @@ class MergingConfig(StrictModel):
         "core_space",
         "tsv_m",
         "iso_c",
+        "regmean",
         "search",
         "distil",
     ] = "average_deltas"
     """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes;
     `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
     rank; `ties`, `dare`, `knots` and `core_space` keep experts from undoing one another; `tsv_m` sums decorrelated singular vectors,
-    `iso_c` gives all directions of the mean one strength; `search` looks for the best weights on the dev splits; `distil` trains a student
-    that starts at a merge and is corrected by the experts."""
+    `iso_c` gives all directions of the mean one strength; `regmean` comes nearest to each expert's outputs on its own training examples,
+    over which each is run once; `search` looks for the best weights on the dev splits; `distil` trains a student that starts at a merge
+    and is corrected by the experts."""
     experts: dict[str, str] | None = None
     """Adapters to merge in the place of the run's own, by name: a LoRA file of diffusers, kohya or ai-toolkit, an adapter's folder, or
     a run's folder, whose expert or merge of that name is meant. They may adapt different modules at different ranks."""
     skip_text_encoders: bool = False
-    """Leave out what a LoRA file holds for text encoders, which are not merged; otherwise such a file is refused."""
+    """Leave out what a LoRA file holds for text encoders; otherwise that of CLIP is merged for Stable Diffusion 1.x, 2.x and XL, and a
+    file with parts for other text encoders is refused."""
     weights: dict[str, float] | None = None
     """Weight of each skill; default: all the same. The means (`average_deltas`, `average_factors`, `svd`) divide weights by their sum."""
     scale: float = 1.0
@@ -114,14 +126,17 @@ class MergingConfig(StrictModel):
     """Share of each expert's entries that `ties`, `dare`, `knots` and `core_space` keep."""
     adapter_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the merged adapter's file; the 16-bit ones are half as large. The baked pipeline is made of the merge itself."""
-    exports: tuple[Literal["diffusers", "kohya"], ...] = ("diffusers", "kohya")
-    """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`, `kohya` in ComfyUI and A1111."""
+    exports: tuple[Literal["diffusers", "kohya", "comfyui"], ...] = ("diffusers", "kohya", "comfyui")
+    """Files written beside adapter and pipeline: `diffusers` loads with `load_lora_weights`; `kohya`, of UNets, in ComfyUI and A1111;
+    `comfyui`, of FLUX, FLUX.2, Qwen-Image and Z-Image, in ComfyUI."""
     export_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of those files: the 16-bit ones are half as large, and loaders convert either to their model's."""
     export_experts: bool = False
     """Write the same files for every expert too, to experts/<skill>/ in the merged model's folder."""
     distil: DistilConfig = DistilConfig()
     """How `method: distil` trains its student."""
+    regmean: RegmeanConfig = RegmeanConfig()
+    """How `method: regmean` measures."""
     search: SearchConfig = SearchConfig()
     """How `method: search` searches."""
     name: str = Field(default="merged", pattern=_NAME)
@@ -148,6 +163,8 @@ class MergingConfig(StrictModel):
             )
         if self.method == "distil":
             raise ValueError("experts must be left out with method distil: each teaches the prompts of its own skill")
+        if self.method == "regmean":
+            raise ValueError("experts must be left out with method regmean, which needs the examples of the run's own")
         return self
 
     @model_validator(mode="after")

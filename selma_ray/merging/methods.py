@@ -13,6 +13,7 @@ from selma_ray.adapters.deltas import Delta, truncated
 from selma_ray.adapters.peft_format import LoraFactors
 from selma_ray.errors import AdapterError
 from selma_ray.merging.interference import dare, knots, ties
+from selma_ray.merging.regmean import InputStatistics, regmean
 from selma_ray.merging.spectral import core_space, iso_c, tsv_m
 
 __all__ = [
@@ -45,6 +46,8 @@ class MergeOptions:
     """Seed of `dare`."""
     model_name: str = ""
     """Name of the base model, whose length is `released_scale`'s divisor."""
+    inputs: InputStatistics | None = None
+    """What `regmean` needs of the experts' inputs."""
 
 
 MergeMethod = Callable[[Sequence[LoraFactors], Sequence[float], MergeOptions], Delta]
@@ -127,6 +130,7 @@ METHODS: Mapping[str, MergeMethod] = {
     "core_space": lambda experts, weights, options: core_space(experts, weights, options.density, options.scale),
     "tsv_m": lambda experts, weights, options: tsv_m(experts, weights, options.scale),
     "iso_c": lambda experts, weights, options: iso_c(experts, weights, options.scale),
+    "regmean": lambda experts, weights, options: _regmean(experts, weights, options),
     "search": lambda experts, weights, options: sum_deltas(experts, weights, options.scale),
     "distil": lambda student, weights, options: sum_deltas(student, weights, options.scale),
 }
@@ -134,6 +138,13 @@ MEANS = ("average_deltas", "average_factors", "svd")
 """Methods that divide the weights by their sum."""
 DENSE_METHODS = ("ties", "dare")
 """Methods whose result is dense; an adapter can only come near to it."""
+
+
+def _regmean(experts: Sequence[LoraFactors], weights: Sequence[float], options: MergeOptions) -> LoraFactors:
+    inputs = options.inputs
+    if inputs is None:
+        raise AdapterError("merging.method regmean needs a run's own experts and their examples; take another method")
+    return regmean(experts, shares(weights), inputs.grams(experts), inputs.off_diagonal, options.scale)
 
 
 def _weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -3,16 +3,17 @@
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from selma_ray.adapters.deltas import Delta, DenseDelta, truncated
-from selma_ray.adapters.exports import EXPORT_FILES, write_diffusers, write_kohya
+from selma_ray.adapters.deltas import Delta, truncated
+from selma_ray.adapters.exports import write_export
 from selma_ray.adapters.files import adapter_digest
+from selma_ray.adapters.foreign import Adapted, described
 from selma_ray.adapters.peft_format import Adapter, LoraFactors, Shape, open_adapter, shapes_of, write_adapter
 from selma_ray.config import identity
 from selma_ray.errors import AdapterError
@@ -20,15 +21,14 @@ from selma_ray.local_copies import whole_folder
 from selma_ray.merging.bake import bake_pipeline, pipeline_folder
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.inputs import open_adapters, open_foreign
-from selma_ray.merging.methods import DENSE_METHODS, MEANS, METHODS, MergeOptions, default_weight, shares
-from selma_ray.merging.report import MergeReport
+from selma_ray.merging.methods import MEANS, MergeOptions, default_weight, shares
+from selma_ray.merging.part import adapter_rank, low_rank, merge_part, merger, summed_rank, text_encoder_adapters
+from selma_ray.merging.regmean import InputStatistics
 from selma_ray.merging.search import SearchResult
-from selma_ray.merging.weights import ALL, Weights, weights_of
+from selma_ray.merging.weights import ALL, Weights
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.family import has_part
 from selma_ray.models.identity import model_identity
 from selma_ray.models.parts import DTYPES
-from selma_ray.models.published import configured
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
@@ -69,21 +69,21 @@ def merge_experts(
     config: MergingConfig,
     seed: int = 0,
     found: SearchResult | None = None,
+    inputs: InputStatistics | None = None,
     student: str | None = None,
 ) -> MergeSummary:
     """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/, report.json and the exports asked for.
 
-    `found` is the search of `method: search`, whose best weights are merged, `student` the place of the adapter that `method: distil` has
-    trained. The folder appears whole or not at all, and one that was
-    made from the same experts in the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or
-    does not fit the model.
+    `found` is the search of `method: search`, whose best weights are merged, `inputs` what `method: regmean` needs, `student` the place of
+    the adapter that `method: distil` has trained. The folder appears whole or not at all, and one that was made from the same experts in
+    the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or does not fit the model.
     """
     assert (student is not None) == (config.method == "distil")
     adapters = {"student": open_adapter(student)} if student else open_adapters(folder, skills, model, config)
     skills = list(adapters)
     assert (found is not None) == (config.method == "search")
     weights = found.weights if found else {ALL: {"student": 1.0} if student else _weights(skills, model, config)}
-    return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found)
+    return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found, inputs)
 
 
 def merge_adapters(
@@ -117,6 +117,7 @@ def _merge_into(
     config: MergingConfig,
     seed: int,
     found: SearchResult | None,
+    inputs: InputStatistics | None = None,
     *,
     bake: bool = True,
 ) -> MergeSummary:
@@ -126,7 +127,7 @@ def _merge_into(
         logger.info("%s holds this merge already", folder.path(*place))
         return _summary(before, config)
     with whole_folder(folder, *place, last=_REPORT_FILE) as part:
-        report = _build(part, adapters, weights, model, config, seed, bake=bake)
+        report = _build(part, adapters, weights, model, config, seed, inputs, bake=bake)
         report |= {"key": key, "method": config.method, "scale": config.scale, "weights": _means(weights)}
         if found:
             report["search"] = {"weights": found.weights, **found.as_dict()}
@@ -138,11 +139,11 @@ def write_candidate(target: Path, adapters: Mapping[str, Adapter], weights: Weig
     """Write scale * sum_i w_i dW_i as a PEFT adapter folder, for a search to try."""
     experts = list(adapters.values())
     shapes = shapes_of(experts, alike=False)
-    merged = _merger(adapters, shapes, weights, "sum_deltas", MergeOptions(scale))
-    rank = _summed_rank(experts, shapes)
+    merged = merger(adapters, shapes, weights, "sum_deltas", MergeOptions(scale))
+    rank = summed_rank(experts, shapes)
     write_adapter(
         target,
-        (_low_rank(merged(module), rank) for module in shapes),
+        (low_rank(merged(module), rank) for module in shapes),
         shapes,
         rank,
         experts[0].base_model,
@@ -160,8 +161,8 @@ def start_of_student(
     shapes = shapes_of(experts)
     cut_rank = distil.rank or config.rank or max(expert.rank for expert in experts)
     options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
-    merged = _merger(adapters, shapes, {ALL: _weights(list(adapters), model, started)}, distil.start, options)
-    rank = distil.rank or _adapter_rank(experts, shapes, cut_rank, distil.start)
+    merged = merger(adapters, shapes, {ALL: _weights(list(adapters), model, started)}, distil.start, options)
+    rank = distil.rank or adapter_rank(experts, shapes, cut_rank, distil.start)
     return [_of_rank(merged(module), rank) for module in shapes], shapes, rank
 
 
@@ -179,92 +180,36 @@ def _build(
     model: ModelConfig,
     config: MergingConfig,
     seed: int,
+    inputs: InputStatistics | None,
     *,
     bake: bool,
 ) -> dict[str, Any]:
-    experts = list(adapters.values())
-    shapes = shapes_of(experts, alike=not config.experts)
-    cut_rank = config.rank or max(expert.rank for expert in experts)
-    options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
-    merged = _merger(adapters, shapes, weights, config.method, options)
-    exact = _merger(adapters, shapes, weights, "average_deltas", options) if config.method == "svd" else None
-    report = MergeReport(list(adapters), cut_rank)
-    rank = _adapter_rank(experts, shapes, cut_rank, config.method)
-
-    def measured(module: str) -> LoraFactors:
-        result = merged(module)
-        own = [expert.factors_or_zero(module, shapes[module]) for expert in experts]
-        report.add(own, exact(module) if exact else result)
-        return _low_rank(result, rank)
-
-    dtype = DTYPES[config.adapter_dtype]
-    base = experts[0]
-    write_adapter(part / "adapter", map(measured, shapes), shapes, rank, base.base_model, base.revision, dtype)
-    adapter = open_adapter(part / "adapter")
-    # What is low-rank stands in an adapter of full precision, exactly; anything else is made again.
-    exact_adapter = config.method not in DENSE_METHODS and dtype == torch.float32
-    baked = adapter.factors if exact_adapter else merged
+    denoiser = merge_part(part / "adapter", adapters, weights, config, seed, model.name, inputs)
+    encoders = {
+        name: merge_part(part / "adapter" / name, of_part, weights, config, seed, model.name)
+        for name, of_part in text_encoder_adapters(adapters).items()
+    }
     if bake:
-        bake_pipeline(pipeline_folder(model), part / "pipeline", shapes, baked, DTYPES[model.dtype], model.variant)
-    with configured(model) as known:
-        denoiser = "unet" if has_part(known, "unet") else "transformer"
+        changed = {name: encoder.deltas for name, encoder in encoders.items()}
+        bake_pipeline(
+            pipeline_folder(model), part / "pipeline", *denoiser.deltas, DTYPES[model.dtype], model.variant, changed
+        )
+    known = described(model)
     merge = {"merge_method": config.method, "merge_scale": f"{config.scale:g}", "merge_weights": json.dumps(weights)}
-    _export(part, adapter, shapes, denoiser, config, merge)
+    _export(part, denoiser.adapter, known, config, merge)
     if config.export_experts:
         for name, expert in adapters.items():
-            _export(part / "experts" / name, expert, shapes, denoiser, config, {"skill": name})
-    return report.as_dict()
+            _export(part / "experts" / name, expert, known, config, {"skill": name})
+    reports = {name: encoder.report.as_dict() for name, encoder in encoders.items()}
+    return denoiser.report.as_dict() | ({"text_encoders": reports} if reports else {})
 
 
-def _merger(
-    adapters: Mapping[str, Adapter],
-    shapes: Mapping[str, Shape],
-    weights: Weights,
-    method: str,
-    options: MergeOptions,
-) -> Callable[[str], Delta]:
-    merge, skills = METHODS[method], list(adapters)
-    return lambda module: merge(
-        [adapter.factors_or_zero(module, shapes[module]) for adapter in adapters.values()],
-        weights_of(module, weights, skills),
-        options,
-    )
-
-
-def _low_rank(delta: Delta, rank: int) -> LoraFactors:
-    return truncated(delta, rank) if isinstance(delta, DenseDelta) else delta
-
-
-def _adapter_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape], cut_rank: int, method: str) -> int:
-    if method == "svd" or method in DENSE_METHODS:
-        return cut_rank
-    return experts[0].rank if method == "average_factors" else _summed_rank(experts, shapes)
-
-
-def _summed_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape]) -> int:
-    """Return the largest rank of a module's factors one above the other."""
-    return max(sum(expert.ranks.get(module, 1) for expert in experts) for module in shapes)
-
-
-def _export(
-    target: Path,
-    adapter: Adapter,
-    shapes: Mapping[str, Shape],
-    denoiser: str,
-    config: MergingConfig,
-    described: Mapping[str, str],
-) -> None:
-    metadata = {"base_model": adapter.base_model or "", "base_revision": adapter.revision or "", **described}
+def _export(target: Path, adapter: Adapter, model: Adapted, config: MergingConfig, merge: Mapping[str, str]) -> None:
+    metadata = {"base_model": adapter.base_model or "", "base_revision": adapter.revision or "", **merge}
     target.mkdir(parents=True, exist_ok=True)
-    if "diffusers" in config.exports:
-        write_diffusers(
-            target / EXPORT_FILES["diffusers"], adapter, shapes, denoiser, metadata, DTYPES[config.export_dtype]
-        )
-    if "kohya" in config.exports:
-        if denoiser == "unet":
-            write_kohya(target / EXPORT_FILES["kohya"], adapter, shapes, metadata, DTYPES[config.export_dtype])
-        else:
-            logger.warning("merging.exports: kohya is written for a unet alone, this model has a %s", denoiser)
+    for name in config.exports:
+        if not write_export(name, target, adapter, model, metadata, DTYPES[config.export_dtype]):
+            logger.info("merging.exports: %s is not written for a %s", name, model.pipeline_class)
 
 
 def _weights(skills: Sequence[str], model: ModelConfig, config: MergingConfig) -> dict[str, float]:

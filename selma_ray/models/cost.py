@@ -49,6 +49,12 @@ class TrainingCost:
     """Forward and backward pass."""
     predictions_per_step: int = 2
     """Predictions of a guided sampling step."""
+    guides_above: float = 1.0
+    """Guidance scale above which a step is guided."""
+
+    def predictions(self, guidance_scale: float) -> int:
+        """Return the predictions of a sampling step at a guidance scale."""
+        return self.predictions_per_step if guidance_scale > self.guides_above else 1
 
 
 def training_cost(
@@ -85,6 +91,7 @@ def training_cost(
         forward_flops=forward_flops,
         step_flops=step_flops,
         predictions_per_step=family.predictions_per_step,
+        guides_above=family.guides_above,
     )
 
 

@@ -80,6 +80,9 @@ class Family(Protocol):
     predictions_per_step: int
     """Calls of the denoiser in a guided sampling step: 2 with classifier-free guidance, 1 where guidance is an input."""
 
+    guides_above: float
+    """Guidance scale above which a sampling step is guided: 1, or 0 where a family counts from 0."""
+
     upcasts_autoencoder: bool
     """Whether its pipeline decodes in fp32 what it draws in fp16, where the autoencoder's configuration says so."""
 
@@ -117,6 +120,15 @@ class Family(Protocol):
 
     def predict(self, denoiser: torch.nn.Module, noised: Noised) -> torch.Tensor:
         """Return the denoiser's prediction of each noised example (NChw), in its precision."""
+
+    def errors_by_level(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        settings: LossSettings = DEFAULT_LOSS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `errors` returns, and the noise level of each example, from 0 to 1 for noise alone (both N)."""
 
 
 class Predictor(Protocol):

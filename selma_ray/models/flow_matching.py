@@ -39,6 +39,7 @@ class FlowMatching(ABC):
     """A pipeline whose transformer was trained by rectified flow, at noise levels from a logit-normal distribution."""
 
     predictions_per_step = 2
+    guides_above: ClassVar[float] = 1.0
     upcasts_autoencoder = False
     transformer_class: ClassVar[Any]
     autoencoder_class: ClassVar[Any] = AutoencoderKL
@@ -109,13 +110,23 @@ class FlowMatching(ABC):
         generators: Sequence[torch.Generator],
         settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
-        """Return each example's mean squared error of the velocity noise - latents (N, fp32), every noise level weighed the same.
+        """Return each example's mean squared error of the velocity noise - latents (N, fp32), every noise level weighed the same."""
+        return self.errors_by_level(denoiser, batch, generators, settings)[0]
+
+    def errors_by_level(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        settings: LossSettings = DEFAULT_LOSS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each example's mean squared error of the velocity noise - latents, and its noise level (both N).
 
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. Raises
         ConfigError for `settings.min_snr_gamma`, which is defined for diffusion alone.
         """
         noised = self.noised(batch, generators, settings)
-        return squared_errors(self.predict(denoiser, noised), noised.target)
+        return squared_errors(self.predict(denoiser, noised), noised.target), noised.clean_scale
 
     def noised(
         self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS

@@ -37,6 +37,12 @@ class DrawingCost:
     """Rows of a guided sampling step."""
     upcasts: bool
     """Whether the autoencoder is put into fp32 to decode what is drawn in fp16."""
+    guides_above: float = 1.0
+    """Guidance scale above which a step is guided."""
+
+    def rows(self, guidance_scale: float) -> int:
+        """Return the rows of a sampling step at a guidance scale."""
+        return self.predictions_per_step if guidance_scale > self.guides_above else 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def drawing_cost(model: ModelConfig, height_px: int, width_px: int) -> DrawingCo
         decode_bytes=decode_bytes,
         autoencoder_parameters=sum(each.numel() for each in autoencoder.parameters()),
         predictions_per_step=family.predictions_per_step,
+        guides_above=family.guides_above,
         upcasts=family.upcasts_autoencoder and bool(autoencoder.config.force_upcast),
     )
 

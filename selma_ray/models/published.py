@@ -54,6 +54,11 @@ _QWEN25_VL_7B = {
 _DIFFUSION = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 1000}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_DC_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+_GEMMA2_2B = {
+    "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+}  # fmt: skip
 
 # Pipeline class, then the library, class and configuration of each part.
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]]] = {
@@ -209,6 +214,49 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
             ),
             "text_encoder": ("transformers", "Qwen3ForCausalLM", _QWEN3_4B),
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", _FLOW | {"use_dynamic_shifting": True}),
+        },
+    ),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": (
+        "SanaPipeline",
+        {
+            "transformer": (
+                "diffusers",
+                "SanaTransformer2DModel",
+                {
+                    "_class_name": "SanaTransformer2DModel",
+                    "caption_channels": 2304,
+                    "num_layers": 20,
+                    "sample_size": 32,
+                },
+            ),
+            "vae": (
+                "diffusers",
+                "AutoencoderDC",
+                {
+                    "_class_name": "AutoencoderDC",
+                    "latent_channels": 32,
+                    "encoder_block_types": _DC_BLOCKS,
+                    "decoder_block_types": _DC_BLOCKS,
+                    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+                    "decoder_layers_per_block": [3] * 6,
+                    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+                    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+                    "downsample_block_type": "conv",
+                    "upsample_block_type": "interpolate",
+                    "scaling_factor": 0.41407,
+                },
+            ),
+            "text_encoder": ("transformers", "Gemma2Model", _GEMMA2_2B),
+            "scheduler": (
+                "diffusers",
+                "DPMSolverMultistepScheduler",
+                {
+                    "_class_name": "DPMSolverMultistepScheduler",
+                    "prediction_type": "flow_prediction",
+                    "use_flow_sigmas": True,
+                    "flow_shift": 3.0,
+                },
+            ),
         },
     ),
     "Qwen/Qwen-Image": (

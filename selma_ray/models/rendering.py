@@ -75,47 +75,50 @@ class Renderer:
         """Return the class name of the sampler."""
         return type(self.pipeline.scheduler).__name__
 
-    def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """Return one RGB image per prompt, in order."""
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int] | None = None
+    ) -> list[Image.Image]:
+        """Return one RGB image per prompt, in order, all of a size (width, height); default: the sampling's."""
+        size_px = size_px or (self.sampling.width_px, self.sampling.height_px)
         if self.pipeline._execution_device.type != "cpu":  # its parts may wait in the host's memory
-            return self._fitting(prompts, seeds)
+            return self._fitting(prompts, seeds, size_px)
         images: list[Image.Image] = []
         lanes = self._cpu_lanes
         for start in range(0, len(prompts), lanes):
-            images += self._filled_up(prompts[start : start + lanes], seeds[start : start + lanes])
+            images += self._filled_up(prompts[start : start + lanes], seeds[start : start + lanes], size_px)
         return images
 
-    def _filled_up(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def _filled_up(self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int]) -> list[Image.Image]:
         """Render up to as many rows as a CPU denoises at once as that many, by repeating the last."""
         missing = self._cpu_lanes - len(prompts)
         all_prompts, all_seeds = list(prompts), list(seeds)
-        return self._fitting(all_prompts + all_prompts[-1:] * missing, all_seeds + all_seeds[-1:] * missing)[
-            : len(prompts)
-        ]
+        filled = self._fitting(all_prompts + all_prompts[-1:] * missing, all_seeds + all_seeds[-1:] * missing, size_px)
+        return filled[: len(prompts)]
 
-    def _fitting(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def _fitting(self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int]) -> list[Image.Image]:
         """Render as many rows at once as fit the memory; what did not fit once is not tried again."""
         return self._batches.map(
-            lambda rows: self._render([prompt for prompt, _ in rows], [seed for _, seed in rows]),
+            lambda rows: self._render([prompt for prompt, _ in rows], [seed for _, seed in rows], size_px),
             list(zip(prompts, seeds, strict=True)),
         )
 
     @torch.inference_mode()
-    def _render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def _render(self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int]) -> list[Image.Image]:
         """Return images; raises RenderError where one is not finite, which a conversion to pixels would make black."""
         with _autoencoder_restored(self.pipeline):
-            images_NHW3 = self._draw(prompts, seeds)
+            images_NHW3 = self._draw(prompts, seeds, size_px)
         if not np.isfinite(images_NHW3).all():
             raise not_finite(self.pipeline.dtype)
         return self.pipeline.numpy_to_pil(images_NHW3)
 
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], size_px: tuple[int, int]) -> Any:
         """Return images (NHW3, 0 to 1)."""
+        width_px, height_px = size_px
         return self.pipeline(
             prompt=list(prompts),
             num_inference_steps=self.sampling.steps,
-            width=self.sampling.width_px,
-            height=self.sampling.height_px,
+            width=width_px,
+            height=height_px,
             # Noise is drawn on the CPU, so that a seed gives the same latents on every device.
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",

@@ -52,6 +52,7 @@ class StableDiffusion:
     """A StableDiffusionPipeline's parts, each loaded from its own sub-folder when it is needed."""
 
     predictions_per_step = 2
+    guides_above = 1.0
     upcasts_autoencoder = False
     _denoise = staticmethod(_denoise)
 
@@ -119,15 +120,26 @@ class StableDiffusion:
         generators: Sequence[torch.Generator],
         settings: LossSettings = DEFAULT_LOSS,
     ) -> torch.Tensor:
-        """Return each example's mean squared error of the prediction at a uniform timestep (N, fp32).
+        """Return each example's mean squared error of the prediction at a uniform timestep (N, fp32)."""
+        return self.errors_by_level(denoiser, batch, generators, settings)[0]
+
+    def errors_by_level(
+        self,
+        denoiser: torch.nn.Module,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        settings: LossSettings = DEFAULT_LOSS,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each example's mean squared error of the prediction at a uniform timestep, and that timestep's share of all (both N).
 
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. With
         `settings.min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
         """
         noised = self.noised(batch, generators, settings)
         error_N = squared_errors(self.predict(denoiser, noised), noised.target)
-        gamma = settings.min_snr_gamma
-        return error_N if gamma is None else self._min_snr_weights(noised.timesteps, gamma) * error_N
+        if settings.min_snr_gamma is not None:
+            error_N = self._min_snr_weights(noised.timesteps, settings.min_snr_gamma) * error_N
+        return error_N, noised.timesteps / self.schedule.config.num_train_timesteps
 
     def noised(
         self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS

@@ -54,6 +54,7 @@ def _texts(conditioning: Condition) -> list[torch.Tensor]:
 class ZImage(FlowMatching):
     """A ZImagePipeline's parts, each loaded from its own sub-folder when it is needed."""
 
+    guides_above = 0.0
     transformer_class = ZImageTransformer2DModel
     tokens = 512  # with those of the chat template around a prompt
     _denoise = staticmethod(_denoise)

@@ -64,7 +64,7 @@ def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
 
     Raises ModelNotFoundError where its model's configurations cannot be read.
     """
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     parameters = pipeline_weights(recipe.model)
     num_skills = len(load_skills(recipe.skills))
@@ -110,7 +110,13 @@ def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
 
 def _adapter_bytes(recipe: Recipe) -> int:
     """Return the bytes of a merged weight in all files that hold it: the adapter and its exports."""
-    return _BYTES[recipe.merging.adapter_dtype] + len(recipe.merging.exports) * _BYTES[recipe.merging.export_dtype]
+    return _BYTES[recipe.merging.adapter_dtype] + _export_count(recipe) * _BYTES[recipe.merging.export_dtype]
+
+
+def _export_count(recipe: Recipe) -> int:
+    """Return how many files are exported: a model has either kohya's or ComfyUI's."""
+    exports = set(recipe.merging.exports)
+    return len(exports) - ({"kohya", "comfyui"} <= exports)
 
 
 def _encoded_per_prompt(recipe: Recipe) -> int:
@@ -128,7 +134,7 @@ def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
 def study_hours(study: Study, tflops: float) -> float:
     """Return the GPU-hours of all that a study makes, at a sustained rate of `tflops` TFLOP/s."""
     made, recipe = plan_study(study), study.recipe
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     flops = sum(count * _render_flops(cost, sampled) for count, sampled in (*made.images, *(made.scored or ())))
     flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in made.experts)
@@ -148,8 +154,7 @@ def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
 
 
 def _render_flops(cost: "TrainingCost", sampling: SamplingConfig) -> float:
-    predictions = cost.predictions_per_step if sampling.guidance_scale > 1 else 1
-    return cost.forward_flops * sampling.steps * predictions
+    return cost.forward_flops * sampling.steps * cost.predictions(sampling.guidance_scale)
 
 
 def _pixel_bytes(sampling: SamplingConfig) -> int:

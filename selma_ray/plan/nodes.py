@@ -100,8 +100,8 @@ def _processes(recipe: Recipe) -> Iterator[_Processes]:
     yield _Processes("train", worker, experts.workers_per_expert, at_once * experts.workers_per_expert)
     serving = recipe.serving
     generator = {"CPU": serving.num_cpus, "GPU": serving.num_gpus}
-    fewest = serving.generator_replicas
-    yield _Processes("serve", generator, fewest, serving.max_generator_replicas or fewest)
+    fewest, runs = serving.generator_replicas, 1 + len(serving.models)
+    yield _Processes("serve", generator, runs * fewest, runs * (serving.max_generator_replicas or fewest))
     if serving.evaluator_replicas:
         evaluator = {"CPU": serving.num_cpus, "GPU": serving.evaluator_num_gpus}
         fewest = serving.evaluator_replicas

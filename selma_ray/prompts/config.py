@@ -106,6 +106,19 @@ class PromptsConfig(StrictModel):
     llm: LLMConfig = LLMConfig()
     """The language model."""
 
+    @property
+    def block_size(self) -> int:
+        """Return how many requests are issued and answered together."""
+        return max(1, self.requests_in_flight // 4)
+
+    def blocks_per_engine(self, num_skills: int) -> int:
+        """Return how many blocks an engine may hold at once: all that may be in flight, shared by the most engines there may be.
+
+        More would go to the engine that is there first, or nearest, while others wait for work.
+        """
+        in_flight = -(-self.requests_in_flight * num_skills // self.block_size)
+        return max(1, -(-in_flight // self.llm.max_replicas))
+
     @model_validator(mode="after")
     def _bound_can_be_kept(self) -> "PromptsConfig":
         most = self.max_requests * self.per_request

@@ -18,6 +18,7 @@ from selma_ray.prompts.config import PromptsConfig
 from selma_ray.prompts.pool import PromptPool, WrittenAnswer
 from selma_ray.prompts.progress import PromptProgress, write_prompt_progress
 from selma_ray.prompts.requests import PromptRequest, request_text
+from selma_ray.prompts.store import prompt_rows, read_decided
 from selma_ray.records import PROMPT_SCHEMA
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
@@ -54,7 +55,7 @@ class PromptFeed:
         self._open_pool = partial(PromptPool, skills, config, seed, folder, excluded)
         self._block_size = block_size
         self._blocks: list[list[PromptRequest]] = []
-        self._kept_by_answer: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        self._decided_by_answer: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._failure: SelmaError | None = None
         self._folder = folder
         self._progress: PromptProgress | None = None
@@ -87,18 +88,29 @@ class PromptFeed:
         rows = []
         async with self._changed:
             for answer in answers:
-                key = (answer.skill, answer.number)
-                if key not in self._kept_by_answer:
-                    self._kept_by_answer[key] = self._take(answer)
-                rows += self._kept_by_answer[key]
+                known = self._decided_by_answer.get((answer.skill, answer.number))
+                rows += self._take(answer) if known is None else self._kept_of(known)
             self._changed.notify_all()
         return rows
 
+    def _kept_of(self, decided: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+        """Return the prompts that requests let be kept, as the run's folder has them: in memory they would be all of the run's."""
+        return [
+            row
+            for skill, number in decided
+            for row in prompt_rows(skill, read_decided(self._folder, skill, number) or ())
+        ]
+
     def _take(self, answer: WrittenAnswer) -> list[dict[str, Any]]:
         try:
-            before = Counter(self._pool.rejected)
+            rejected, decided = Counter(self._pool.rejected), self._pool.decided
             kept = self._pool.hand_in(answer)
-            self._count(len(kept), self._pool.rejected - before)
+            # In the order in which they were decided: by rounds, in the recipe's order of skills.
+            self._decided_by_answer[answer.skill, answer.number] = sorted(
+                ((skill, number) for skill, end in self._pool.decided.items() for number in range(decided[skill], end)),
+                key=lambda entry: entry[1],
+            )
+            self._count(len(kept), self._pool.rejected - rejected)
             self._record_progress(len(kept))
             return kept
         except SelmaError as error:

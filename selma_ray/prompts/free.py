@@ -61,7 +61,11 @@ def free_stage(
             fn_constructor_args=(skills, config),
             batch_size=batch_size,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=llm.min_replicas, max_size=llm.max_replicas),
+            compute=ActorPoolStrategy(
+                min_size=llm.min_replicas,
+                max_size=llm.max_replicas,
+                max_tasks_in_flight_per_actor=config.blocks_per_engine(len(skills)),
+            ),
             num_cpus=llm.num_cpus,
             num_gpus=llm.num_gpus or None,
             **role_options("llm", cluster),

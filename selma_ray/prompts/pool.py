@@ -17,7 +17,7 @@ from selma_ray.prompts.diversity import DiversityFilter
 from selma_ray.prompts.parsing import ListItem, parse_numbered_list
 from selma_ray.prompts.requests import PromptRequest
 from selma_ray.prompts.splits import split_of
-from selma_ray.prompts.store import PromptCandidate, forget_from, prompt_rows, read_decided, write_decided
+from selma_ray.prompts.store import PromptCandidate, decided_requests, forget_from, prompt_rows, write_decided
 from selma_ray.records import seed_of
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
@@ -92,6 +92,11 @@ class PromptPool:
         return sum(len(state.kept) for state in self._states.values())
 
     @property
+    def decided(self) -> dict[str, int]:
+        """Return how many requests of each skill are decided."""
+        return {skill: state.decided for skill, state in self._states.items()}
+
+    @property
     def rejected(self) -> Counter[str]:
         """Return how many candidates were rejected, by reason."""
         return sum((state.rejected for state in self._states.values()), Counter())
@@ -149,10 +154,11 @@ class PromptPool:
         return min(self._unfinished(), key=lambda state: state.decided, default=None)
 
     def _replay(self) -> None:
+        decided = {skill: decided_requests(self._folder, skill) for skill in self._states}
         while (state := self._turn()) is not None:
             self._check_yield(state)
-            candidates = read_decided(self._folder, state.skill.name, state.decided)
-            if candidates is None:
+            number, candidates = next(decided[state.skill.name], (None, []))
+            if number != state.decided:
                 break
             for candidate in candidates:
                 if candidate.kept:

@@ -35,7 +35,7 @@ def prompt_stream(
     Prompts in `excluded` (those of the test set) are never kept. `llm_stage` takes the place of the recipe's engine. While the stream
     runs, a skill that cannot reach its number of prompts raises PromptYieldError.
     """
-    block_size = max(1, config.requests_in_flight // 4)
+    block_size = config.block_size
     feed = ray.remote(PromptFeed).options(**beside_driver()).remote(skills, config, seed, folder, excluded, block_size)
     missing = ray.get(feed.open.remote())
     streams = []

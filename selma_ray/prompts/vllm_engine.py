@@ -37,7 +37,7 @@ def vllm_stage(
     llm = config.llm
     path = locate_llm(llm.name, llm.revision).path
     chat = speaks_chat(llm, path)
-    tasks_in_flight = max(1, -(-config.requests_in_flight * len(skills) // batch_size))
+    tasks_in_flight = config.blocks_per_engine(len(skills))
     processor_config = vLLMEngineProcessorConfig(
         model_source=path,
         engine_kwargs=engine_options(llm, seeded=True) | llm.engine_options,

@@ -85,9 +85,12 @@ def _worker_key(config: ExpertsConfig) -> str:
 
 
 def _merge(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
-    evaluation, distil = recipe.evaluation, recipe.merging.distil
+    evaluation, experts, distil = recipe.evaluation, recipe.experts, recipe.merging.distil
     if recipe.merging.method == "distil":
         return [([Demand("merging.distil", "train", {"CPU": distil.num_cpus, "GPU": distil.num_gpus})], True)]
+    if recipe.merging.method == "regmean":
+        worker = {"CPU": experts.cpus_per_worker, "GPU": experts.gpus_per_worker}
+        return [([Demand("experts.cpus_per_worker and experts.gpus_per_worker", "train", worker)], True)]
     if recipe.merging.method != "search":
         return []
     both = shared_resources(_resources(evaluation), _resources(evaluation.judge))
@@ -108,7 +111,9 @@ def _serve(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
     serving = recipe.serving
     generators = {"CPU": serving.num_cpus, "GPU": serving.num_gpus}
     evaluators = {"CPU": serving.num_cpus, "GPU": serving.evaluator_num_gpus}
-    parts = [Demand("serving.generator_replicas", "serve", _times(serving.generator_replicas, generators))]
+    count = serving.generator_replicas * (1 + len(serving.models))  # each run of serving.models has its own
+    key = "serving.generator_replicas" + (" x the runs of serving.models" if serving.models else "")
+    parts = [Demand(key, "serve", _times(count, generators))]
     if serving.evaluator_replicas:
         parts.append(Demand("serving.evaluator_replicas", "serve", _times(serving.evaluator_replicas, evaluators)))
     return [(parts, False)]

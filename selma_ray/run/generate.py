@@ -31,6 +31,7 @@ _SHOW_EVERY_S = 1.0
 def generate(run: Run, report: Report) -> dict[str, Any]:
     """Stream prompts from the LLM into the renderers; returns counts of both."""
     from selma_ray.images.card import write_card
+    from selma_ray.images.compaction import compact_shards
     from selma_ray.images.stream import check_failures, image_summary
     from selma_ray.judging.suites import open_suite
     from selma_ray.prompts.llm import llm_errors
@@ -58,6 +59,7 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     streamed = _render(run, prompts, model, report)
     if is_chosen_later(recipe):
         _choose(run, report)
+    compact_shards(run.folder)
     summary: dict[str, Any] = {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "questions": question_counts(run),
@@ -180,6 +182,7 @@ def _showing_prompts(
 
 
 def _draw(run: Run, prompts: "Dataset", report: Report) -> dict[str, Any]:
+    from selma_ray.images.compaction import compact_shards
     from selma_ray.images.stream import image_summary
     from selma_ray.prompts.splits import train_count
     from selma_ray.prompts.stream import prompt_summary
@@ -189,6 +192,7 @@ def _draw(run: Run, prompts: "Dataset", report: Report) -> dict[str, Any]:
     drawn = draw_images(run.folder, prompts.iter_rows(), run.recipe.images, run.recipe.seed)
     for done, row in enumerate(drawn, start=1):
         report(Progress("generate", done, total, f"{row['skill']}: {row['prompt']}"))
+    compact_shards(run.folder)
     return {
         "prompts": prompt_summary(run.folder, run.skill_names),
         "questions": question_counts(run),

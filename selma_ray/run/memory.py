@@ -20,6 +20,8 @@ from selma_ray.prompts.config import LLMConfig
 from selma_ray.run.demands import SERVE, stage_demands
 from selma_ray.run.question_source import is_chosen_later, source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
+from selma_ray.run.served_weights import adapter_parameters, hosted_recipes
+from selma_ray.serving.config import ServingConfig
 
 if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
     from selma_ray.models.cost import TrainingCost
@@ -41,6 +43,7 @@ CUDA_BYTES = 1e9
 
 _BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
 _BASE_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "prodigy": 16, "adafactor": 0}
 _VLLM_SHARE = 0.9
 _GB = 1e9
 
@@ -101,7 +104,7 @@ def memory_needs(recipe: Recipe, stages: Sequence[str], gpu_bytes: float | None 
 
 
 def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[str, float]:
-    """Return what a worker holds: frozen weights, adapter with gradients, AdamW's state and masters, and activations, in bytes.
+    """Return the bytes that a worker holds: frozen weights, adapter with gradients, optimiser's state, masters, average, activations.
 
     ZeRO 1 and up exchange gradients through a buffer and split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
     """
@@ -114,12 +117,13 @@ def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[s
     gradients = width * cost.lora_parameters / split[1]
     if config.zero_stage:
         gradients += width * min(cost.lora_parameters, GRADIENTS_AT_ONCE)
-    optimizer = (8 + masters) * cost.lora_parameters / split[0]
+    optimizer = (_STATE_BYTES[config.optimizer] + masters) * cost.lora_parameters / split[0]
+    average = 4 * cost.lora_parameters if config.ema else 0
     activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
     images = micro_batch * (2 if config.dpo else 1)
     return {
         "weights": (base + width * cost.lora_parameters) / split[2],
-        "gradients and optimiser": gradients + optimizer,
+        "gradients and optimiser": gradients + optimizer + average,
         "activations": images * activations * width / 4,
     }
 
@@ -150,13 +154,13 @@ def _generate(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if images.num_gpus and images.engine == "diffusers" and recipe.data.images == "model":
         model = recipe.data.model or recipe.model
         remedies = ("images.batch_size=1", f"{'data.model' if recipe.data.model else 'model'}.card.offload=model")
-        yield _renderer("generate", model, images.sampling, images.batch_size, beside, gpu_bytes, remedies)
+        yield _renderer("generate", model, images.largest_sampling, images.batch_size, beside, gpu_bytes, remedies)
     if images.selection:
         yield from _judge("generate", "images.selection.judge", images.selection.judge)
 
 
 def _train(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
-    config, sampling = recipe.experts, recipe.images.sampling
+    config, sampling = recipe.experts, recipe.images.largest_sampling
     if not config.gpus_per_worker:
         return
     cost, parameters = _training_cost(recipe)
@@ -203,14 +207,37 @@ def _serve(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if not serving.num_gpus:
         return
     beside = judge if serving.num_gpus + serving.evaluator_num_gpus <= 1 else None
+    own = _generator(recipe, serving, beside, gpu_bytes)
+    others = [_generator(each, serving, None, gpu_bytes) for each in hosted_recipes(serving).values()]
+    at_once = max(1, int(1 / serving.num_gpus))  # generators that share a card
+    largest = sorted([own, *others] * serving.generator_replicas, key=lambda need: -need.total_bytes)[:at_once]
+    yield largest[0] if len(largest) == 1 else _together(largest)
+
+
+def _generator(recipe: Recipe, serving: ServingConfig, judge: JudgeConfig | None, gpu_bytes: float | None) -> Need:
+    """Return what a generator of a run holds, served by a service that may be another run's."""
     remedies = ("serving.max_batch_size=1", "serving.experts=false", "model.card.offload=model")
-    need = _renderer(SERVE, recipe.model, serving.sampling, serving.max_batch_size, beside, gpu_bytes, remedies)
-    if serving.experts:
-        cost, _ = _training_cost(recipe)
-        adapters = len(recipe.skills) * cost.lora_parameters
-        parts = {**need.parts, "base and experts": (cost.parameters + adapters) * _BYTES[recipe.model.dtype]}
-        need = Need(need.stage, need.what, parts, need.remedies)
-    yield need
+    sampling = recipe.serving.sampling
+    need = _renderer(SERVE, recipe.model, sampling, serving.max_batch_size, judge, gpu_bytes, remedies)
+    adapters = sum(adapter_parameters(path) for path in serving.adapters.values()) if recipe.serving is serving else 0
+    if not (serving.experts or adapters):
+        return need
+    cost, _ = _training_cost(recipe)
+    experts = len(recipe.skills) * cost.lora_parameters if serving.experts else 0
+    width = _BYTES[recipe.model.dtype]
+    parts = {**need.parts, "base and experts": (cost.parameters + experts) * width}
+    if adapters:
+        parts["adapters"] = adapters * width
+    return Need(need.stage, need.what, parts, need.remedies)
+
+
+def _together(needs: Sequence[Need]) -> Need:
+    """Return what several processes hold that share a card."""
+    parts: dict[str, float] = {}
+    for need in needs:
+        for name, amount in need.parts.items():
+            parts[name] = parts.get(name, 0.0) + amount
+    return Need(SERVE, f"{len(needs)} generators on one GPU", parts, needs[0].remedies, "set serving.num_gpus=1")
 
 
 def _renderer(
@@ -224,7 +251,6 @@ def _renderer(
 ) -> Need:
     """Return what a pipeline holds that draws batches, and a judge in vLLM beside it."""
     width, cost, card = _BYTES[model.dtype], _drawing(model, sampling), model.card
-    predictions = cost.predictions_per_step if sampling.guidance_scale > 1 else 1
     weights = pipeline_weights(model)
     resident = {"none": sum(weights.values()), "model": max(weights.values()), "sequential": 0}[card.offload] * width
     upcasts = cost.upcasts and model.dtype == "fp16"
@@ -232,7 +258,7 @@ def _renderer(
     decoding = decoded * cost.decode_bytes * (4 if upcasts else width) / 4 + (
         2 * cost.autoencoder_parameters if upcasts else 0
     )
-    predicting = batch_size * predictions * cost.row_bytes * width / 4
+    predicting = batch_size * cost.rows(sampling.guidance_scale) * cost.row_bytes * width / 4
     parts = {"weights": resident, "drawing": max(predicting, decoding)}
     if judge and gpu_bytes and _is_in_vllm(judge):
         parts["judge"] = (judge.gpu_memory_fraction or _VLLM_SHARE) * gpu_bytes
@@ -275,7 +301,7 @@ def _engine(
 
 def _training_cost(recipe: Recipe) -> tuple["TrainingCost", dict[str, int]]:
     """Return what training costs and the weights of each part of the model."""
-    sampling, lora = recipe.images.sampling, recipe.experts.lora
+    sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
     return cost, pipeline_weights(recipe.model)
 

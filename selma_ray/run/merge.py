@@ -24,14 +24,23 @@ def merge(run: Run, report: Report) -> dict[str, Any]:
     recipe = run.recipe
     found = _searched(run, report) if recipe.merging.method == "search" else None
     student = _distilled(run, report) if recipe.merging.method == "distil" else None
+    inputs = _inputs(run, report) if recipe.merging.method == "regmean" else None
     report(Progress("merge", 0, 1))
-    summary = merge_experts(run.folder, run.skill_names, recipe.model, recipe.merging, recipe.seed, found, student)
+    summary = merge_experts(
+        run.folder, run.skill_names, recipe.model, recipe.merging, recipe.seed, found, inputs, student
+    )
     report(Progress("merge", 1, 1))
     if recipe.rounds == 1:
         return summary.as_dict()
     from selma_ray.run.rounds import go_rounds
 
     return {**summary.as_dict(), **go_rounds(run, report)}
+
+
+def _inputs(run: Run, report: Report) -> Any:
+    from selma_ray.run.input_statistics import input_statistics
+
+    return input_statistics(run, report)
 
 
 def _searched(run: Run, report: Report) -> Any:

@@ -136,7 +136,13 @@ def _check_targets(recipe: Recipe) -> None:
 
     with configured(recipe.model) as known, torch.device("meta"):
         denoiser = open_family(known).empty_denoiser()
-    check_targets(denoiser, recipe.experts.lora.targets, recipe.model.name, linear_alone=recipe.experts.moe is not None)
+    check_targets(
+        denoiser,
+        recipe.experts.lora.targets,
+        recipe.model.name,
+        linear_alone=recipe.experts.moe is not None,
+        rows_apart=recipe.serving.experts,
+    )
 
 
 def fetch_models(recipe: Recipe, tell: Callable[[str, str], None]) -> None:

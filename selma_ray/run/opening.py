@@ -14,6 +14,7 @@ from selma_ray.run.question_source import check_questions_can_be_had
 from selma_ray.run.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
 from selma_ray.storage import RunFolder
+from selma_ray.tracking.opening import check_trackers
 
 __all__ = ["Run", "open_run"]
 
@@ -141,6 +142,7 @@ def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
     check_adapters(recipe)
     check_models(recipe)
     check_schedulers(recipe)
+    check_trackers(recipe.experts.trackers, RunFolder(recipe.run_dir))
     check_llm(recipe.prompts.llm)
     check_questions_can_be_had(recipe)
 

@@ -17,6 +17,7 @@ from selma_ray.judging.config import QuestionsConfig
 from selma_ray.merging.config import MergingConfig
 from selma_ray.models.config import ModelConfig
 from selma_ray.prompts.config import PromptsConfig
+from selma_ray.run.published import recipe_path
 from selma_ray.serving.config import ServingConfig
 
 __all__ = ["DataConfig", "Recipe", "load_recipe"]
@@ -106,20 +107,37 @@ class Recipe(StrictModel):
             raise ValueError("rounds needs prompts.dev_fraction above 0: they end where the dev split no longer gains")
         return self
 
+    @model_validator(mode="after")
+    def _drawn_images_have_one_size(self) -> "Recipe":
+        if self.images.buckets_px and self.data.images == "ground_truth":
+            raise ValueError(
+                "images.buckets_px must be left out with data.images=ground_truth, whose scenes are drawn at one size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fused_images_have_one_size(self) -> "Recipe":
+        if self.experts.fused and self.images.buckets_px:
+            raise ValueError(
+                "experts.fused must be false with images.buckets_px: experts in one batch need images of one size"
+            )
+        return self
+
     def as_yaml(self) -> str:
         """Return the resolved recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, by its path or URI, and apply `key.path=value` overrides; raises ConfigError with one line.
+    """Read a recipe file, by its path or URI or a published one by its name, and apply `key.path=value` overrides.
 
-    A file that says `extends: OTHER.yaml`, a path relative to its own folder, changes that recipe: mappings are merged key by key,
-    everything else replaces what stood there.
+    A file that says `extends: OTHER.yaml`, a path relative to its own folder or a published name, changes that recipe: mappings are
+    merged key by key, everything else replaces what stood there. Raises ConfigError with one line.
     """
     from selma_ray.local_copies import local_copy
 
-    return validate(Recipe, apply_overrides(_read_recipe(local_copy(path)), overrides, Recipe), source=str(path))
+    mapping = _read_recipe(local_copy(recipe_path(path)))
+    return validate(Recipe, apply_overrides(mapping, overrides, Recipe), source=str(path))
 
 
 def _read_recipe(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -136,7 +154,7 @@ def _read_recipe(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]
         raise ConfigError(f"{path}: extends must not lead back to the file itself; name another recipe")
     if not isinstance(other, str):
         raise ConfigError(f"{path}: extends must name one recipe file, got {other!r}")
-    return _merged(_read_recipe(path.parent / other, (*extending, path)), mapping)
+    return _merged(_read_recipe(Path(recipe_path(other, beside=path.parent)), (*extending, path)), mapping)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import asyncio
 import difflib
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,6 +24,7 @@ from selma_ray.serving.bodies import (
     ScoreBody,
     Scores,
 )
+from selma_ray.serving.catalogue import Catalogue, Entry
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.description import describe
 from selma_ray.serving.draining import Gate, KeepGate
@@ -31,18 +32,20 @@ from selma_ray.serving.edits import FILES, edit_requests
 from selma_ray.serving.encoding import FileFormat, bytes_of_base64
 from selma_ray.serving.errors import RequestError, invalid_request
 from selma_ray.serving.forms import form_body_of, read_form
-from selma_ray.serving.generation import Wanted, draw, event_stream
+from selma_ray.serving.generation import Sign, Wanted, draw, event_stream
 from selma_ray.serving.guards import AnswerFaults, AnswerHead, LimitBody, RequireKey, SecureHeaders, error_response
 from selma_ray.serving.idempotency import RepeatAnswers
 from selma_ray.serving.keys import ApiKey
 from selma_ray.serving.links import FILES_PATH, ImageLinks
 from selma_ray.serving.live_names import LiveNames
-from selma_ray.serving.metrics import MeasureRequests, Metrics
+from selma_ray.serving.metrics import MeasureRequests, Metrics, engines_exposition
 from selma_ray.serving.page import PAGE_PATHS, add_page
 from selma_ray.serving.parsing import read_body, request_body_of
+from selma_ray.serving.peers import Peers
 from selma_ray.serving.reading import image_requests, wanted_metrics, warnings_of
 from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames
+from selma_ray.serving.shared import LocalState
 
 __all__ = ["build_app"]
 
@@ -62,20 +65,40 @@ _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stre
 
 
 def build_app(
-    backend: Backend, config: ServingConfig, names: ModelNames, keys: Sequence[ApiKey], gate: Gate | None = None
+    backend: Backend,
+    config: ServingConfig,
+    names: ModelNames,
+    keys: Sequence[ApiKey],
+    gate: Gate | None = None,
+    *,
+    others: Mapping[str, Entry] | None = None,
+    peers: Peers | None = None,
+    sign: Sign | None = None,
 ) -> FastAPI:
-    """Return the API around `backend`; `keys` is empty where only loopback is answered, and closing `gate` ends it."""
-    metrics = Metrics()
+    """Return the API around `backend`; `keys` is empty where only loopback is answered, and closing `gate` ends it.
+
+    `others` are runs beside the service's own, by name; `peers` is what replicas have in common, where there are several; `sign` is
+    applied to each finished image's file.
+    """
+    peers = peers or Peers(LocalState(config, keys))
+    metrics = peers.metrics
+    catalogue = Catalogue({"": Entry(names, config), **(others or {})})
     app = FastAPI(title="selma_ray", version=__version__, docs_url=None, redoc_url=None)
-    _add_probes(app, backend, metrics)
-    _add_routes(app, backend, config, names, metrics)
+    _add_probes(app, backend, peers)
+    _add_routes(app, backend, catalogue, peers, sign)
     add_page(app)
     _add_error_handlers(app)
     describe(app, config)
     # The last added is the outermost.
-    app.add_middleware(RepeatAnswers)
+    app.add_middleware(RepeatAnswers, store=peers.state)
     app.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 1e6), timeout_s=_BODY_TIMEOUT_S)
-    app.add_middleware(RequireKey, keys=keys, open_paths=(*_PROBES, *PAGE_PATHS), open_folders=(FILES_PATH,))
+    app.add_middleware(
+        RequireKey,
+        keys=keys,
+        take=peers.state.take,
+        open_paths=(*_PROBES, *PAGE_PATHS),
+        open_folders=(FILES_PATH,),
+    )
     app.add_middleware(AnswerHead)
     app.add_middleware(AnswerFaults)
     app.add_middleware(KeepGate, gate=gate or Gate(), open_paths=_TO_THE_END)
@@ -94,7 +117,7 @@ def build_app(
     return app
 
 
-def _add_probes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
+def _add_probes(app: FastAPI, backend: Backend, peers: Peers) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Tell that the API answers."""
@@ -113,19 +136,17 @@ def _add_probes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
             stats = await backend.generator_stats()
         except RequestError:
             stats = []
-        return Response(metrics.exposition(stats), media_type=metrics.CONTENT_TYPE)
+        return Response(await peers.exposition() + engines_exposition(stats), media_type=Metrics.CONTENT_TYPE)
 
 
-def _add_model_routes(app: FastAPI, live_names: LiveNames) -> None:
-    started_s = int(time.time())
-
+def _add_model_routes(app: FastAPI, live_names: LiveNames, started_s: int) -> None:
     @app.get("/v1/models")
     async def models() -> ModelList:
         """List the models that can be asked for."""
         known = await live_names.known()
         return ModelList(data=[Model(id=name, created=started_s, kind=known.kind(name)) for name in known.all()])
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Model:
         """Describe one of them."""
         known = await live_names.known()
@@ -134,22 +155,23 @@ def _add_model_routes(app: FastAPI, live_names: LiveNames) -> None:
         return Model(id=name, created=started_s, kind=known.kind(name))
 
 
-def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: ModelNames, metrics: Metrics) -> None:
-    live_names = LiveNames(names, backend)
-    _add_model_routes(app, live_names)
-    links = ImageLinks(config)
+def _add_routes(app: FastAPI, backend: Backend, catalogue: Catalogue, peers: Peers, sign: Sign | None) -> None:
+    config, metrics = catalogue.own.config, peers.metrics
+    live_names = LiveNames(catalogue, backend)
+    _add_model_routes(app, live_names, peers.started_s)
+    links = ImageLinks(config, peers.state.keep_image, peers.state.image, peers.secret)
 
     @app.get(FILES_PATH + "{name}", response_class=Response)
     async def linked(name: str, expires: str = "", signature: str = "") -> Response:
         """Return an image that a link names."""
-        return links.answer(name, expires, signature)
+        return await links.answer(name, expires, signature)
 
     async def answered(request: Request, body: GenerationBody, wanted: Wanted) -> Any:
         if body.stream:
             return await event_stream(backend, wanted)
 
-        def link(image: bytes) -> str:
-            return links.keep(image, wanted.file_format.kind, str(request.base_url))
+        async def link(image: bytes) -> str:
+            return await links.keep(image, wanted.file_format.kind, str(request.base_url))
 
         generation = await draw(backend, wanted, link if body.response_format == "url" else None)
         metrics.images.inc(len(generation.candidates or generation.data))
@@ -166,17 +188,17 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
     async def generations(request: Request) -> Any:
         """Draw images."""
         body = await read_body(request, GenerationBody)
-        requests = await live_names.read(lambda known: image_requests(body, config, known))
-        return await answered(request, body, _wanted(body, config, names, requests))
+        entry, requests = await live_names.read(partial(_read, body))
+        return await answered(request, body, _wanted(body, entry.config, catalogue.own.names, requests, sign))
 
     @app.post("/v1/images/edits", response_model=Generation, responses=_STREAMED, openapi_extra=form_body_of(EditBody))
     async def edits(request: Request) -> Any:
         """Change an image, as a whole or where its mask is transparent."""
         form = await read_form(request, FILES)
         body = form.validated(EditBody)
-        undecided = await live_names.read(lambda known: image_requests(body, config, known))
-        requests, warnings = await asyncio.to_thread(edit_requests, body, undecided, form.files, config)
-        wanted = _wanted(body, config, names, requests)
+        entry, undecided = await live_names.read(partial(_read, body))
+        requests, warnings = await asyncio.to_thread(edit_requests, body, undecided, form.files, entry.config)
+        wanted = _wanted(body, entry.config, catalogue.own.names, requests, sign)
         return await answered(
             request, body, replace(wanted, event="image_edit", warnings=[*warnings, *wanted.warnings])
         )
@@ -198,7 +220,19 @@ def _add_routes(app: FastAPI, backend: Backend, config: ServingConfig, names: Mo
         return answer
 
 
-def _wanted(body: GenerationBody, config: ServingConfig, names: ModelNames, requests: Sequence[ImageRequest]) -> Wanted:
+def _read(body: GenerationBody, known: Catalogue) -> tuple[Entry, list[ImageRequest]]:
+    """Return which run a body asks for, and what of it; raises RequestError where it leaves the service's bounds."""
+    entry = known.entry_of(body.model)
+    return entry, image_requests(body, entry.config, entry.names, entry.run)
+
+
+def _wanted(
+    body: GenerationBody,
+    config: ServingConfig,
+    names: ModelNames,
+    requests: Sequence[ImageRequest],
+    sign: Sign | None,
+) -> Wanted:
     """Return what a body asks for; raises RequestError where it leaves the service's bounds."""
     best_by = None
     if body.best_of is not None:
@@ -214,6 +248,7 @@ def _wanted(body: GenerationBody, config: ServingConfig, names: ModelNames, requ
         safety_identifier=body.safety_identifier or body.user or None,
         warnings=warnings_of(body, config),
         best_by=best_by,
+        sign=sign,
         questions=None if body.questions is None else [each.model_dump() for each in body.questions],
     )
 

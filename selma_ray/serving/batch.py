@@ -103,6 +103,7 @@ class StepBatch:
         self._had_s = 0.0  # of the lane whose turn it was last, at its beginning
         self._timer = StepTimer(merged.device)
         self._next_ticket = 0
+        self._leaving: set[str] = set()
         self.pace = Pace()
         self.num_moved = 0  # images that took part in the last step
 
@@ -142,7 +143,25 @@ class StepBatch:
     def add_experts(self, experts: Mapping[str, Expert]) -> None:
         """Let mixes have more experts, which fit the base model."""
         if self._mixing is not None:
+            self._leaving -= experts.keys()
             self._mixing.add_experts(experts)
+
+    def remove_experts(self, names: Iterable[str]) -> None:
+        """Forget experts: each once no request that mixes it waits or runs."""
+        self._leaving |= set(names)
+        self._drop_experts()
+
+    def _drop_experts(self) -> None:
+        if not self._leaving or self._mixing is None:
+            return
+        requests = [
+            request
+            for lane in self._lanes.values()
+            for request in (*(each.request for each in lane.running), *(request for _, request in lane.waiting))
+        ]
+        unused = self._leaving - {name for request in requests for name, _ in request.mix or ()}
+        self._mixing.remove_experts(unused)
+        self._leaving -= unused
 
     @property
     def num_waiting(self) -> int:
@@ -163,6 +182,7 @@ class StepBatch:
     def step(self) -> list[Latents | Failure]:
         """Admit waiting requests to the lane whose turn it is, move it by one step, return what is to be decoded and what failed."""
         lane = self._next_lane()
+        self._drop_experts()
         if lane is None:
             self.num_moved = 0
             return []

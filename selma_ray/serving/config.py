@@ -9,13 +9,26 @@ from selma_ray.config import StrictModel
 from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.models.config import SamplingConfig
 
-__all__ = ["JUDGE_METRICS", "ModelMetric", "ServingConfig", "is_loopback"]
+__all__ = ["JUDGE_METRICS", "CredentialsConfig", "ModelMetric", "ServingConfig", "is_loopback"]
 
 JUDGE_METRICS = ("dsg", "dsg_dpg", "dsg_selma", "soft_dsg", "soft_tifa_am", "soft_tifa_gm", "vqascore")
 """Scores that need a judge, by evaluation's names."""
 
 ModelMetric = Literal["clipscore", "pickscore", "hpsv2", "hpsv2.1", "imagereward"]
 """Scores that need a model of their own."""
+
+
+class CredentialsConfig(StrictModel):
+    """Whose signature images bear, as C2PA's content credentials; needs the extra c2pa, and the files on every node that speaks HTTP."""
+
+    certificates_file: str
+    """PEM file of the signer's certificate and those of its issuers, in this order; C2PA accepts no self-signed one."""
+    key_file: str
+    """PEM file of the signer's private key, in PKCS #8 without a password."""
+    algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+    """How the key signs."""
+    timestamp_url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")] | None = None
+    """A timestamping service that is asked about each image; default: none."""
 
 
 class ServingConfig(StrictModel):
@@ -37,12 +50,19 @@ class ServingConfig(StrictModel):
     image_metadata: bool = True
     """Write into each image's file what drew it: prompts, model, seed, steps, guidance, size and scheduler. PNG has all of it, and the
     line `parameters` that other tools read, which is the Exif comment of JPEG and WebP."""
+    credentials: CredentialsConfig | None = None
+    """Sign each finished image as drawn by a model (C2PA); default: images bear no signature."""
     url_lifetime_s: float = Field(default=3600, gt=0)
     """Seconds for which a link to an image works (response_format url)."""
     url_store_mb: float = Field(default=256, gt=0)
     """Memory for images behind links, in MB; the oldest give way."""
     requests_per_minute: int | None = Field(default=None, ge=1)
     """Requests that a key without a limit of its own may make a minute, all at once if it likes; default: no limit."""
+    models: dict[
+        Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")], Annotated[str, StringConstraints(min_length=1)]
+    ] = Field(default_factory=dict, max_length=16)
+    """More finished runs to serve, by the names that requests ask for their merged models: {anime: runs/anime}. Their base and experts
+    are NAME/base and NAME/EXPERT; each has generators of its own, as many as this run, and is sampled as its own recipe says."""
     experts: bool = True
     """Serve the base model, every expert and mixes of experts too; a second denoiser in each generator's memory."""
     adapters: dict[
@@ -113,6 +133,8 @@ class ServingConfig(StrictModel):
     """More scores, each with its model, a folder or a hub name: {clipscore: openai/clip-vit-base-patch32}."""
     judge_batch_size: int = Field(default=16, ge=1)
     """Images that are judged at once, of eight questions each; with more questions fewer, with fewer questions more."""
+    api_replicas: int = Field(default=1, ge=1, le=64)
+    """Replicas that speak HTTP; several share the keys' limits, answers to repeated requests and images behind links."""
     generator_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator, the fewest where max_generator_replicas is given."""
     max_generator_replicas: int | None = Field(default=None, ge=1)

@@ -3,7 +3,7 @@
 Shapes: N rows or images, C latent channels, h x w latent pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selma_ray.adapters.mixing import Expert, ExpertLayers, Mix
+from selma_ray.adapters.mixes import Mix
+from selma_ray.adapters.mixing import Expert, ExpertLayers
 from selma_ray.errors import ConfigError, DrawingError, RenderError
 from selma_ray.models.conditions import Condition
 from selma_ray.models.course import Course
@@ -88,6 +89,11 @@ class Denoiser:
         """Add what `fitted_expert` returned, between two predictions."""
         for name, expert in experts.items():
             self._experts.add(name, expert)
+
+    def remove_experts(self, names: Iterable[str]) -> None:
+        """Forget experts that no row mixes any more, between two predictions."""
+        for name in names:
+            self._experts.remove(name)
 
     def encode(self, requests: Sequence[ImageRequest]) -> list[RequestRows]:
         """Embed the texts of each request; raises RequestError (400) for what the model cannot draw."""

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ class Engine:
         self._inbox: deque[tuple[ImageRequest, _Promise]] = deque()
         self._promises: dict[int, _Promise] = {}
         self._backlog_s: dict[LaneKey, float] = {}
-        self._changes: deque[Callable[[StepBatch], None]] = deque()
+        self._changes: deque[tuple[int, Callable[[StepBatch], None]]] = deque()
         self._closed = False
         self._moved_at_s = time.monotonic()
         self._occupancy: Counter[int] = Counter()
@@ -116,6 +116,12 @@ class Engine:
         """Let requests that come from now on mix more experts, which fit the base model."""
         self._change(lambda batch: batch.add_experts(experts))
 
+    def remove_experts(self, names: Iterable[str]) -> None:
+        """Forget experts; requests in progress that mix one go on with it, and it leaves when the last of them has."""
+        gone = tuple(names)
+        if gone:
+            self._change(lambda batch: batch.remove_experts(gone))
+
     def stats(self) -> EngineStats:
         """Return counts since the start."""
         with self._changed:
@@ -149,7 +155,7 @@ class Engine:
     def _change(self, change: Callable[[StepBatch], None]) -> None:
         """Let the denoising thread change its batch before the next step."""
         with self._changed:
-            self._changes.append(change)
+            self._changes.append((len(self._inbox), change))
             self._changed.notify()
 
     def _in_flight(self) -> int:
@@ -199,11 +205,7 @@ class Engine:
         """Wait for work, pass new requests to the batch, drop cancelled ones; False when closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._inbox or len(self._batch) or self._changes)
-            while self._changes:
-                self._changes.popleft()(self._batch)
-            while self._inbox:
-                request, promise = self._inbox.popleft()
-                self._promises[self._batch.submit(request)] = promise
+            self._take_in_order()
             cancelled = [ticket for ticket, promise in self._promises.items() if promise.future.cancelled()]
             for ticket in cancelled:
                 del self._promises[ticket]
@@ -211,6 +213,21 @@ class Engine:
             self._decoding.drop(cancelled)
             self._backlog_s = self._batch.backlog_s()
             return not self._closed
+
+    def _take_in_order(self) -> None:
+        """Pass requests and changes to the batch in the order in which they came: what came before a change is drawn without it."""
+        taken = 0
+        while self._changes:
+            after, change = self._changes.popleft()
+            self._submit(after - taken)
+            taken = after
+            change(self._batch)
+        self._submit(len(self._inbox))
+
+    def _submit(self, count: int) -> None:
+        for _ in range(count):
+            request, promise = self._inbox.popleft()
+            self._promises[self._batch.submit(request)] = promise
 
     def _hand_out(self, outcomes: Sequence[Latents | Failure], step_s: float) -> None:
         self._decoding.put(outcome for outcome in outcomes if isinstance(outcome, Latents))

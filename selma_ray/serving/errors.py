@@ -148,7 +148,9 @@ def internal_error() -> RequestError:
 
 def unavailable(what: str) -> RequestError:
     """Return the answer while a part of the service is down."""
-    return RequestError(f"the {what} is not available; try again later", 503, f"{what}_unavailable", retry_after_s=5)
+    return RequestError(
+        f"the {what} is not available; try again later", 503, f"{what.replace(' ', '_')}_unavailable", retry_after_s=5
+    )
 
 
 def shutting_down() -> RequestError:

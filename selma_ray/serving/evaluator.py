@@ -15,7 +15,7 @@ from selma_ray.models.device import see_own_gpus
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import count_pixels, decode_upload
 from selma_ray.serving.errors import invalid_request, metric_not_served, too_large
-from selma_ray.serving.generator import use_threads
+from selma_ray.serving.threads import use_threads
 
 __all__ = ["Asked", "Evaluator", "Judged", "PixelBudget", "Scorer", "answer_of", "count_uploads", "prepare"]
 

@@ -1,22 +1,28 @@
 """The experts of a service, and LoRAs of others, read from their files."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from selma_ray.adapters.mixing import Expert, LowRank, fitted_expert
 from selma_ray.errors import AdapterError
 from selma_ray.models.config import ModelConfig
 
-__all__ = ["check_adapters", "open_experts"]
+if TYPE_CHECKING:  # it loads torch, which whoever starts a service does not need
+    from selma_ray.adapters.mixing import Expert
+
+__all__ = ["OpenExperts", "check_adapters", "open_experts"]
+
+OpenExperts = Callable[[Mapping[str, str], Any, Any], "Mapping[str, Expert]"]
+"""Reads experts from their files, by name, for a denoiser and its pipeline's class."""
 
 
-def open_experts(paths: Mapping[str, str], denoiser: Any, pipeline_class: Any) -> dict[str, Expert]:
+def open_experts(paths: Mapping[str, str], denoiser: Any, pipeline_class: Any) -> "dict[str, Expert]":
     """Read experts for a denoiser, by name; called on the replica that mixes them.
 
     What a LoRA has for text encoders is left out, with a warning. Raises AdapterError where one does not fit.
     """
     from selma_ray.adapters.files import local_adapter
     from selma_ray.adapters.foreign import adapted, read_lora
+    from selma_ray.adapters.mixing import LowRank, fitted_expert
 
     known = adapted(denoiser, pipeline_class.__name__, "the model that is served")
     experts: dict[str, Expert] = {}

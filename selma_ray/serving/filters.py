@@ -87,9 +87,11 @@ class SafetyChecker:
 
 def check_safety_checker(config: ServingConfig, model: ModelConfig) -> None:
     """Raise ConfigError, before anything is loaded, where a safety checker is asked of a model that has none."""
+    if not config.safety_checker:
+        return
     from selma_ray.models.family import has_part
 
-    if config.safety_checker and not (has_part(model, "safety_checker") and has_part(model, "feature_extractor")):
+    if not (has_part(model, "safety_checker") and has_part(model, "feature_extractor")):
         raise ConfigError(_NO_CHECKER)
 
 

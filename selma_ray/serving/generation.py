@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,18 @@ from starlette.responses import StreamingResponse
 
 from selma_ray.serving.backend import Backend, Drawn
 from selma_ray.serving.bodies import DrawnCandidate, GeneratedImage, Generation, Quality, Usage
-from selma_ray.serving.encoding import PNG, FileFormat, base64_of, reencode
+from selma_ray.serving.encoding import PNG, FileFormat, OutputFormat, base64_of, reencode
 from selma_ray.serving.errors import RequestError, error_body, internal_error
 from selma_ray.serving.reading import token_warnings
 from selma_ray.serving.requests import ImageRequest
 
-__all__ = ["Wanted", "draw", "event_stream"]
+__all__ = ["Sign", "Wanted", "draw", "event_stream"]
 
 logger = logging.getLogger(__name__)
+
+
+Sign = Callable[[bytes, OutputFormat, bool], bytes]
+"""Returns a finished image's file with a claim of where it comes from, told its format and whether it is an image that was changed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Wanted:
     """What the judge is asked then; default: the prompt's own."""
     event: str = "image_generation"
     """What the events of a stream are called by."""
+    sign: Sign | None = None
+    """Applied to each finished image's file."""
 
     def usage(self, prompt_tokens: int) -> Usage:
         """Return what the request took."""
@@ -51,7 +57,7 @@ class Wanted:
         )
 
 
-Link = Callable[[bytes], str]
+Link = Callable[[bytes], Awaitable[str]]
 """Stores an image's file and returns its link."""
 
 
@@ -61,7 +67,8 @@ async def draw(backend: Backend, wanted: Wanted, link: Link | None) -> Generatio
     if wanted.best_by is None:
         images = await backend.generate(wanted.requests, wanted.file_format)
         data = [
-            _answered(image, request.seed, link) for image, request in zip(images.files, wanted.requests, strict=True)
+            await _answered(image, request, wanted, link)
+            for image, request in zip(images.files, wanted.requests, strict=True)
         ]
     else:
         # Without images: a prompt that cannot be judged is refused before anything is drawn.
@@ -101,18 +108,30 @@ async def _best(
     chosen = sorted(range(len(requests)), key=rank)[: wanted.count]
     files = await asyncio.gather(*(asyncio.to_thread(reencode, images[index], wanted.file_format) for index in chosen))
     data = [
-        _answered(file, requests[index].seed, link, scores[index]) for file, index in zip(files, chosen, strict=True)
+        await _answered(file, requests[index], wanted, link, scores[index])
+        for file, index in zip(files, chosen, strict=True)
     ]
     return data, candidates
 
 
-def _answered(
-    file: bytes, seed: int, link: Link | None, scores: dict[str, float | None] | None = None
+async def _answered(
+    file: bytes,
+    request: ImageRequest,
+    wanted: Wanted,
+    link: Link | None,
+    scores: dict[str, float | None] | None = None,
 ) -> GeneratedImage:
     """Return an image as its link, where links are wanted, or in base64."""
+    file = await _signed(file, request, wanted)
     if link is not None:
-        return GeneratedImage(url=link(file), seed=seed, scores=scores)
-    return GeneratedImage(b64_json=base64_of(file), seed=seed, scores=scores)
+        return GeneratedImage(url=await link(file), seed=request.seed, scores=scores)
+    return GeneratedImage(b64_json=base64_of(file), seed=request.seed, scores=scores)
+
+
+async def _signed(file: bytes, request: ImageRequest, wanted: Wanted) -> bytes:
+    if wanted.sign is None:
+        return file
+    return await asyncio.to_thread(wanted.sign, file, wanted.file_format.kind, request.source is not None)
 
 
 async def event_stream(backend: Backend, wanted: Wanted) -> StreamingResponse:
@@ -126,9 +145,9 @@ async def event_stream(backend: Backend, wanted: Wanted) -> StreamingResponse:
 
 async def _events(first: Drawn, drawn: AsyncIterator[Drawn], wanted: Wanted) -> AsyncIterator[str]:
     try:
-        yield _event(first, wanted)
+        yield await _event(first, wanted)
         async for each in drawn:
-            yield _event(each, wanted)
+            yield await _event(each, wanted)
     except RequestError as error:
         yield _sse("error", {"type": "error", **error_body(error)})
     except Exception:
@@ -136,10 +155,11 @@ async def _events(first: Drawn, drawn: AsyncIterator[Drawn], wanted: Wanted) -> 
         yield _sse("error", {"type": "error", **error_body(internal_error())})
 
 
-def _event(drawn: Drawn, wanted: Wanted) -> str:
+async def _event(drawn: Drawn, wanted: Wanted) -> str:
     request = wanted.requests[drawn.index]
+    file = drawn.image if drawn.preview is not None else await _signed(drawn.image, request, wanted)
     content: dict[str, Any] = {
-        "b64_json": base64_of(drawn.image),
+        "b64_json": base64_of(file),
         "created_at": int(time.time()),
         "size": _size(request),
         "quality": wanted.quality,

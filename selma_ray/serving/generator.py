@@ -2,41 +2,40 @@
 
 import asyncio
 import logging
-import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from PIL import Image
 from pydantic import Field
 
-from selma_ray.adapters.mixing import Expert, Mix
+from selma_ray.adapters.mixes import Mix
+from selma_ray.adapters.mixing import Expert
 from selma_ray.config import StrictModel, validate
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of, see_own_gpus
 from selma_ray.serving.backend import Drawn, Images
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.encoding import FileFormat, encode
+from selma_ray.serving.encoding import PNG, FileFormat, encode
 from selma_ray.serving.engine import Engine
 from selma_ray.serving.errors import RequestError
+from selma_ray.serving.experts import OpenExperts
 from selma_ray.serving.filters import Filters, open_filters
 from selma_ray.serving.metadata import metadata_of
 from selma_ray.serving.requests import MERGED, ImageRequest
 from selma_ray.serving.served import BASE, ServedModels
+from selma_ray.serving.threads import use_threads
 
-__all__ = ["Generator", "MergedWeights", "OpenExperts", "engine_for", "use_threads"]
+__all__ = ["Generator", "MergedWeights", "engine_for"]
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_STEPS = 4
-
-OpenExperts = Callable[[Mapping[str, str], Any, Any], Mapping[str, Expert]]
-"""Reads experts from their files, by name, for a denoiser and its pipeline's class."""
 
 
 class MergedWeights(StrictModel):
@@ -56,7 +55,6 @@ class Generator:
     def __init__(self, models: ServedModels, config: ServingConfig, open_experts: OpenExperts | None = None) -> None:
         see_own_gpus(config.num_gpus)
         from selma_ray.models.family import open_predictor
-        from selma_ray.models.parts import denoiser_of
         from selma_ray.models.rendering import load_pipeline
         from selma_ray.models.schedulers import use_scheduler
 
@@ -65,17 +63,20 @@ class Generator:
         self._models, self._config = models, config
         self._name = secrets.token_hex(4)
         self._weights = MergedWeights()
-        self._pipeline = load_pipeline(models.merged, device_of(config.num_gpus, "serving.num_gpus"))
+        device = device_of(config.num_gpus, "serving.num_gpus")
+        # One after the other: transformers loads through a switch to the meta device that all threads share.
+        self._pipeline = load_pipeline(models.merged, device)
+        self._mixing = _base_denoiser(models.base, device)
         use_scheduler(self._pipeline, config.sampling.scheduler, config.sampling.scheduler_config)
         self._count_tokens = open_predictor(self._pipeline).tokens
         self._filters = open_filters(config, self._pipeline)
         if not config.safety_checker and getattr(self._pipeline, "safety_checker", None) is not None:
             self._pipeline.safety_checker = None  # 1.2 GB that nobody asks
-        base = None if models.base is None else _with_denoiser_of(self._pipeline, models.base)
         self._open_experts = open_experts
-        self._mixing = None if base is None else denoiser_of(base)
+        base = None if self._mixing is None else _with_denoiser(self._pipeline, self._mixing)
         experts = self._read(models.experts)
-        self._loaded = dict(models.experts)
+        self._loaded = set(models.experts)
+        self._paths = dict(models.experts)
         self._engine = engine_for(self._pipeline, config, base, experts, self._filters)
         self._warm_up(mixes=[MERGED] if base is None else [MERGED, ()])
         self.start_s = time.monotonic() - started_s
@@ -85,6 +86,7 @@ class Generator:
     async def generate(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> Images:
         """Return one encoded image a request; raises RequestError: 429 where the queue is full, 400 for what a filter refuses."""
         await self._check_prompts(requests)
+        self._refuse_what_left(requests)
         futures = [asyncio.wrap_future(future) for future in self._engine.submit(requests)]
         try:
             images = await asyncio.gather(*futures)
@@ -98,6 +100,7 @@ class Generator:
     async def stream(self, requests: Sequence[ImageRequest], file_format: FileFormat) -> AsyncIterator[Drawn]:
         """Yield previews and finished images as they come; raises RequestError as `generate` does."""
         await self._check_prompts(requests)
+        self._refuse_what_left(requests)
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[tuple[int, int | None, Any]] = asyncio.Queue()
 
@@ -133,7 +136,10 @@ class Generator:
         if weights.model_copy(update={"adapters": self._weights.adapters}) != self._weights:
             self._engine.replace_merged(await asyncio.to_thread(self._merged_denoiser, weights))
         self._engine.add_experts(added)
-        self._loaded |= weights.adapters
+        loaded = {*self._models.experts, *weights.adapters}
+        self._engine.remove_experts(self._loaded - loaded)
+        self._loaded = loaded
+        self._paths |= weights.adapters
         self._weights = weights
         self.swap_s = time.monotonic() - started_s
         logger.info("weights were changed in %.1f s", self.swap_s)
@@ -168,7 +174,7 @@ class Generator:
                 "user_config.adapters must be empty where no base model is served; set serving.experts or serving.adapters"
             )
         for name, path in adapters.items():
-            if name in (BASE, self._models.name) or self._loaded.get(name, path) != path:
+            if name in (BASE, self._models.name) or self._paths.get(name, path) != path:
                 raise ConfigError(
                     f"user_config.adapters.{name} must have a name that no other model has had here; choose another one"
                 )
@@ -177,7 +183,7 @@ class Generator:
     def _encoded(self, file_format: FileFormat, image: Image.Image, request: ImageRequest) -> bytes:
         metadata = None
         if self._config.image_metadata:
-            metadata = metadata_of(request, self._models.name, type(self._pipeline.scheduler).__name__)
+            metadata = metadata_of(request, self._models.names, type(self._pipeline.scheduler).__name__)
         return encode(image, file_format, metadata)
 
     def _tokens(self, requests: Sequence[ImageRequest]) -> tuple[int, int]:
@@ -193,8 +199,9 @@ class Generator:
                 for mix in mixes
             ]
             try:
-                for drawn in self._engine.submit(drawings):
-                    drawn.result()
+                for drawing, drawn in zip(drawings, self._engine.submit(drawings), strict=True):
+                    self._encoded(PNG, drawn.result(), drawing)
+                self._tokens(drawings)
                 return
             except RequestError as error:  # some schedulers take no few steps; a filter may refuse anything
                 logger.info("warming up with %d steps failed: %s", steps, error)
@@ -202,6 +209,12 @@ class Generator:
     async def _check_prompts(self, requests: Sequence[ImageRequest]) -> None:
         if self._filters:
             await asyncio.to_thread(self._filters.check_prompts, [request.prompt for request in requests])
+
+    def _refuse_what_left(self, requests: Sequence[ImageRequest]) -> None:
+        """Raise RequestError (404) for a mix of what is loaded no longer: whoever asks may not know yet."""
+        for name in {name for request in requests for name, _ in request.mix or ()} - self._loaded:
+            loaded = tuple(each for each in self._paths if each in self._loaded)
+            raise replace(self._models.names, experts=loaded).unknown(self._models.prefix + name)
 
     def _merged_denoiser(self, weights: MergedWeights) -> Any:
         from selma_ray.serving.denoiser import denoiser_for
@@ -211,7 +224,9 @@ class Generator:
             model = self._models.base or model
         elif weights.pipeline is not None:
             model = model.model_copy(update={"name": weights.pipeline, "revision": None, "variant": None})
-        pipeline = _with_denoiser_of(self._pipeline, model, weights.adapter)
+        pipeline = _with_denoiser(
+            self._pipeline, _adapted_denoiser(model, weights.adapter, self._pipeline._execution_device)
+        )
         config = self._config
         return denoiser_for(pipeline, cache_interval=config.cache_interval, fixed_rows=config.fixed_rows)
 
@@ -238,22 +253,33 @@ def engine_for(
     return Engine(batch, room, config.request_timeout_s, filters.check_images if filters else None)
 
 
-def use_threads(num_threads: int | None) -> None:
-    """Let torch use `num_threads`, or every core of the node: Ray gives a replica with less than a CPU one thread."""
-    import torch
-
-    torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
-
-
-def _with_denoiser_of(pipeline: Any, model: ModelConfig, adapter_dir: str | None = None) -> Any:
-    """Return a pipeline with the denoiser of `model` that shares everything else with `pipeline`."""
-    from selma_ray.adapters.applying import load_adapted_pipeline
-    from selma_ray.models.parts import denoiser_name, denoiser_of
+def _with_denoiser(pipeline: Any, denoiser: Any) -> Any:
+    """Return a pipeline with another denoiser that shares everything else with `pipeline`."""
+    from selma_ray.models.parts import denoiser_name
 
     other = copy(pipeline)
-    setattr(
-        other,
-        denoiser_name(pipeline),
-        denoiser_of(load_adapted_pipeline(model, adapter_dir, pipeline._execution_device)),
-    )
+    setattr(other, denoiser_name(pipeline), denoiser)
     return other
+
+
+def _base_denoiser(model: ModelConfig | None, device: Any) -> Any:
+    """Return the denoiser of the base model; None where there is none.
+
+    On the CPU it is loaded alone. On a card it is placed as `model.card` says, which is about whole pipelines.
+    """
+    if model is None:
+        return None
+    if device.type != "cpu":
+        return _adapted_denoiser(model, None, device)
+    from selma_ray.models.family import open_family
+    from selma_ray.models.parts import DTYPES
+
+    return open_family(model).load_denoiser(DTYPES[model.dtype]).eval()
+
+
+def _adapted_denoiser(model: ModelConfig, adapter_dir: str | None, device: Any) -> Any:
+    """Return the denoiser of a model, with an adapter folded in where there is one."""
+    from selma_ray.adapters.applying import load_adapted_pipeline
+    from selma_ray.models.parts import denoiser_of
+
+    return denoiser_of(load_adapted_pipeline(model, adapter_dir, device))

@@ -21,7 +21,7 @@ from selma_ray.serving.errors import (
     too_slow,
     unauthorized,
 )
-from selma_ray.serving.keys import ApiKey, Bucket, find_key
+from selma_ray.serving.keys import ApiKey, Taken, find_key
 
 __all__ = ["AnswerFaults", "AnswerHead", "LimitBody", "RequireKey", "SecureHeaders", "error_response"]
 
@@ -32,6 +32,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+Take = Callable[[bytes], Awaitable[Taken | None]]
+"""Counts a use of a key, by its digest."""
 
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -61,15 +64,18 @@ class RequireKey:
     """
 
     def __init__(
-        self, app: App, keys: Sequence[ApiKey], open_paths: Sequence[str], open_folders: tuple[str, ...] = ()
+        self,
+        app: App,
+        keys: Sequence[ApiKey],
+        take: Take,
+        open_paths: Sequence[str],
+        open_folders: tuple[str, ...] = (),
     ) -> None:
         self._app = app
         self._keys = keys
+        self._take = take
         self._open_paths = frozenset(open_paths)
         self._open_folders = open_folders
-        self._buckets = {
-            key.digest: Bucket(key.requests_per_minute) for key in keys if key.requests_per_minute is not None
-        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on or answer 401 or 429 before its body is read."""
@@ -89,18 +95,17 @@ class RequireKey:
             refusal = unauthorized("a valid key is required: send the header Authorization: Bearer KEY")
             await self._pass_on(refusal, scope, receive, send)
             return
-        bucket = self._buckets.get(key.digest)
-        if bucket is None:
+        taken = None if key.requests_per_minute is None else await self._take(key.digest)
+        if taken is None:
             await self._app(scope, receive, send)
             return
-        wait_s = bucket.take()
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(bucket.headers())
+                MutableHeaders(scope=message).update(taken.headers)
             await send(message)
 
-        limited = rate_limited(key.requests_per_minute or 0, math.ceil(wait_s)) if wait_s else None
+        limited = rate_limited(key.requests_per_minute or 0, math.ceil(taken.wait_s)) if taken.wait_s else None
         await self._pass_on(limited, scope, receive, send_with_limits)
 
     async def _pass_on(self, refusal: RequestError | None, scope: Scope, receive: Receive, send: Send) -> None:

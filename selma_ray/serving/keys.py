@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selma_ray.errors import ConfigError
 
-__all__ = ["ApiKey", "Bucket", "find_key", "new_key", "read_keys"]
+__all__ = ["ApiKey", "Bucket", "Limits", "Taken", "find_key", "new_key", "read_keys"]
 
 _MIN_KEY_CHARS = 16
 _DIGEST_LINE = re.compile(r"sha256:([0-9a-fA-F]{64})")
@@ -52,6 +52,30 @@ class Bucket:
             "x-ratelimit-remaining-requests": str(int(self._tokens)),
             "x-ratelimit-reset-requests": f"{whole_s:.0f}s",
         }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came of a use of a key with a limit."""
+
+    wait_s: float
+    """0, or the seconds until it may be used again."""
+    headers: dict[str, str]
+    """What its holder is told of the limit."""
+
+
+class Limits:
+    """How often each key may still be used."""
+
+    def __init__(self, keys: Sequence[ApiKey], now_s: Callable[[], float] = time.monotonic) -> None:
+        self._buckets = {
+            key.digest: Bucket(key.requests_per_minute, now_s) for key in keys if key.requests_per_minute is not None
+        }
+
+    def take(self, digest: bytes) -> Taken | None:
+        """Count a use of the key with this digest; None where it has no limit."""
+        bucket = self._buckets.get(digest)
+        return None if bucket is None else Taken(bucket.take(), bucket.headers())
 
 
 def read_keys(path: str | Path, requests_per_minute: int | None = None) -> tuple[ApiKey, ...]:

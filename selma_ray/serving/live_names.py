@@ -4,13 +4,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 from selma_ray.errors import named_line
 from selma_ray.serving.backend import Backend
+from selma_ray.serving.catalogue import Catalogue
 from selma_ray.serving.errors import RequestError
-from selma_ray.serving.served import ModelNames
 
 __all__ = ["LiveNames"]
 
@@ -23,26 +22,26 @@ _TIMEOUT_S = 1.0
 
 
 class LiveNames:
-    """The names that a service was started with, and those of adapters that every generator has been given since."""
+    """The names that a service was started with, and those of adapters that every generator of a run has been given since."""
 
-    def __init__(self, names: ModelNames, backend: Backend, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._names = names
+    def __init__(self, catalogue: Catalogue, backend: Backend, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._catalogue = catalogue
         self._backend = backend
         self._now_s = now_s
         self._looked_up_s: float | None = None
 
-    async def known(self) -> ModelNames:
+    async def known(self) -> Catalogue:
         """Return the names, looked up unless that was a moment ago; while generators do not answer, those known before."""
         now_s = self._now_s()
         if self._looked_up_s is None or now_s - self._looked_up_s >= _LOOKED_UP_EVERY_S:
             self._looked_up_s = now_s
             await self._look_up()
-        return self._names
+        return self._catalogue
 
-    async def read(self, reading: Callable[[ModelNames], Read]) -> Read:
+    async def read(self, reading: Callable[[Catalogue], Read]) -> Read:
         """Return what is read with the names; where one is not known they are looked up first. Raises RequestError as `reading` does."""
         try:
-            return reading(self._names)
+            return reading(self._catalogue)
         except RequestError as error:
             if error.code != "model_not_found":
                 raise
@@ -55,7 +54,9 @@ class LiveNames:
             # The list of models is answered whatever state the generators are in.
             logger.info("the generators' models are not known: %s", named_line(error))
             return
-        replicas = [each["experts"] for each in stats if "experts" in each]
-        if replicas:
-            everywhere = set.intersection(*map(set, replicas))
-            self._names = replace(self._names, experts=tuple(name for name in replicas[0] if name in everywhere))
+        for run in self._catalogue.entries:
+            replicas = [each["experts"] for each in stats if "experts" in each and each.get("run", "") == run]
+            if replicas:
+                everywhere = set.intersection(*map(set, replicas))
+                experts = tuple(name for name in replicas[0] if name in everywhere)
+                self._catalogue = self._catalogue.with_experts(run, experts)

@@ -2,8 +2,8 @@
 
 import json
 
-from selma_ray.serving.requests import MERGED, ImageRequest
-from selma_ray.serving.served import BASE
+from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.served import ModelNames
 
 __all__ = ["PARAMETERS", "metadata_of"]
 
@@ -11,9 +11,9 @@ PARAMETERS = "parameters"
 """The key of the line that AUTOMATIC1111's web UI writes, and most viewers and galleries read."""
 
 
-def metadata_of(request: ImageRequest, merged_name: str, scheduler: str) -> dict[str, str]:
+def metadata_of(request: ImageRequest, names: ModelNames, scheduler: str) -> dict[str, str]:
     """Return what an image's file says about how it was drawn."""
-    model = _model_of(request, merged_name)
+    model = _model_of(request, names)
     values = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -28,14 +28,10 @@ def metadata_of(request: ImageRequest, merged_name: str, scheduler: str) -> dict
     return {PARAMETERS: _parameters(values)} | {name: value for name, value in values.items() if value}
 
 
-def _model_of(request: ImageRequest, merged_name: str) -> str:
+def _model_of(request: ImageRequest, names: ModelNames) -> str:
     """Return the name that a client would ask for, or its mix as JSON."""
-    if request.mix is MERGED:
-        return merged_name
-    if not request.mix:
-        return BASE
-    (name, weight), *others = request.mix
-    return name if not others and weight == 1 else json.dumps(dict(request.mix))
+    shown = names.shown(request.mix)
+    return shown if isinstance(shown, str) else json.dumps(shown)
 
 
 def _parameters(values: dict[str, str]) -> str:

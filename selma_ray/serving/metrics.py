@@ -7,10 +7,11 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from selma_ray.serving.guards import App, Message, Receive, Scope, Send
 
-__all__ = ["MeasureRequests", "Metrics"]
+__all__ = ["MeasureRequests", "Metrics", "engines_exposition", "summed"]
 
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 # A judge's scores lie in [0, 1], ImageReward's around 0, PickScore's about 20.
@@ -19,7 +20,7 @@ _OCCUPANCY_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """The API's own counts; `exposition` adds those of the generators at the moment it is asked."""
+    """The API's own counts."""
 
     CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -42,11 +43,50 @@ class Metrics:
             if score is not None:
                 self._scores.labels(metric).observe(score)
 
-    def exposition(self, generators: Sequence[Mapping[str, Any]]) -> bytes:
-        """Return everything in Prometheus' text format; `generators` holds the counts of each replica."""
-        engines = CollectorRegistry()
-        engines.register(_Engines(generators))
-        return generate_latest(self._registry) + generate_latest(engines)
+    def exposition(self) -> bytes:
+        """Return them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+def engines_exposition(generators: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the counts of each generator replica in Prometheus' text format."""
+    engines = CollectorRegistry()
+    engines.register(_Engines(generators))
+    return generate_latest(engines)
+
+
+def summed(expositions: Sequence[bytes]) -> bytes:
+    """Return the counts of several replicas of the API as one: whichever answers a scrape, no counter goes back."""
+    if len(expositions) == 1:
+        return expositions[0]
+    registry = CollectorRegistry()
+    registry.register(_Sum(expositions))
+    return generate_latest(registry)
+
+
+class _Sum:
+    """Sums of all samples that have one name and the same labels; the times at which series began are left out."""
+
+    def __init__(self, expositions: Sequence[bytes]) -> None:
+        self._expositions = expositions
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics, as prometheus_client's registries ask for them."""
+        families: dict[str, Metric] = {}
+        sums: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for exposition in self._expositions:
+            for family in text_string_to_metric_families(exposition.decode()):
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                known = sums.setdefault(family.name, {})
+                for sample in family.samples:
+                    if not sample.name.endswith("_created"):
+                        series = sample.name, tuple(sample.labels.items())
+                        known[series] = known.get(series, 0.0) + sample.value
+        for name, family in families.items():
+            for (sample_name, labels), value in sums[name].items():
+                family.add_sample(sample_name, dict(labels), value)
+            if family.samples:
+                yield family
 
 
 class _Engines:

@@ -24,7 +24,7 @@ _LORA = re.compile(r"<lora:([^:<>]{1,100})(?::([^:<>]{1,20}))?>")
 _WEIGHTED = re.compile(r"\([^()]{1,200}:\s*\d+(?:\.\d+)?\)")
 
 
-def image_requests(body: GenerationBody, config: ServingConfig, names: ModelNames) -> list[ImageRequest]:
+def image_requests(body: GenerationBody, config: ServingConfig, names: ModelNames, run: str = "") -> list[ImageRequest]:
     """Return one request an image to draw; raises RequestError where the body leaves the service's bounds."""
     sampling = config.sampling
     for param, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
@@ -53,6 +53,7 @@ def image_requests(body: GenerationBody, config: ServingConfig, names: ModelName
         "negative_prompt": sampling.negative_prompt if body.negative_prompt is None else body.negative_prompt,
         "mix": names.mix_of(model),
         "num_previews": num_previews,
+        "run": run,
     }
     first_seed = secrets.randbelow(2**32) if body.seed in (None, -1) else body.seed
     return [ImageRequest(seed=first_seed + index, **common) for index in range(_num_images(body, config))]
@@ -127,8 +128,9 @@ def _read_prompt(body: GenerationBody, names: ModelNames) -> tuple[str, str | Ma
         )
     weights = dict(mix)
     for name, weight in added:
+        name = name.removeprefix(names.prefix)
         if name not in names.experts:
-            raise names.unknown(name, names.experts)
+            raise names.unknown(name, names.expert_names)
         weights[name] = weights.get(name, 0.0) + weight
     return prompt, weights
 

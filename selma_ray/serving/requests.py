@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selma_ray.adapters.mixing import Mix
+from selma_ray.adapters.mixes import Mix
 from selma_ray.models.drawing import Drawing
 
 __all__ = ["MERGED", "ImageRequest"]
@@ -18,3 +18,5 @@ class ImageRequest(Drawing):
     mix: Mix | None = MERGED
     num_previews: int = 0
     """Unfinished images to hand out on the way, evenly over the steps."""
+    run: str = ""
+    """Which run of serving.models draws it; none: the service's own."""

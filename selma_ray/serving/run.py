@@ -11,7 +11,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,11 +25,13 @@ from selma_ray.cluster.connection import connect
 from selma_ray.cluster.placement import is_local
 from selma_ray.errors import ConfigError, ServingError, first_line, last_line
 from selma_ray.serving.config import ServingConfig
+from selma_ray.serving.credentials import open_signer
 from selma_ray.serving.deployment import application
 from selma_ray.serving.evaluator import Scorer
-from selma_ray.serving.generator import OpenExperts
+from selma_ray.serving.experts import OpenExperts
 from selma_ray.serving.keys import new_key, read_keys
-from selma_ray.serving.served import ServedModels
+from selma_ray.serving.replicas import API
+from selma_ray.serving.served import Hosted, ServedModels
 
 __all__ = ["Service", "check_start", "start_service"]
 
@@ -86,8 +88,8 @@ class Service:
         """Refuse new requests, and wait for those that were accepted as long as serving.drain_s says; a service that is dead has none."""
         timeout_s = self.config.drain_s
         try:
-            api = serve.get_app_handle(self.name)
-            cut_off = api.drain.remote(timeout_s).result(timeout_s=timeout_s + _ANSWER_S)
+            answers = serve.get_deployment_handle(API, self.name).broadcast("drain", timeout_s)
+            cut_off = sum(answers.results(timeout_s=timeout_s + _ANSWER_S))
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("the service ends without its requests in progress: %s", first_line(error))
             return
@@ -131,8 +133,11 @@ def start_service(
     open_scorer: Callable[[], Scorer],
     open_experts: OpenExperts | None = None,
     name: str = _DEFAULT_NAME,
+    others: Mapping[str, Hosted] | None = None,
 ) -> Service:
-    """Serve `models` and return once they answer; the caller stops it. `name` is its name where the configuration gives none.
+    """Serve `models`, and those of other runs by name, and return once they answer; the caller stops it.
+
+    `name` is its name where the configuration gives none.
 
     On a cluster whose Ray Serve runs already it is served beside what is there, at that address. Raises ConfigError where the address
     cannot be listened on, or its name or its paths are another's, ServingError where a replica cannot start.
@@ -151,7 +156,7 @@ def start_service(
         _check_beside(running, name, config)
         address = running.address
     key, accepted = new_key()
-    app = application(models, config, cluster, open_scorer, open_experts, [accepted])
+    app = application(models, config, cluster, open_scorer, open_experts, [accepted], others)
     prefix = "" if config.route_prefix == "/" else config.route_prefix
     service = Service(address.url + prefix, config, name, key, alone=running is None and is_local(cluster))
     try:
@@ -162,6 +167,7 @@ def start_service(
                 controller_options={"runtime_env": {"env_vars": _PATIENCE}},
             )
         serve.run(app, name=name, route_prefix=config.route_prefix)
+        serve.get_deployment_handle(API, name).broadcast("ready").results(timeout_s=config.request_timeout_s)
     except Exception as error:
         reason = _reason(name)
         service.stop()
@@ -219,12 +225,13 @@ def _check_beside(running: _Running, name: str, config: ServingConfig) -> None:
 
 
 def check_start(config: ServingConfig, cluster: ClusterConfig) -> None:
-    """Raise ConfigError, before anything is started, where the keys' file is unusable or the address cannot be listened on.
+    """Raise ConfigError, before anything is started, where the keys' file or the signer's is unusable, or the address is not to be had.
 
     On a cluster that was joined, what listens may be a service that this one will stand beside.
     """
     if config.api_keys_file:
         read_keys(config.api_keys_file)
+    open_signer(config)
     if is_local(cluster):
         _check_address(config)
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from selma_ray.adapters.mixing import Mix
+from selma_ray.adapters.mixes import Mix
 from selma_ray.errors import ConfigError
 from selma_ray.models.config import ModelConfig
+from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.errors import RequestError, invalid_request
 from selma_ray.serving.requests import MERGED
 
-__all__ = ["BASE", "ModelNames", "ServedModels"]
+__all__ = ["BASE", "Hosted", "ModelNames", "ServedModels"]
 
 BASE = "base"
 
@@ -25,30 +26,48 @@ class ModelNames:
     merged: str
     base: bool = False
     experts: tuple[str, ...] = ()
+    prefix: str = ""
+    """What stands before the base's and the experts' names where they are one of several runs'."""
 
     def all(self) -> tuple[str, ...]:
-        """Return every name, the default first."""
-        return (self.merged, *([BASE] if self.base else []), *self.experts)
+        """Return every name as clients give it, the default first."""
+        return (self.merged, *([self.prefix + BASE] if self.base else []), *self.expert_names)
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Return the experts' names as clients give them."""
+        return tuple(self.prefix + name for name in self.experts)
 
     def kind(self, name: str) -> Literal["merged", "base", "expert"]:
         """Return what a name stands for."""
         if name == self.merged:
             return "merged"
-        return "expert" if name in self.experts else "base"
+        return "expert" if name in self.expert_names else "base"
+
+    def shown(self, mix: Mix | None) -> str | dict[str, float]:
+        """Return what a client would ask for to get a mix."""
+        if mix is MERGED:
+            return self.merged
+        if not mix:
+            return self.prefix + BASE
+        (name, weight), *others = mix
+        return self.prefix + name if not others and weight == 1 else {self.prefix + name: each for name, each in mix}
 
     def mix_of(self, model: str | Mapping[str, float] | None) -> Mix | None:
         """Return the mix that `model` asks for; raises RequestError: 404 for an unknown name, 400 for a weight."""
         if model is None or model == self.merged:
             return MERGED
         if isinstance(model, str):
-            if model == BASE and self.base:
+            name = model.removeprefix(self.prefix)
+            if name == BASE and self.base:
                 return ()
-            if model in self.experts:
-                return ((model, 1.0),)
+            if name in self.experts:
+                return ((name, 1.0),)
             raise self.unknown(model)
+        model = {name.removeprefix(self.prefix): weight for name, weight in model.items()}
         for name, weight in model.items():
             if name not in self.experts:
-                raise self.unknown(name, self.experts)
+                raise self.unknown(self.prefix + name, self.expert_names)
             if not -_MAX_WEIGHT <= weight <= _MAX_WEIGHT:
                 raise invalid_request(
                     f"model: the weight of {name} must be from {-_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}, got {weight:g}",
@@ -80,6 +99,8 @@ class ServedModels:
     """The model that the experts were fitted to; without it the merged model is served alone."""
     experts: Mapping[str, str] = field(default_factory=dict)
     """Adapter folders by the experts' names."""
+    prefix: str = ""
+    """What stands before the base's and the experts' names where clients ask for them."""
 
     def __post_init__(self) -> None:
         taken = {self.name, BASE} & set(self.experts)
@@ -93,4 +114,12 @@ class ServedModels:
     @property
     def names(self) -> ModelNames:
         """Return the names that can be asked for."""
-        return ModelNames(self.name, self.base is not None, tuple(self.experts))
+        return ModelNames(self.name, self.base is not None, tuple(self.experts), self.prefix)
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """The models of a run and how they are served."""
+
+    models: ServedModels
+    config: ServingConfig

@@ -51,7 +51,7 @@ def plan_study(study: Study) -> StudyPlan:
     return StudyPlan(
         runs=seeds * len(arms),
         prompts=seeds * skills * sum(each.prompts.per_skill for each in written),
-        images=tuple((seeds * skills * _images_per_skill(each), each.images.sampling) for each in rendered),
+        images=tuple((seeds * skills * _images_per_skill(each), each.images.largest_sampling) for each in rendered),
         experts=tuple(fitted.values()) * seeds,
         scored=_scored(study, seeds, 1 + sum(_models(each, arm) for each, arm in arms)),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selma_ray.config import apply_overrides, read_yaml, validate
 from selma_ray.errors import ConfigError
+from selma_ray.run.published import recipe_path
 from selma_ray.run.recipe import Recipe, load_recipe
 from selma_ray.storage import RunFolder
 from selma_ray.study.config import StudyConfig
@@ -35,7 +36,7 @@ class Study:
 
 def is_study(path: str | Path) -> bool:
     """Tell whether a file is a study, not a recipe."""
-    return "arms" in read_yaml(Path(path))
+    return "arms" in read_yaml(Path(recipe_path(path)))
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -43,7 +44,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
     Raises ConfigError, with one line, where either breaks a rule.
     """
-    path = Path(path).expanduser()
+    path = Path(recipe_path(path))
     mapping = read_yaml(path)
     if "arms" not in mapping:
         raise ConfigError(f"{path} names no experiments; name a study, such as jobs/recipes/miniature_study.yaml")
@@ -51,4 +52,4 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     config = validate(StudyConfig, apply_overrides(mapping, of_study, StudyConfig), source=str(path))
     place = [f"run_dir={config.run_dir}"] if config.run_dir else []
     of_recipe = [each for each in overrides if not each.startswith(_PREFIX)]
-    return Study(config, load_recipe(path.parent / config.recipe, [*place, *of_recipe]))
+    return Study(config, load_recipe(recipe_path(config.recipe, beside=path.parent), [*place, *of_recipe]))

@@ -32,8 +32,10 @@ SMALL = [
 def selma() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs `selma COMMAND RECIPE OVERRIDES…` and hands back its output."""
 
-    def run(command: str, *overrides: str, recipe: Path | str = DEMO) -> subprocess.CompletedProcess[str]:
+    def run(
+        command: str, *overrides: str, recipe: Path | str = DEMO, timeout_s: float = 900
+    ) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "selma_ray.cli", command, str(recipe), *overrides]
-        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s)
 
     return run

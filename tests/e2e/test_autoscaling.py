@@ -42,9 +42,7 @@ def head(tmp_path: Path) -> Iterator[Any]:
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard_port}"
     try:
-        wait_until(
-            lambda: node.process.poll() is None and ask(f"{address}/api/version") is not None, log, timeout_s=180
-        )
+        wait_until(lambda: node.takes_jobs and ask(f"{address}/api/version") is not None, log, node.process)
         yield address
     finally:
         node.stop()

@@ -13,13 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from selma_ray.config import read_yaml
+from selma_ray.run.published import published_recipes
+from selma_ray.run.recipe import load_recipe
 from tests.e2e.conftest import REPOSITORY
 from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
 from tests.unit.judging.tiny_judges import save_tiny_vilt
 
-LARGE = ["sd14", "sd2", "sdxl", "sd35", "flux", "paper_sd14", "paper_sd2", "paper_sdxl", "workstation"]
-QUICK = {("sdxl", 1), ("flux", 8)}
-"""The others differ from these in numbers alone; that each of them fits is in tests/unit/run/test_demands.py."""
+LARGE = [
+    name
+    for name, path in published_recipes().items()
+    if "arms" not in read_yaml(path) and load_recipe(path).model.name != "miniature"
+]
+QUICK = {("sdxl", 1)}
+"""The others differ from it in numbers alone; that each of them fits is in tests/unit/run/test_demands.py."""
 _STORE = "--object-store-memory=150000000"
 SIZE = "width_px: 64, height_px: 64"
 

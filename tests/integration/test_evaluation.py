@@ -10,15 +10,18 @@ from PIL import Image
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.errors import ConfigError
 from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.image_metrics import ScoreImagesConfig, score_run
 from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.judges.opening import open_judge
+from selma_ray.judging.preferences.convert import clip_from_open_clip
 from selma_ray.judging.questions import PromptWithQuestions, Question
 from selma_ray.judging.scoring import score_images
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
 from tests.unit.adapters.adapters_on_disk import save_random_adapter
+from tests.unit.judging import tiny_preferences as tiny
 from tests.unit.judging.tiny_judges import save_tiny_vilt
 
 SEED = 5
@@ -175,3 +178,25 @@ def test_a_service_gives_the_scores_that_the_evaluation_gave(evaluated: Any, con
         offline = answers[row["prompt"], row["seed"]]
         assert [each.answer for each in score.questions] == [answer for answer, _ in offline]
         assert [each.p_yes for each in score.questions] == pytest.approx([p_yes for _, p_yes in offline], abs=1e-5)
+
+
+def test_a_cluster_s_workers_score_images_as_this_process_does(evaluated: Any, tmp_path: Path) -> None:
+    folder, summary, _ = evaluated
+    letters = tiny.character_tokenizer(tmp_path / "letters")
+    weights = clip_from_open_clip(tiny.open_clip_weights(len(letters)), tiny.clip_config(letters))
+    weights.save_pretrained(tmp_path / "clip")
+    letters.save_pretrained(tmp_path / "clip")
+    folder.mark_done("evaluate", {"files": summary["files"]})
+    results = []
+    for address in (None, "auto"):
+        config = ScoreImagesConfig(
+            metric="pickscore", model=str(tmp_path / "clip"), bootstrap_resamples=100, num_cpus=0.5, workers=2,
+            cluster=ClusterConfig(address=address),
+        )  # fmt: skip
+        results.append(score_run(folder, config))
+        for model in summary["files"]:
+            assert folder.files("evaluation", model, "metrics")
+            folder.delete("evaluation", model, "metrics")
+    for model, here in results[0]["models"].items():
+        assert here["unscored"] == {}
+        assert results[1]["models"][model]["mean"] == pytest.approx(here["mean"], abs=1e-5)

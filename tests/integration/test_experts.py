@@ -162,7 +162,7 @@ class LikesStep20:
     def __init__(self, failing_skill: str | None = None) -> None:
         self.failing_skill = failing_skill
 
-    def __call__(self, adapter_dir: Any, skills: Any) -> Any:
+    def __call__(self, adapter_dir: Any, skills: Any, show: Any = None) -> Any:
         assert load_file(Path(adapter_dir, "adapter_model.safetensors"))
         if self.failing_skill in skills:
             raise JudgeError("the judge has no voice")

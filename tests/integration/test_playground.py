@@ -1,5 +1,6 @@
 """The playground page in a real browser, over the real generator and judge of the miniature, without Ray."""
 
+import base64
 import io
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
+from benchmarks.playground_pictures import take_pictures
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.sources import GrammarQuestions
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -31,7 +33,10 @@ pytestmark = pytest.mark.heavy
 
 KEY = "a-key-for-the-page-in-the-test"
 CONFIG = ServingConfig(
-    sampling=SamplingConfig(steps=8, guidance_scale=2.0, width_px=64, height_px=64), num_threads=1, max_steps=1000
+    sampling=SamplingConfig(steps=8, guidance_scale=2.0, width_px=64, height_px=64),
+    num_threads=1,
+    max_steps=1000,
+    request_timeout_s=3600,  # on a busy machine 1000 steps take minutes, and what would be late is refused
 )
 DESKTOP, PHONE = ViewportSize(width=980, height=1200), ViewportSize(width=390, height=800)
 ENDED = re.compile("^(Done|Drawn, not scored|Not drawn|Stopped)$")
@@ -91,6 +96,13 @@ def sources(page: Page) -> list[str]:
     return page.evaluate("[...document.querySelectorAll('.picture img')].map((image) => image.src)")
 
 
+def pixels(source: str) -> bytes:
+    """Return an image without what its file says, which names the model."""
+    kind, _, content = source.partition(",")
+    assert kind == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content))).tobytes()
+
+
 def focused(page: Page, property_: str) -> str | None:
     return page.evaluate(f"document.activeElement.{property_}")
 
@@ -110,8 +122,7 @@ def test_a_prompt_is_drawn_by_both_models_and_judged_with_the_keyboard_alone(bla
     wait_for_drawing(page)
     left, right = sources(page)
     # The merged model here is the base itself: from one seed both draw one image.
-    assert left.startswith("data:image/png;base64,")
-    assert left == right
+    assert pixels(left) == pixels(right)
     assert "two blue bananas" in (page.locator("img").first.get_attribute("alt") or "")
     assert text(page, "#left .verdict").split("%")[0].isdigit()
     assert "Is there a car?" in page.locator("#answers tbody th").all_text_contents()
@@ -133,7 +144,7 @@ def test_a_mix_of_experts_is_set_with_sliders(page: Page) -> None:
     page.locator("#generate").click()
     wait_for_drawing(page)
     left, right = sources(page)
-    assert left != right
+    assert pixels(left) != pixels(right)
     assert text(page, "thead .answer:last-child") == "mix of experts"
 
 
@@ -177,6 +188,32 @@ def test_a_key_with_an_odd_character_is_said_to_be_wrong(
         blank.keyboard.press("Tab")
         wait_for_status(blank, "Ready")
         blank.close()
+
+
+def test_what_was_drawn_before_brings_its_settings_back(page: Page) -> None:
+    page.locator("#steps").fill("2")
+    page.locator("#seed").fill("3")
+    page.locator("#negative").fill("blurry")
+    page.locator("#generate").click()
+    wait_for_drawing(page)
+    page.locator("#fresh").check()
+    page.locator("#prompt").fill("a red car")
+    page.locator("#generate").click()
+    wait_for_drawing(page)
+    assert page.locator("#seed").input_value() != "3", "a new seed each time"
+    entries = page.locator("#history > div")
+    assert entries.count() == 2
+    entries.last.locator("button").first.click()
+    assert page.locator("#prompt").input_value() == "two blue bananas to the left of a red car"
+    assert [page.locator(f"#{name}").input_value() for name in ("seed", "steps", "negative")] == ["3", "2", "blurry"]
+
+
+def test_pictures_for_the_docs_are_taken(chromium: Browser, url: str, tmp_path: Path) -> None:
+    light, dark = (Image.open(path).convert("L") for path in take_pictures(chromium, url, tmp_path))
+    corners: Any = [each.getpixel((1, 1)) for each in (light, dark)]
+    assert corners[0] > 200
+    assert corners[1] < 60
+    assert light.size == dark.size == (980, 1180)
 
 
 def test_drawing_can_be_stopped(page: Page) -> None:

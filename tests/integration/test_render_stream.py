@@ -41,7 +41,7 @@ class EndingEngine:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def render(self, prompts: Any, seeds: Any) -> Any:
+    def render(self, prompts: Any, seeds: Any, size_px: Any = None) -> Any:
         if any("ghost" in prompt for prompt in prompts):
             os._exit(1)
         if any("goblin" in prompt for prompt in prompts):

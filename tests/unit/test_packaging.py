@@ -24,6 +24,7 @@ def test_the_wheel_claims_no_name_but_its_own(files: set[str]) -> None:
     "name",
     [
         "py.typed",
+        "recipes/demo.yaml",
         "skills/coco.yaml",
         "serving/page/page.html",
         "evaluation/report.html.j2",
@@ -35,7 +36,7 @@ def test_the_wheel_has_what_the_package_reads(files: set[str], name: str) -> Non
     assert f"selma_ray/{name}" in files
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("cpu.txt", ["cpu", "dev"]), ("gpu.txt", ["gpu"])])
+@pytest.mark.parametrize(("lock", "extras"), [("cpu.txt", ["cpu", "dev", "docs"]), ("gpu.txt", ["gpu"])])
 def test_the_locks_hold_the_versions_that_are_chosen(lock: str, extras: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     chosen = [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]

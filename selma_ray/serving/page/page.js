@@ -382,7 +382,8 @@ function addSlider(name, index, count) {
 }
 
 function offerModels(models) {
-  const experts = models.filter((model) => model.kind === "expert").map((model) => model.id);
+  // Of several runs' experts those of the service's own are mixed; a mix has the experts of one run.
+  const experts = models.map((model) => model.id).filter((name, index) => models[index].kind === "expert" && !name.includes("/"));
   const names = [...models.map((model) => model.id), ...(experts.length ? [MIX] : [])];
   for (const frame of frames) frame.model.replaceChildren(...names.map((name) => new Option(name, name)));
   const merged = models.find((model) => model.kind === "merged").id;

@@ -1,5 +1,6 @@
 """Exports are read back by the loaders they are for."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -31,6 +32,7 @@ SKILLS = ["counting", "style"]
 
 UNETS = ["stable_diffusion", "sdxl"]
 TRANSFORMERS = ["sd3", "flux"]
+UNET_FILES = [EXPORT_FILES["diffusers"], EXPORT_FILES["kohya"]]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_diffusers_renders_byte_for_byte_what_peft_renders(base_dir: Path, merge
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_diffusers_renders_the_same_from_the_kohya_file(base_dir: Path, merged_dir: Path) -> None:
     by_format = []
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
         pipeline.load_lora_weights(merged_dir, weight_name=name)
         by_format.append(image_of(pipeline))
@@ -120,7 +122,7 @@ def test_kohya_keys_are_those_of_diffusers_own_converter(merged_dir: Path) -> No
 
 @pytest.mark.parametrize("base_dir", UNETS, indirect=True)
 def test_files_say_what_they_were_merged_from(merged_dir: Path) -> None:
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         with safe_open(merged_dir / name, framework="pt") as file:
             metadata = file.metadata()
         assert metadata["merge_method"] == "average_deltas"
@@ -149,9 +151,7 @@ def test_modules_that_kohya_cannot_tell_apart_are_refused(tmp_path: Path) -> Non
     ("width", "version", "is_second"),
     [(768, "sd_v1", "False"), (1024, "sd_v2", "True"), (2048, "sdxl_base_v1-0", "False")],
 )
-def test_a_kohya_file_says_which_stable_diffusion_it_is_for(
-    width: int, version: str, is_second: str, tmp_path: Path
-) -> None:
+def test_a_kohya_file_says_what_it_is(width: int, version: str, is_second: str, tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"a.attn2.to_k": (4, width)}
     factors = [LoraFactors("a.attn2.to_k", torch.ones(2, width), torch.ones(4, 2), 1.0)]
     write_adapter(tmp_path / "adapter", factors, shapes, 2, "base")
@@ -159,6 +159,15 @@ def test_a_kohya_file_says_which_stable_diffusion_it_is_for(
     with safe_open(tmp_path / "kohya.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == (version, is_second)
+    assert metadata["modelspec.architecture"].startswith("stable-diffusion-")
+    assert metadata["modelspec.architecture"].endswith("/lora")
+    assert {"modelspec.sai_model_spec", "modelspec.implementation", "modelspec.title", "modelspec.resolution"} <= set(
+        metadata
+    )
+    content = (tmp_path / "kohya.safetensors").read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
 
 
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
@@ -179,7 +188,7 @@ def test_single_experts_are_exported_where_the_recipe_says_so(base_dir: Path, me
     plain = image_of(with_peft)
     PeftModel.from_pretrained(denoiser_of(with_peft), run.path("experts", "style"))
     expected = image_of(with_peft).astype(int)
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
         pipeline.load_lora_weights(folder, weight_name=name)
         assert np.abs(image_of(pipeline) - expected).max() <= 1  # its scale is applied at another place
@@ -197,7 +206,7 @@ def test_adapters_on_more_than_attention_are_read_back_from_both_files(base_dir:
     with_peft = DiffusionPipeline.from_pretrained(base_dir)
     PeftModel.from_pretrained(denoiser_of(with_peft), folder / "adapter")
     expected = image_of(with_peft)
-    for name in EXPORT_FILES.values():
+    for name in UNET_FILES:
         pipeline = DiffusionPipeline.from_pretrained(base_dir)
         pipeline.load_lora_weights(folder, weight_name=name)
         assert image_of(pipeline).tobytes() == expected.tobytes()
@@ -213,6 +222,11 @@ def test_a_transformer_has_no_kohya_file(merged_dir: Path) -> None:
     assert not (merged_dir / EXPORT_FILES["kohya"]).exists()
 
 
+@pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
+def test_a_unet_has_no_file_of_comfyui_beside_kohya_s(merged_dir: Path) -> None:
+    assert not (merged_dir / EXPORT_FILES["comfyui"]).exists()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 @pytest.mark.parametrize("base_dir", UNETS[:1], indirect=True)
 def test_files_of_half_the_size_hold_the_same_adapter(
@@ -225,7 +239,7 @@ def test_files_of_half_the_size_hold_the_same_adapter(
         config = MergingConfig.model_validate({"name": name, "export_dtype": precision})
         merge_experts(RunFolder(str(tmp_path)), SKILLS, ModelConfig(name=str(base_dir)), config)
         files[name] = tmp_path / "merged" / name
-    for export in EXPORT_FILES.values():
+    for export in UNET_FILES:
         whole, half = (load_file(files[name] / export) for name in ("whole", "half"))
         assert whole.keys() == half.keys()
         weights = [key for key in half if not key.endswith("alpha")]

@@ -10,7 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from selma_ray.adapters.mixing import LowRank, Mix
+from selma_ray.adapters.mixes import Mix
+from selma_ray.adapters.mixing import LowRank
 from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.rendering import load_pipeline

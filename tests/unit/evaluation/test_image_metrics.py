@@ -12,7 +12,7 @@ from PIL import Image
 
 from jobs.score_images import main
 from selma_ray.errors import JudgeError
-from selma_ray.evaluation.image_metrics import ScoreImagesConfig, open_configured, score_run
+from selma_ray.evaluation.image_metrics import ScoreImagesConfig, score_run
 from selma_ray.judging.metrics import MetricScore
 from selma_ray.judging.preferences.convert import clip_from_open_clip
 from selma_ray.records import IMAGE_SCHEMA
@@ -70,7 +70,7 @@ def run(tmp_path: Path) -> Any:
 
 
 def test_figures_pair_models_by_prompt_and_name_what_has_no_score(run: Any) -> None:
-    result = score_run(run, Brightness(), CONFIG)
+    result = score_run(run, CONFIG, Brightness)
     assert result["models"]["base"]["mean"] == 100
     assert result["models"]["merged"]["mean"] == 120
     assert result["models"]["merged"]["over_base"]["mean"] == pytest.approx(20)
@@ -81,20 +81,20 @@ def test_figures_pair_models_by_prompt_and_name_what_has_no_score(run: Any) -> N
 
 def test_a_file_is_scored_once_and_again_by_another_model(run: Any) -> None:
     metric = Brightness()
-    first = score_run(run, metric, CONFIG)
+    first = score_run(run, CONFIG, lambda: metric)
     assert metric.batches == [6, 6]
-    assert score_run(run, metric, CONFIG) == first
+    assert score_run(run, CONFIG, lambda: metric) == first
     assert metric.batches == [6, 6]
     metric.name = "brightness@2"
-    score_run(run, metric, CONFIG)
+    score_run(run, CONFIG, lambda: metric)
     assert metric.batches == [6, 6, 6, 6]
 
 
 def test_bad_input_is_named(tmp_path: Path, run: Any) -> None:
     with pytest.raises(JudgeError, match="has no finished evaluation"):
-        score_run(RunFolder(str(tmp_path / "other")), Brightness(), CONFIG)
+        score_run(RunFolder(str(tmp_path / "other")), CONFIG, Brightness)
     with pytest.raises(JudgeError, match=r"metric must be one of clipscore, .* got 'dsg'"):
-        open_configured(ScoreImagesConfig(metric="dsg"))
+        score_run(run, ScoreImagesConfig(metric="dsg"))
 
 
 def test_the_job_scores_a_run_with_a_model_in_a_folder(

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from selma_ray.adapters.config import LoraSettings
-from selma_ray.experts.cache import EncodeExamples, skill_cache
+from selma_ray.experts.cache import EncodeExamples, encode_here, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob
-from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 from tests.unit.experts.rendered_images import write_images
@@ -26,16 +24,15 @@ BASE = ExpertsConfig(
 )
 
 
-def encoded_job(folder: RunFolder, model: ModelConfig, name: str, config: ExpertsConfig) -> ExpertJob:
+def encoded_job(
+    folder: RunFolder, model: ModelConfig, name: str, config: ExpertsConfig, skill: str = "counting"
+) -> ExpertJob:
     """Return a job whose images, seven where there are none, are encoded."""
-    if not folder.files("images"):
-        write_images(folder, "counting", 7)
-    cache = skill_cache(folder, "counting", model, in_pairs=config.dpo is not None)
+    if not folder.files("images", f"skill={skill}"):
+        write_images(folder, skill, 7)
+    cache = skill_cache(folder, skill, model, in_pairs=config.dpo is not None)
     if not cache.is_complete(folder):
-        shards = [cache.shard(source) for source in cache.sources]
-        sources, empty = [*cache.sources, ""], f"{cache.directory}/{EMPTY_CAPTION}"
-        EncodeExamples(folder, model, cache.ids)({"source": np.array(sources), "shard": np.array([*shards, empty])})
-        folder.write_json({"shards": shards, "ids": cache.ids, "pairs": cache.pairs}, cache.directory, "index.json")
+        encode_here(folder, cache, EncodeExamples(folder, model, cache.ids), empty_caption=True)
     return ExpertJob(name, folder, (cache.directory,), (cache.key,), model, config, seed=0)
 
 

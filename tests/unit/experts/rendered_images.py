@@ -12,11 +12,15 @@ from selma_ray.records import IMAGE_SCHEMA, content_id
 from selma_ray.storage import RunFolder
 
 
-def write_images(folder: RunFolder, skill: str, count: int, shard: int = 0, split: str = "train") -> list[str]:
+def write_images(
+    folder: RunFolder, skill: str, count: int, shard: int = 0, split: str = "train", size_px: tuple[int, int] = (64, 64)
+) -> list[str]:
     """Write one Parquet file of noise images and return its ids."""
     rng = np.random.default_rng(shard)
     ids = [content_id(skill=skill, shard=shard, index=index) for index in range(count)]
-    rows = [_row(row_id, skill, f"{skill} {index}", split, _png(rng)) for index, row_id in enumerate(ids)]
+    rows = [
+        _row(row_id, skill, f"{skill} {index}", split, _png(rng, size_px), size_px) for index, row_id in enumerate(ids)
+    ]
     folder.write_table(
         pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), f"images/skill={skill}/part-{shard}-{split}.parquet"
     )
@@ -41,15 +45,17 @@ def write_failed_image(folder: RunFolder, skill: str) -> None:
     folder.write_table(pa.Table.from_pylist([row], schema=IMAGE_SCHEMA), f"images/skill={skill}/failed.parquet")
 
 
-def _row(row_id: str, skill: str, prompt: str, split: str, png: bytes | None) -> dict[str, Any]:
+def _row(
+    row_id: str, skill: str, prompt: str, split: str, png: bytes | None, size_px: tuple[int, int] = (64, 64)
+) -> dict[str, Any]:
     return {
         "id": row_id, "skill": skill, "prompt": prompt, "split": split, "image_index": 0, "seed": 0,
         "image": png and {"bytes": png, "path": None}, "model": "tiny", "revision": "0", "scheduler": "DDIMScheduler", "steps": 1,
-        "guidance_scale": 1.0, "width": 64, "height": 64, "error": None,
+        "guidance_scale": 1.0, "width": size_px[0], "height": size_px[1], "error": None,
     }  # fmt: skip
 
 
-def _png(rng: np.random.Generator) -> bytes:
+def _png(rng: np.random.Generator, size_px: tuple[int, int] = (64, 64)) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(rng.integers(0, 256, (size_px[1], size_px[0], 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,10 +1,10 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.cache import EncodeExamples, skill_cache
+from selma_ray.experts.cache import EncodeExamples, encode_here, skill_cache
 from selma_ray.experts.examples import EncodedExamples
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
@@ -27,7 +27,7 @@ def test_a_cache_holds_the_training_images_that_were_rendered(folder: RunFolder,
     write_failed_image(folder, "counting")
     cache = skill_cache(folder, "counting", model)
     assert list(cache.ids) == sorted(train)
-    assert cache.sources == ("images/skill=counting/part-0-train.parquet",)
+    assert cache.sources == (("images/skill=counting/part-0-train.parquet", 0),)
 
 
 def test_the_key_changes_with_rows_and_precision_and_not_with_files(folder: RunFolder, model: ModelConfig) -> None:
@@ -60,13 +60,30 @@ def test_a_skill_without_images_is_refused(folder: RunFolder, model: ModelConfig
 def test_encoding_writes_shards_that_a_trainer_reads(folder: RunFolder, model: ModelConfig) -> None:
     ids = write_images(folder, "counting", 3) + write_images(folder, "counting", 2, shard=1)
     cache = skill_cache(folder, "counting", model)
-    shards = [cache.shard(source) for source in cache.sources]
-    encode = EncodeExamples(folder, model)
-    done = encode({"source": np.array(cache.sources), "shard": np.array(shards)})
-    folder.write_json({"shards": shards, "ids": cache.ids}, cache.directory, "index.json")
+    encode_here(folder, cache, EncodeExamples(folder, model))
     examples = EncodedExamples(folder, [cache.directory])
-    assert done["examples"] == [3, 2]
     assert examples.ids == list(cache.ids)
     assert sorted(examples.ids) == sorted(ids)
     shapes = {name: tuple(tensor.shape) for name, tensor in examples.batch([0, 4]).items()}
     assert shapes == {"latent_mean": (2, 4, 16, 16), "latent_std": (2, 4, 16, 16), "text_NTD": (2, 77, 32)}
+
+
+def test_a_large_file_makes_a_shard_of_each_row_group(
+    folder: RunFolder, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = folder.uri + "-small"
+    write_images(RunFolder(small), "counting", 7)
+    monkeypatch.setattr("selma_ray.storage.ROW_GROUP_ROWS", 3)
+    write_images(folder, "counting", 7)
+    caches = []
+    for each in (RunFolder(small), folder):
+        caches.append(skill_cache(each, "counting", model))
+        encode_here(each, caches[-1], EncodeExamples(each, model))
+    whole, cut = (
+        EncodedExamples(each, [cache.directory]) for each, cache in zip((RunFolder(small), folder), caches, strict=True)
+    )
+    assert [group for _, group in caches[1].sources] == [0, 1, 2]
+    assert caches[0].key == caches[1].key
+    assert whole.ids == cut.ids
+    for name, tensor in whole.batch(range(7)).items():
+        assert torch.allclose(tensor, cut.batch(range(7))[name], atol=1e-5), name

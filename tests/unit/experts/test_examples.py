@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.examples import EncodedExamples, dropped_captions, example_generators
+from selma_ray.experts.examples import BucketTurns, EncodedExamples, dropped_captions, example_generators
 from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.order import batch_positions
 from selma_ray.storage import RunFolder
@@ -99,3 +99,30 @@ def test_a_dropped_caption_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert torch.equal(replaced["text_NTD"][[0, 2]], batch["text_NTD"][[0, 2]])
     assert replaced["text_NTD"][[1, 3]].eq(7).all()
     assert not batch["text_NTD"].eq(7).any()
+
+
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=4), steps=st.integers(1, 120))
+@settings(max_examples=40, deadline=None)
+def test_buckets_take_turns_by_their_shares(counts: list[int], steps: int) -> None:
+    turns = [BucketTurns(counts).of_step(step) for step in range(steps)]
+    for bucket, count in enumerate(counts):
+        own = [turn for each, turn in turns if each == bucket]
+        assert own == list(range(len(own)))
+        assert abs(len(own) - steps * count / sum(counts)) < len(counts)
+
+
+def test_a_batch_holds_examples_of_one_size_and_all_come_equally_often(tmp_path: Path) -> None:
+    folder, shards = RunFolder(str(tmp_path)), []
+    for width, rows in ((4, 6), (8, 12), (6, 3)):
+        shards.append(f"cache/k/one/{width}.safetensors")
+        folder.local_path(shards[-1]).parent.mkdir(parents=True, exist_ok=True)
+        ids = [f"{width}-{row}" for row in range(rows)]
+        save_file({"latent_mean": torch.zeros(rows, 1, width)}, folder.local_path(shards[-1]), {"ids": json.dumps(ids)})
+    ids = [f"{width}-{row}" for row in range(12) for width, rows in ((4, 6), (8, 12), (6, 3)) if row < rows]
+    folder.write_json({"shards": shards, "ids": ids}, "cache/k/one/index.json")
+    examples = EncodedExamples(folder, ["cache/k/one"])
+    drawn = [examples.positions(3, step, seed=0) for step in range(70)]
+    assert all(examples.batch(batch)["latent_mean"].shape[0] == 3 for batch in drawn)
+    assert Counter(position for batch in drawn for position in batch) == dict.fromkeys(range(21), 10)
+    assert drawn[5] == EncodedExamples(folder, ["cache/k/one"]).positions(3, 5, seed=0)
+    assert drawn != [examples.positions(3, step, seed=1) for step in range(70)]

@@ -130,7 +130,7 @@ def test_a_resumed_job_draws_nothing_twice_and_gives_the_same_bits(
 def test_the_old_adapter_follows_by_the_shares_of_the_recipe(model: ModelConfig, tmp_path: Path) -> None:
     drawn = Drawn(RunFolder(str(tmp_path)), model, old_share=0.5, old_share_per_round=0.3)
     trainer = drawn.fit(stop_at=2, save_to=str(tmp_path / "checkpoint"))
-    new = trainer._full_weights()
+    new = trainer._whole_weights()
     start = {name: torch.zeros_like(weight) for name, weight in new.items() if "lora_B" in name}
     for name, zero in start.items():
         torch.testing.assert_close(trainer._old[name], torch.lerp(zero, new[name], 0.7))

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.experts.config import CheckpointChoiceConfig, ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
-from selma_ray.experts.selection import CandidateScores, choose_adapter, is_fitted
+from selma_ray.experts.selection import CandidateScores, choose_adapter, is_fitted, stopped_at
 from selma_ray.models.config import ModelConfig
 from selma_ray.storage import RunFolder
 
@@ -57,8 +58,44 @@ def test_training_is_over_when_every_adapter_and_the_result_are_there(job: Exper
     assert finished_result(job) is None
 
 
+def test_training_stops_where_patience_runs_out_and_what_comes_later_does_not_count(job: ExpertJob) -> None:
+    early = replace(job, config=job.config.model_copy(update={"early_stop": 1}))
+    leave_candidates(early, {2: 0.5})
+    assert stopped_at(early) is None
+    leave_candidates(early, {4: 0.5, 6: 0.9})  # trained, and scored, before anyone looked
+    assert stopped_at(early) == 4
+    assert stopped_at(job) is None
+    curve = [{"step": step, "loss": float(step)} for step in range(1, 7)]
+    early.folder.write_json(curve, early.directory, "curve.json")
+    leave_result(early)
+    choose_adapter(early)
+    result = finished_result(early)
+    assert result is not None
+    assert (result.step, result.steps, result.loss, result.dev_dsg) == (2, 4, 4.0, 0.5)
+    assert early.folder.read_json(early.directory, "curve.json") == curve[:4]
+    assert [row["step"] for row in early.folder.read_json(early.directory, "dev_scores.json")] == [2, 4]
+
+
+def test_an_expert_that_stopped_early_is_fitted_without_later_candidates(job: ExpertJob) -> None:
+    early = replace(job, config=job.config.model_copy(update={"early_stop": 1}))
+    leave_candidates(early, {2: 0.5, 4: 0.4})
+    assert not is_fitted(early)
+    result = ExpertResult("counting", early.key, 0.5, 4, 40, "fp32", 1.0)
+    early.folder.write_json(result.as_dict(), early.directory, "result.json")
+    assert is_fitted(early)
+    early.folder.delete(early.candidate(4))
+    assert not is_fitted(early)
+
+
+def test_patience_counts_scores_in_a_row(job: ExpertJob) -> None:
+    config = ExpertsConfig(steps=12, selection=SELECTION, early_stop=2)
+    patient = replace(job, config=config)
+    leave_candidates(patient, {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.6, 10: 0.5, 12: 0.9})
+    assert stopped_at(patient) == 10
+
+
 def test_nothing_waits_where_no_adapter_was_left_or_all_are_scored(job: ExpertJob) -> None:
-    def score(adapter_dir: Any, skills: Any) -> None:
+    def score(adapter_dir: Any, skills: Any, show: Any = None) -> None:
         pytest.fail("must not be called")
 
     assert CandidateScores([job], SELECTION, score, ClusterConfig()).is_idle
@@ -106,7 +143,9 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job: ExpertJob, fake_ray: Any) -> None:
-    scores = CandidateScores([job], SELECTION, lambda directory, skills: {"dsg": 0.5, "images": 3}, ClusterConfig())
+    scores = CandidateScores(
+        [job], SELECTION, lambda directory, skills, show=None: {"dsg": 0.5, "images": 3}, ClusterConfig()
+    )
     scores.poll()
     assert fake_ray.started == {}
     leave_candidates(job, {2: 0.0, 4: 0.0})
@@ -126,7 +165,7 @@ def test_adapters_are_scored_a_few_at_a_time_as_training_leaves_them(job: Expert
 def test_a_score_that_fails_is_told_and_the_other_adapters_of_that_expert_are_left_alone(
     job: ExpertJob, fake_ray: Any
 ) -> None:
-    def broken(directory: Any, skills: Any) -> None:
+    def broken(directory: Any, skills: Any, show: Any = None) -> None:
         raise RuntimeError("no judge")
 
     leave_candidates(job, {2: 0.0, 4: 0.0})

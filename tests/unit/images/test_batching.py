@@ -68,3 +68,30 @@ def test_a_function_runs_alone_between_batches() -> None:
     shared: SharedBatches[Any, int] = SharedBatches(lambda rows: [threading.get_ident() for _ in rows], 2)
     ((of_batch, _),) = shared.render([1])
     assert shared.alone(lambda add: threading.get_ident() + add, 0) == of_batch
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=5))
+def test_a_batch_is_of_one_kind_and_no_row_is_forgotten(batch_size: int, tasks: list[list[int]]) -> None:
+    batches: list[list[int]] = []
+
+    def render(rows: Sequence[int]) -> Sequence[int]:
+        batches.append(list(rows))
+        return rows
+
+    shared = SharedBatches(render, batch_size, kind=lambda row: row)
+    with ThreadPoolExecutor(len(tasks)) as callers:
+        results = list(callers.map(shared.render, tasks))
+    assert [[each for each, _ in result] for result in results] == tasks
+    assert all(len(set(batch)) == 1 and len(batch) <= batch_size for batch in batches)
+
+
+def test_a_full_batch_goes_before_the_first_row() -> None:
+    batches: list[list[str]] = []
+
+    def render(rows: Sequence[str]) -> Sequence[str]:
+        batches.append(list(rows))
+        return rows
+
+    SharedBatches(render, 2, kind=lambda row: row[0]).render(["a1", "b1", "b2", "c1", "b3"])
+    assert batches == [["b1", "b2"], ["a1"], ["c1"], ["b3"]]

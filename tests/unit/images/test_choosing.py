@@ -7,8 +7,9 @@ import pytest
 
 from selma_ray.images.choosing import ChooseImages
 from selma_ray.images.config import ImageChoiceConfig
-from selma_ray.images.shards import WriteImages, candidate_shards, existing_ids, image_summary, read_images
+from selma_ray.images.shards import candidate_shards, existing_ids, image_summary, read_images
 from selma_ray.images.shards import write_candidates as write
+from selma_ray.images.writing import WriteImages
 from selma_ray.storage import RunFolder
 from tests.unit.images.test_shards import row, table
 

@@ -10,7 +10,8 @@ from selma_ray.images.config import ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.plan import PlanImages
 from selma_ray.images.rendering import RenderPrompts
-from selma_ray.images.shards import WriteImages, existing_ids, forget_failures, read_images
+from selma_ray.images.shards import existing_ids, forget_failures, read_images
+from selma_ray.images.writing import WriteImages
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.records import PROMPT_SCHEMA
 from selma_ray.storage import RunFolder

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -60,3 +61,45 @@ def test_finished_images_are_left_out(model: ModelConfig) -> None:
     config = ImagesConfig(per_prompt=2)
     first, second = PlanImages(config, model, 0)(prompts("a cat"))["id"].to_pylist()
     assert PlanImages(config, model, 0, {first})(prompts("a cat"))["id"].to_pylist() == [second]
+
+
+BUCKETS = ImagesConfig(
+    per_prompt=2, sampling=SamplingConfig(width_px=64, height_px=64), buckets_px=((48, 80), (80, 48))
+)
+
+
+def test_a_prompt_s_images_have_one_size_that_its_seed_draws(model: ModelConfig) -> None:
+    texts = [f"cat {number}" for number in range(60)]
+    rows = PlanImages(BUCKETS, model, 0)(prompts(*texts)).to_pylist()
+    sizes = {row["prompt"]: (row["width"], row["height"]) for row in rows}
+    assert all((row["width"], row["height"]) == sizes[row["prompt"]] for row in rows)
+    assert set(sizes.values()) == set(BUCKETS.sizes_px)
+    assert rows[2:4] == PlanImages(BUCKETS, model, 0)(prompts("cat 1")).to_pylist()
+    other_seed = PlanImages(BUCKETS, model, 1)(prompts(*texts)).to_pylist()
+    assert [row["width"] for row in other_seed] != [row["width"] for row in rows]
+
+
+def test_an_id_depends_on_the_image_s_own_size_alone(model: ModelConfig) -> None:
+    square = ImagesConfig(per_prompt=2, sampling=BUCKETS.sampling)
+    texts = [f"cat {number}" for number in range(20)]
+    alone = PlanImages(square, model, 0)(prompts(*texts)).to_pylist()
+    for row, of_square in zip(PlanImages(BUCKETS, model, 0)(prompts(*texts)).to_pylist(), alone, strict=True):
+        assert (row["id"] == of_square["id"]) == (row["width"] == row["height"])
+
+
+@pytest.mark.parametrize(
+    ("buckets", "fault"),
+    [
+        ([(60, 64)], "buckets_px must have sides that divide by 8, got 60x64"),
+        ([(48, 80), (48, 80)], "buckets_px must be different sizes"),
+        ([(64, 64)], "buckets_px must be different sizes"),
+    ],
+)
+def test_buckets_are_sizes_that_differ(buckets: Any, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        ImagesConfig(sampling=BUCKETS.sampling, buckets_px=buckets)
+
+
+def test_memory_is_planned_for_the_largest_size() -> None:
+    config = ImagesConfig(sampling=SamplingConfig(width_px=64, height_px=64), buckets_px=((48, 80), (72, 64)))
+    assert (config.largest_sampling.width_px, config.largest_sampling.height_px) == (72, 64)

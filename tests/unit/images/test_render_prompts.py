@@ -14,11 +14,14 @@ from selma_ray.images.config import ImageChoiceConfig, ImagesConfig
 from selma_ray.images.in_flight import take_lost
 from selma_ray.images.plan import PLAN_SCHEMA
 from selma_ray.images.rendering import RENDERED_SCHEMA, RenderPrompts, encoded
-from selma_ray.images.shards import WriteImages, existing_ids, image_summary
+from selma_ray.images.shards import existing_ids, image_summary
+from selma_ray.images.writing import WriteImages
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.storage import RunFolder
 
 CONFIG = ImagesConfig(sampling=SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64), max_attempts=3)
+
+SIZE = {"width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def render(loaded: RenderPrompts) -> RenderPrompts:
 
 def planned(*prompts: str) -> pa.Table:
     rows = [
-        {"id": prompt, "skill": "one", "prompt": prompt, "split": "train", "image_index": 0, "seed": seed}
+        {"id": prompt, "skill": "one", "prompt": prompt, "split": "train", "image_index": 0, "seed": seed, **SIZE}
         for seed, prompt in enumerate(prompts)
     ]
     return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
@@ -55,12 +58,12 @@ def fail_on(render: RenderPrompts, monkeypatch: pytest.MonkeyPatch, word: str, t
     original, calls = render._engine.render, []
     failures: list[Any] = []
 
-    def flaky(prompts: Any, seeds: Any) -> Any:
+    def flaky(prompts: Any, seeds: Any, **size: Any) -> Any:
         calls.append(len(prompts))
         if any(word in prompt for prompt in prompts) and len(failures) < times:
             failures.append(1)
             raise ValueError(f"cannot draw {word}\nsecond line")
-        return original(prompts, seeds)
+        return original(prompts, seeds, **size)
 
     monkeypatch.setattr(render._engine, "render", flaky)
     return calls
@@ -123,7 +126,7 @@ class BlockingEngine:
         self.calls = 0
         self.second_began = threading.Event()
 
-    def render(self, prompts: Any, seeds: Any) -> Any:
+    def render(self, prompts: Any, seeds: Any, size_px: Any = None) -> Any:
         self.calls += 1
         if self.calls == 2:
             self.second_began.set()
@@ -163,7 +166,7 @@ class EndingEngine:
 
     scheduler = "none"
 
-    def render(self, prompts: Any, seeds: Any) -> Any:
+    def render(self, prompts: Any, seeds: Any, size_px: Any = None) -> Any:
         if any("ghost" in prompt for prompt in prompts):
             raise SystemExit
         return [Image.new("RGB", (8, 8), (seed, 0, 0)) for seed in seeds]
@@ -206,7 +209,15 @@ def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path:
     config = CONFIG.model_copy(update={"per_prompt": 3, "selection": ImageChoiceConfig(keep_best=1, min_score=0.5)})
     scores = {0: 0.6, 1: 0.9, 2: 0.9, 3: 0.1, 4: None, 5: 0.2}
     rows = [
-        {"id": str(seed), "skill": "one", "prompt": prompt, "split": "train", "image_index": seed % 3, "seed": seed}
+        {
+            "id": str(seed),
+            "skill": "one",
+            "prompt": prompt,
+            "split": "train",
+            "image_index": seed % 3,
+            "seed": seed,
+            **SIZE,
+        }
         for seed, prompt in enumerate(["a cat"] * 3 + ["a dog"] * 3)
     ]
     render = RenderPrompts(
@@ -217,3 +228,19 @@ def test_the_best_images_of_each_prompt_are_chosen_and_all_scores_kept(tmp_path:
     rendered = render(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
     assert rendered["split"].to_pylist() == ["rejected", "train", *["rejected"] * 4]
     assert rendered["score"].to_pylist() == pytest.approx([0.6, 0.9, 0.9, 0.1, None, 0.2])
+
+
+def test_each_size_has_batches_of_its_own(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+    model = ModelConfig(name=str(tiny_pipeline_dir))
+    render = RenderPrompts(CONFIG.model_copy(update={"batch_size": 2}), model, RunFolder(str(tmp_path)))
+    rows = planned("a cat", "a dog", "a hen").to_pylist()
+    for row, (width, height) in zip(rows, [(64, 64), (80, 48), (64, 64)], strict=True):
+        row |= {"width": width, "height": height}
+    rendered = render(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
+    assert [image.shape for image in pixels(rendered)] == [(64, 64, 3), (48, 80, 3), (64, 64, 3)]
+    assert rendered["width"].to_pylist() == [64, 80, 64]
+    alone = render(pa.Table.from_pylist(rows[1:2], schema=PLAN_SCHEMA))
+    assert content(alone) == content(rendered)[1:2]
+    WriteImages(RunFolder(str(tmp_path)))(rendered)
+    shards = [RunFolder(str(tmp_path)).read_table([path]) for path in RunFolder(str(tmp_path)).files("images")]
+    assert sorted(table["width"].to_pylist() for table in shards) == [[64, 64], [80]]

@@ -125,7 +125,12 @@ def test_shards_of_an_earlier_version_are_read_with_those_of_this(folder: RunFol
 def test_a_kill_between_shards_leaves_what_was_not_chosen(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is rendered and chosen from again: it must be what was chosen."""
     written: list[str] = []
-    monkeypatch.setattr(RunFolder, "write_table", lambda self, table, *parts: written.append(parts[-1].split("-")[0]))
+
+    def write_table(self: RunFolder, rows: pa.Table, path: str) -> int:
+        written.append(rows["split"][0].as_py())
+        return 1
+
+    monkeypatch.setattr(RunFolder, "write_table", write_table)
     write_shards(folder, table(row("a"), row("b", split="rejected"), row("c", split="dev")))
     assert written[0] == "rejected"
     assert sorted(written[1:]) == ["dev", "train"]

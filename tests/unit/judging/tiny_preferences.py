@@ -7,14 +7,10 @@ import torch
 from transformers import BertTokenizer, CLIPConfig, CLIPTokenizer
 
 from selma_ray.judging.preferences.image_reward import ImageRewardConfig
-from tests.tiny_models import _character_tokenizer
+from tests.tiny_models import character_tokenizer as character_tokenizer
 
 IMAGE_PX, PATCH_PX, WIDTH, HEADS, LAYERS, PROJECTED = 32, 8, 32, 4, 2, 16
 NUM_PATCHES = (IMAGE_PX // PATCH_PX) ** 2
-
-
-def character_tokenizer(folder: Path) -> CLIPTokenizer:
-    return _character_tokenizer(folder)
 
 
 def clip_config(tokenizer: CLIPTokenizer, activation: str = "gelu") -> dict:

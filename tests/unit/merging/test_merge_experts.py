@@ -321,7 +321,7 @@ def test_a_pickle_beside_no_safetensors_is_refused(tiny_pipeline_dir: Path, tmp_
         ({"density": 0}, "density should be greater than 0, got 0"),
         ({"rank": 0}, "rank should be greater than or equal to 1, got 0"),
         ({"name": "../elsewhere"}, "name .*got '../elsewhere'"),
-        ({"exports": ["gguf"]}, "exports.0 should be 'diffusers' or 'kohya', got 'gguf'"),
+        ({"exports": ["gguf"]}, "exports.0 should be 'diffusers', 'kohya' or 'comfyui', got 'gguf'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: Any, message: str) -> None:

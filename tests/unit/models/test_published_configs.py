@@ -19,6 +19,7 @@ RANK = 4
 
 CLIP_L, CLIP_L_PROJECTED, CLIP_H, CLIP_G, T5_XXL = 123_060_480, 123_650_304, 340_387_840, 694_659_840, 4_762_310_656
 QWEN3_4B, QWEN25_VL_7B = 4_022_468_096, 8_292_166_656
+GEMMA2_2B = 2_614_341_888
 VAE, VAE_16 = 83_653_863, 83_819_683
 # As their authors' files hold them.
 WEIGHTS = {
@@ -33,6 +34,9 @@ WEIGHTS = {
     "Tongyi-MAI/Z-Image": {"transformer": 6_154_908_736, "vae": VAE_16, "text_encoder": QWEN3_4B},
     "black-forest-labs/FLUX.2-klein-base-4B": {"transformer": 3_875_544_576, "vae": 84_046_115, "text_encoder": QWEN3_4B},
     "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "vae": 126_892_531, "text_encoder": QWEN25_VL_7B},
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": {
+        "transformer": 1_604_462_752, "vae": 312_250_275, "text_encoder": GEMMA2_2B
+    },
 }  # fmt: skip
 # Recipe, adapted modules, and the weights of an adapter of rank 4 on them.
 ADAPTED = {
@@ -44,6 +48,7 @@ ADAPTED = {
     "zimage": (136, 4_177_920),
     "flux2_klein": (60, 4_177_920),
     "qwen_image": (240, 5_898_240),
+    "sana": (160, 2_867_200),
 }
 
 

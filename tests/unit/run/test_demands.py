@@ -24,6 +24,7 @@ LARGE = [
     "workstation",
     "gpu_demo",
     "zimage",
+    "sana",
     "flux2_klein",
     "qwen_image",
 ]

@@ -2,10 +2,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from selma_ray.cluster import cards
 from selma_ray.errors import ConfigError
 from selma_ray.run.demands import SERVE
+from selma_ray.run.host_memory import check_host, host_weights
 from selma_ray.run.memory import Need, check_cards, check_memory, memory_needs
 from selma_ray.run.recipe import Recipe, load_recipe
 from selma_ray.run.stages import STAGES
@@ -24,6 +27,7 @@ SAID_GB = {
     "zimage": 48,
     "flux2_klein": 48,
     "qwen_image": 80,
+    "sana": 48,
 }
 
 
@@ -94,6 +98,54 @@ def test_the_miniature_on_the_cpu_takes_no_card(monkeypatch: pytest.MonkeyPatch)
     assert memory_needs(recipe("demo"), ALL) == []
     monkeypatch.setattr("selma_ray.run.memory.smallest_gpu_bytes", lambda config: pytest.fail("nobody is asked"))
     check_cards(recipe("demo"), ALL)
+
+
+def merged_run(folder: Path, name: str) -> str:
+    """Return a folder that holds the recipe of a run."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe(name).as_yaml())
+    return str(folder)
+
+
+def served(name: str, *overrides: str) -> Need:
+    return needs(memory_needs(recipe(name, *overrides), [SERVE]))[SERVE, "a generator"]
+
+
+def test_loras_of_others_are_counted_from_their_files(tmp_path: Path) -> None:
+    rank, module = 64, "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {
+        f"unet.{module}.lora_A.weight": torch.zeros(rank, 640),
+        f"unet.{module}.lora_B.weight": torch.zeros(640, rank),
+    }
+    save_file(state, tmp_path / "style.safetensors")
+    alone = served("sdxl", "serving.experts=false")
+    with_adapter = served("sdxl", "serving.experts=false", f"serving.adapters.style={tmp_path / 'style.safetensors'}")
+    base = served("sdxl", "serving.experts=true").parts["base and experts"]
+    assert "adapters" not in alone.parts
+    assert with_adapter.parts["adapters"] == 2 * 2 * 640 * rank
+    assert 0.5 * base < with_adapter.parts["base and experts"] < base, "the base model alone"
+
+
+def test_runs_that_are_served_together_share_a_card_or_have_one_each(tmp_path: Path) -> None:
+    other = f"serving.models.other={merged_run(tmp_path / 'other', 'flux')}"
+    whole = served("sdxl", "serving.num_gpus=1", other)
+    assert whole.parts["weights"] == served("flux").parts["weights"], "the largest of them must fit"
+    shared = needs(memory_needs(recipe("sdxl", "serving.num_gpus=0.5", other), [SERVE]))
+    both = shared[SERVE, "2 generators on one GPU"].parts["weights"]
+    assert both == pytest.approx(served("sdxl").parts["weights"] + served("flux").parts["weights"])
+    with pytest.raises(ConfigError, match=r"^serve: 2 generators on one GPU needs? .*; set "):
+        check_memory(recipe("sdxl", "serving.num_gpus=0.5", other), [SERVE], 48e9)
+
+
+def test_weights_that_the_nodes_memory_cannot_hold_are_refused(tmp_path: Path) -> None:
+    alone = recipe("demo")
+    both = recipe("demo", f"serving.models.other={merged_run(tmp_path / 'other', 'demo')}")
+    assert host_weights(both) == 2 * host_weights(alone) > 0
+    check_host(both, host_weights(both))
+    with pytest.raises(
+        ConfigError, match=r"^serve: the weights of 2 generators take .* leave runs out of serving\.models"
+    ):
+        check_host(both, host_weights(both) - 1)
 
 
 def test_the_miniature_fits_any_card() -> None:

@@ -46,6 +46,7 @@ def test_every_model_that_a_run_opens_is_named() -> None:
         "zimage",
         "flux2_klein",
         "qwen_image",
+        "sana",
         "paper_sd14",
         "paper_sdxl",
         "workstation",

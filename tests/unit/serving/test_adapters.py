@@ -1,8 +1,10 @@
 """LoRAs of others: every format that is read draws what diffusers' own loader draws, bad files are refused in one line."""
 
 import asyncio
+import gc
 import io
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
 from selma_ray.adapters.exports import write_diffusers, write_kohya
+from selma_ray.adapters.mixing import Expert
 from selma_ray.adapters.peft_format import open_adapter, shapes_of
 from selma_ray.errors import AdapterError, ConfigError
 from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.models.rendering import load_pipeline
 from selma_ray.serving.api import build_app
+from selma_ray.serving.catalogue import Catalogue, Entry
 from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import PNG
+from selma_ray.serving.errors import RequestError
 from selma_ray.serving.experts import check_adapters, open_experts
 from selma_ray.serving.generator import Generator
 from selma_ray.serving.live_names import LiveNames
@@ -173,6 +178,41 @@ def test_adapters_are_added_while_the_generator_runs(
     assert generator.stats()["experts"] == started_with
 
 
+def test_an_adapter_that_is_no_longer_named_leaves_the_memory(model: ModelConfig, folders: dict[str, str]) -> None:
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def open_noted(paths: Mapping[str, str], denoiser: Any, pipeline_class: Any) -> Mapping[str, Expert]:
+        opened = open_experts(paths, denoiser, pipeline_class)
+        read.extend(weakref.ref(each.A_RI) for name in opened if name == "style" for each in opened[name].values())
+        return opened
+
+    generator = Generator(ServedModels("merged", model, model, {"counting": folders["counting"]}), CONFIG, open_noted)
+    try:
+        asyncio.run(generator.reconfigure({"adapters": {"style": folders["style"], "counting": folders["counting"]}}))
+        before = drawn(generator, style=1.0)
+
+        async def draw_while_it_leaves() -> Any:
+            slow = replace(REQUEST, mix=(("style", 1.0),))
+            drawing = asyncio.create_task(generator.generate([slow], PNG))
+            while not generator.stats()["in_flight"]:
+                await asyncio.sleep(0)
+            await generator.reconfigure({})
+            return await drawing
+
+        images = asyncio.run(draw_while_it_leaves())
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(images.files[0])), dtype=int), before)
+        drawn(generator, counting=1.0)  # the weights of the last mix are kept until there is another
+        gc.collect()
+        assert read
+        assert not [each for each in read if each() is not None]
+        with pytest.raises(RequestError, match="model 'style' is not served; names: merged, base, counting"):
+            drawn(generator, style=1.0)
+        asyncio.run(generator.reconfigure({"adapters": {"style": folders["style"]}}))
+        assert np.array_equal(drawn(generator, style=1.0), before), "it can come again"
+    finally:
+        generator.close()
+
+
 def test_an_added_adapter_can_be_asked_for_at_once(backend: Recorder) -> None:
     app = build_app(backend, CONFIG, ModelNames("merged", base=True, experts=("counting",)), ())
     client = TestClient(app, "http://127.0.0.1:8000", client=("127.0.0.1", 5))
@@ -194,7 +234,7 @@ def test_strangers_names_are_looked_up_once_a_second() -> None:
 
     now_s = 0.0
     backend = Counting()
-    names = LiveNames(ModelNames("merged"), backend, lambda: now_s)
+    names = LiveNames(Catalogue({"": Entry(ModelNames("merged"), CONFIG)}), backend, lambda: now_s)
     for _ in range(5):
         asyncio.run(names.known())
     now_s = 1.0

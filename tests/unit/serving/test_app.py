@@ -36,11 +36,10 @@ def test_a_model_folder_is_served_under_its_name(bound: list[tuple], tiny_pipeli
     assert config == ServingConfig(evaluator_replicas=0, port=8123)
 
 
-def merged_run(folder: Path, tiny_pipeline_dir: Path) -> RunFolder:
+def merged_run(folder: Path, tiny_pipeline_dir: Path, **serving: Any) -> RunFolder:
     run = RunFolder(str(folder))
-    recipe = Recipe.model_validate(
-        {"run_dir": "elsewhere", "skills": ["miniature/common"], "serving": {"max_steps": 70, "max_images": 2}}
-    )
+    serving = {"max_steps": 70, "max_images": 2, **serving}
+    recipe = Recipe.model_validate({"run_dir": "elsewhere", "skills": ["miniature/common"], "serving": serving})
     run.write_bytes(recipe.as_yaml().encode(), "recipe.yaml")
     folder.joinpath("merged", recipe.merging.name).mkdir(parents=True)
     folder.joinpath("merged", recipe.merging.name, "pipeline").symlink_to(tiny_pipeline_dir)
@@ -98,3 +97,48 @@ def test_adapters_are_served_beside_the_experts_of_a_run(
         build(arguments(run_dir=str(tmp_path / "run"), adapters={"counting": adapters["counting"]}))
     with pytest.raises(AdapterError, match=r"^serving\.adapters\.style: /nowhere\.safetensors does not exist"):
         build(arguments(model=model.model_dump(), adapters={"style": "/nowhere.safetensors"}))
+
+
+def test_runs_are_served_beside_the_first_by_name(bound: list[tuple], tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    sampling = {"steps": 4, "width_px": 128, "height_px": 128}
+    merged_run(tmp_path / "own", tiny_pipeline_dir)
+    other = merged_run(tmp_path / "other", tiny_pipeline_dir, sampling=sampling, max_images=7)
+    models = {"large": str(tmp_path / "other")}
+    build(arguments(run_dir=str(tmp_path / "own"), models=models))
+    *_, hosted = bound[0]
+    assert list(hosted) == ["large"]
+    served, config = hosted["large"].models, hosted["large"].config
+    assert served.merged.name == other.path("merged", "merged", "pipeline")
+    assert served.names.all() == ("large", "large/base", "large/counting")
+    assert (config.sampling.steps, config.longest_side_px) == (4, 192), "as its own recipe says"
+    assert (config.max_images, config.max_steps, config.models) == (2, 70, {}), "as the service says"
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling", "line"),
+    [
+        (
+            "counting",
+            {},
+            r"^serving\.models\.counting must have another name: counting is a model of the service's own run",
+        ),
+        ("slow", {"steps": 90}, r"serving\.models\.slow.*max_steps must be at least sampling\.steps, which is 90"),
+    ],
+)
+def test_a_run_that_cannot_stand_beside_the_first_is_refused(
+    name: str, sampling: dict[str, Any], line: str, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    merged_run(tmp_path / "own", tiny_pipeline_dir)
+    merged_run(tmp_path / "other", tiny_pipeline_dir, sampling=sampling, max_steps=100)
+    with pytest.raises(ConfigError, match=line):
+        build(arguments(run_dir=str(tmp_path / "own"), models={name: str(tmp_path / "other")}))
+
+
+def test_a_run_without_a_merged_model_is_refused_by_its_key(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    merged_run(tmp_path / "own", tiny_pipeline_dir)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"must be a run's folder, it has no recipe\.yaml"):
+        build(arguments(run_dir=str(tmp_path / "own"), models={"other": str(tmp_path / "other")}))
+    (tmp_path / "other" / "recipe.yaml").write_text("run_dir: elsewhere\nskills: [coco]\n")
+    with pytest.raises(ConfigError, match=r"^serving\.models\.other .* holds no merged model"):
+        build(arguments(run_dir=str(tmp_path / "own"), models={"other": str(tmp_path / "other")}))

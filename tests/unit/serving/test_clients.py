@@ -20,7 +20,7 @@ from selma_ray.serving.config import ServingConfig
 from selma_ray.serving.encoding import PNG, encode
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full
 from selma_ray.serving.keys import ApiKey
-from selma_ray.serving.links import ImageLinks
+from selma_ray.serving.links import ImageLinks, ImageStore, StoredImage
 from selma_ray.serving.served import ModelNames
 from tests.unit.serving.recorder import TOKEN_LIMIT, Recorder, picture
 
@@ -192,26 +192,37 @@ def test_links_lead_to_images_for_whoever_has_them(backend: Recorder) -> None:
 
 def test_links_end_and_the_oldest_give_way() -> None:
     now_s = 1000.0
-    config = ServingConfig(url_store_mb=0.001, url_lifetime_s=60, public_url="https://images.example.com")
-    links = ImageLinks(config, lambda: now_s)
+    config = ServingConfig(url_lifetime_s=60, public_url="https://images.example.com")
+    store = ImageStore(1000, lambda: now_s)
+
+    async def keep_image(image: StoredImage) -> None:
+        store.keep(image)
+
+    async def find(name: str) -> StoredImage | None:
+        return store.get(name)
+
+    links = ImageLinks(config, keep_image, find, b"secret", lambda: now_s)
+
+    def keep(content: bytes) -> str:
+        return asyncio.run(links.keep(content, "png", "http://asked"))
 
     def status(link: str) -> int:
         name, _, query = link.rpartition("/")[2].partition("?")
         values = dict(part.split("=") for part in query.split("&"))
         try:
-            return links.answer(name, values["expires"], values["signature"]).status_code
+            return asyncio.run(links.answer(name, values["expires"], values["signature"])).status_code
         except RequestError as error:
             return error.status
 
-    first, second = (links.keep(b"x" * 400, "png", "http://asked") for _ in range(2))
+    first, second = (keep(b"x" * 400) for _ in range(2))
     assert first.startswith("https://images.example.com/v1/images/files/")
     assert [status(first), status(second)] == [200, 200]
-    third = links.keep(b"x" * 400, "png", "http://asked")
+    third = keep(b"x" * 400)
     assert [status(first), status(second), status(third)] == [404, 200, 200]
     now_s += 61
     assert status(third) == 404
     with pytest.raises(RequestError, match="larger than the store"):
-        links.keep(b"x" * 1001, "png", "http://asked")
+        keep(b"x" * 1001)
 
 
 def test_pages_of_named_origins_may_ask_and_no_others(backend: Recorder) -> None:

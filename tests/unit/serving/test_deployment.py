@@ -14,14 +14,15 @@ from selma_ray.cluster.config import ClusterConfig
 from selma_ray.config import validate
 from selma_ray.errors import ConfigError, ServingError
 from selma_ray.models.config import ModelConfig
-from selma_ray.serving import deployment
 from selma_ray.serving.backend import Images
 from selma_ray.serving.config import ServingConfig
-from selma_ray.serving.deployment import Deployments, application
+from selma_ray.serving.deployment import application
 from selma_ray.serving.encoding import PNG
 from selma_ray.serving.errors import RequestError, invalid_request, queue_full
 from selma_ray.serving.generator import Generator
+from selma_ray.serving.handles import Deployments
 from selma_ray.serving.metrics import MeasureRequests, Metrics
+from selma_ray.serving.replicas import GeneratorReplica
 from selma_ray.serving.served import ServedModels
 
 IMAGES = Images([b"image"], 3, 77)
@@ -75,7 +76,7 @@ def raising(error: BaseException) -> Response:
 
 
 async def generate(response: Response, timeout_s: float = 60) -> Any:
-    return await Deployments(Handle(response), None, timeout_s).generate([], PNG)
+    return await Deployments({"": Handle(response)}, None, timeout_s).generate([], PNG)
 
 
 def replica_error(cause: Exception) -> Exception:
@@ -103,23 +104,23 @@ def test_what_a_replica_had_accepted_before_it_died_waits_for_room_at_another() 
     handle = Handle(
         raising(ActorDiedError()), raising(BackPressureError(1, 1)), raising(BackPressureError(1, 1)), answer
     )
-    assert asyncio.run(Deployments(handle, None, 60).generate([], PNG)) == IMAGES
+    assert asyncio.run(Deployments({"": handle}, None, 60).generate([], PNG)) == IMAGES
     assert handle.asked == 4
     full = Handle(raising(ActorDiedError()), raising(BackPressureError(1, 1)))
     with pytest.raises(RequestError, match="longer than") as refusal:
-        asyncio.run(Deployments(full, None, 0.3).generate([], PNG))
+        asyncio.run(Deployments({"": full}, None, 0.3).generate([], PNG))
     assert refusal.value.status == 504
 
 
 def test_a_full_service_says_when_to_come_back_by_how_long_answers_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = iter(range(0, 1000, 7))
-    monkeypatch.setattr("selma_ray.serving.deployment.time", SimpleNamespace(monotonic=lambda: next(now_s)))
+    monkeypatch.setattr("selma_ray.serving.handles.time", SimpleNamespace(monotonic=lambda: next(now_s)))
     handle = Handle(Response(lambda: asyncio.sleep(0, IMAGES)), raising(BackPressureError(1, 1)))
 
     async def ask() -> RequestError:
-        backend = Deployments(handle, None, 60)
+        backend = Deployments({"": handle}, None, 60)
         with pytest.raises(RequestError) as first:
-            await Deployments(Handle(raising(BackPressureError(1, 1))), None, 60).generate([], PNG)
+            await Deployments({"": Handle(raising(BackPressureError(1, 1)))}, None, 60).generate([], PNG)
         assert first.value.retry_after_s == 2
         await backend.generate([], PNG)
         with pytest.raises(RequestError) as refusal:
@@ -162,7 +163,7 @@ def test_when_the_client_goes_away_the_replica_is_told_to_stop() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(leave())
     assert response.cancelled
-    assert 'status="499"} 1.0' in metrics.exposition([]).decode()
+    assert 'status="499"} 1.0' in metrics.exposition().decode()
 
 
 def test_what_dies_with_a_replica_is_asked_of_another() -> None:
@@ -170,16 +171,16 @@ def test_what_dies_with_a_replica_is_asked_of_another() -> None:
         return IMAGES
 
     handle = Handle(raising(ActorDiedError()), Response(images))
-    assert asyncio.run(Deployments(handle, None, 60).generate([], PNG)) == IMAGES
+    assert asyncio.run(Deployments({"": handle}, None, 60).generate([], PNG)) == IMAGES
     handle = Handle(raising(ActorDiedError()))
     with pytest.raises(RequestError) as refusal:
-        asyncio.run(Deployments(handle, None, 60).generate([], PNG))
+        asyncio.run(Deployments({"": handle}, None, 60).generate([], PNG))
     assert (refusal.value.status, handle.asked) == (503, 3)
 
 
 def streamed(response: Response, timeout_s: float = 60, up_to: int = 9) -> list[Any]:
     async def collect() -> list[Any]:
-        stream = Deployments(Handle(response), None, timeout_s).stream([], PNG)
+        stream = Deployments({"": Handle(response)}, None, timeout_s).stream([], PNG)
         drawn = []
         async for each in stream:
             drawn.append(each)
@@ -234,14 +235,15 @@ def test_without_a_replica_that_answers_the_service_is_not_ready(answers: list) 
         return answers
 
     with pytest.raises(RequestError) as refusal:
-        asyncio.run(Deployments(Handle(Response(answer)), None, 60).check_ready())
+        asyncio.run(Deployments({"": Handle(Response(answer))}, None, 60).check_ready())
     assert refusal.value.status == 503
 
 
 def test_a_generator_whose_engine_is_stuck_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
-    replica = object.__new__(deployment._GeneratorReplica)
+    replica = object.__new__(GeneratorReplica)
+    replica._generator = object.__new__(Generator)
     monkeypatch.setattr(Generator, "check_health", lambda self: None)
     replica.check_health()
     assert not ended
@@ -255,7 +257,13 @@ def test_a_generator_whose_engine_is_stuck_ends_its_process(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"evaluator_replicas": 0}, {"max_generator_replicas": 3, "max_evaluator_replicas": 2}]
+    "options",
+    [
+        {},
+        {"evaluator_replicas": 0},
+        {"max_generator_replicas": 3, "max_evaluator_replicas": 2},
+        {"api_replicas": 2},
+    ],
 )
 def test_ray_serve_accepts_the_deployments(options: dict[str, Any]) -> None:
     app = application(
@@ -274,5 +282,5 @@ def test_more_replicas_than_the_most_are_refused() -> None:
 
 def test_scores_without_an_evaluator_are_404() -> None:
     with pytest.raises(RequestError) as refusal:
-        asyncio.run(Deployments(Handle(raising(ZeroDivisionError())), None, 60).score("a ball", [b""], ["dsg"]))
+        asyncio.run(Deployments({"": Handle(raising(ZeroDivisionError()))}, None, 60).score("a ball", [b""], ["dsg"]))
     assert refusal.value.status == 404

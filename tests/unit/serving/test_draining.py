@@ -136,10 +136,10 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_a_service_that_is_dead_has_nothing_to_drain(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def gone(name: str) -> Any:
+    def gone(deployment: str, application: str) -> Any:
         raise RayServeException("no application\nnamed selma")
 
-    monkeypatch.setattr(serve, "get_app_handle", gone)
+    monkeypatch.setattr(serve, "get_deployment_handle", gone)
     Service("http://127.0.0.1:8000", ServingConfig()).drain()
     assert caplog.messages == ["the service ends without its requests in progress: no application"]
 

@@ -163,6 +163,23 @@ def test_new_weights_are_for_requests_that_come_later(engine: Engine, denoiser: 
     assert old.tobytes() == outcome.image.tobytes() != new.tobytes()
 
 
+def test_a_change_is_for_what_comes_after_it_though_all_is_taken_in_at_once(
+    engine: Engine, denoiser: GatedDenoiser, pipeline: Any
+) -> None:
+    denoiser.gate.set()
+    other = pipeline.from_pipe(pipeline, unet=deepcopy(pipeline.unet))
+    with torch.no_grad():
+        other.unet.conv_out.weight.zero_()
+    (plain,) = engine.submit([request()])
+    expected = plain.result(WAIT_S)
+    with engine._changed:  # its thread waits for this
+        (before,) = engine.submit([request()])
+        engine.replace_merged(denoiser_for(other))
+        (after,) = engine.submit([request()])
+    assert before.result(WAIT_S).tobytes() == expected.tobytes()
+    assert after.result(WAIT_S).tobytes() != expected.tobytes()
+
+
 def test_occupancy_is_counted(engine: Engine, denoiser: GatedDenoiser) -> None:
     accepted = engine.submit([request(steps=3), request(steps=1), request(steps=2)])
     denoiser.gate.set()

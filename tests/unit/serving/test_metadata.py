@@ -14,13 +14,15 @@ from selma_ray.models.drawing import Source
 from selma_ray.serving.encoding import PNG, FileFormat, OutputFormat, encode, reencode
 from selma_ray.serving.metadata import metadata_of
 from selma_ray.serving.requests import ImageRequest
+from selma_ray.serving.served import ModelNames
 from tests.unit.serving.recorder import picture
 
 LOSSY: tuple[OutputFormat, ...] = ("webp", "jpeg")
 
 
 def described(**changes: Any) -> dict[str, str]:
-    return metadata_of(replace(ImageRequest("a cat", 7, 20, 7.5, 64, 48), **changes), "merged", "DDIMScheduler")
+    request = replace(ImageRequest("a cat", 7, 20, 7.5, 64, 48), **changes)
+    return metadata_of(request, ModelNames("merged"), "DDIMScheduler")
 
 
 def texts_of(file: bytes) -> dict[str, str]:

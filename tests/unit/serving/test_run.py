@@ -2,6 +2,8 @@
 
 import hashlib
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,3 +60,11 @@ def test_a_free_port_is_found_at_either_kind_of_address() -> None:
     assert _free_port("127.0.0.1") > 0
     if socket.has_ipv6:
         assert _free_port("::1") > 0
+
+
+@pytest.mark.parametrize("module", ["selma_ray.run.serve", "selma_ray.serving.replicas"])
+def test_whoever_starts_a_service_or_speaks_http_loads_no_torch(module: str) -> None:
+    heavy = ("torch", "diffusers", "transformers", "peft", "vllm", "deepspeed")
+    program = f"import sys, {module}; sys.exit(', '.join(each for each in {heavy} if each in sys.modules) or None)"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stderr) == (0, "")

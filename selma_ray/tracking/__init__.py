@@ -1,0 +1,1 @@
+"""Experiment trackers: where figures and sample images of training go, behind one small interface."""
