@@ -50,6 +50,8 @@ def execute_merge_adapters(options: argparse.Namespace) -> None:
     config = validate(MergingConfig, settings, "merge-adapters")
     if config.method == "search":
         raise ConfigError("--method must not be search, which scores candidates on a run's dev prompts; name another")
+    if config.method == "distil":
+        raise ConfigError("--method must not be distil, whose student draws a run's prompts; name another")
     if config.method == "regmean":
         raise ConfigError("--method must not be regmean, which needs the examples of a run's experts; name another")
     model = validate(ModelConfig, {"name": options.base, "revision": options.base_revision}, "merge-adapters")

@@ -75,9 +75,16 @@ def run_all(run: Run) -> None:
 def _next_steps(run: Run) -> list[str]:
     """Return what to look at and what to try next."""
     recipe = run.folder.path("recipe.yaml")
+    is_first_look = run.recipe.model.name == "miniature" and run.recipe.experts.nft is None
+    more = (
+        ["Let its experts go on learning from their own images: selma study jobs/recipes/beyond.yaml"]
+        if is_first_look
+        else []
+    )
     return [
         f"Look at {run.folder.path('report.html')} and at what it learnt from: selma data sheet {run.folder.uri}",
         f"Serve it, with a page to compare models on: selma serve {recipe}",
+        *more,
         "Teach it a skill of your own: selma init; other models and machines: selma recipes",
     ]
 
@@ -247,13 +254,17 @@ def _score_table(summary: dict[str, Any]) -> Table:
     )
     table.caption, table.caption_justify = _difference_line(summary["difference"]), "left"
     table.add_column("model")
-    for heading in ("all", "interval", *skills):
+    second = summary.get("second_judge")
+    for heading in ("all", "interval", *(["second judge"] if second else []), *skills):
         table.add_column(heading, justify="right")
     for name, scores in summary["models"].items():
         low, high = map(_percent, scores["interval"])
         overall, *by_skill = map(_percent, [scores["dsg"], *(scores["skills"][skill] for skill in skills)])
         interval = f"{low}-{high}"
-        table.add_row(name, overall, interval, *by_skill, style="bold" if name in ("base", "merged") else None)
+        by_second = [_percent((second["models"].get(name) or {}).get("dsg"))] if second else []
+        table.add_row(
+            name, overall, interval, *by_second, *by_skill, style="bold" if name in ("base", "merged") else None
+        )
     return table
 
 

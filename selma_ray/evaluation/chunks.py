@@ -10,7 +10,7 @@ from PIL import Image
 
 from selma_ray.config import identity
 from selma_ray.errors import named_line
-from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.config import ANSWERS, SECOND_ANSWERS, EvaluationConfig
 from selma_ray.judging.judges.opening import open_judge
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.judging.scoring import score_images
@@ -52,9 +52,9 @@ class Chunk:
         """Return the place of the images in the run's folder."""
         return ("evaluation", self.model, "images", f"{self.key}.parquet")
 
-    def answers_path(self, judge_key: str) -> tuple[str, ...]:
+    def answers_path(self, judge_key: str, kind: str = ANSWERS) -> tuple[str, ...]:
         """Return the place of a judge's answers in the run's folder."""
-        return ("evaluation", self.model, "answers", f"{content_id(images=self.key, judge=judge_key)}.parquet")
+        return ("evaluation", self.model, kind, f"{content_id(images=self.key, judge=judge_key)}.parquet")
 
 
 def plan_chunks(
@@ -130,17 +130,25 @@ class RenderChunk:
 class JudgeChunk:
     """Asks a judge, which it holds in its memory, the questions about a chunk's images."""
 
-    def __init__(self, folder: RunFolder, config: EvaluationConfig, judge_key: str) -> None:
+    def __init__(self, folder: RunFolder, config: EvaluationConfig, judge_key: str, second: bool = False) -> None:
+        judge = config.second_judge if second else config.judge
+        assert judge is not None
         self._folder = folder
         self._scorer = config.dsg_scorer
-        self._judge = open_judge(config.judge)
+        self._judge = open_judge(judge)
         self._judge_key = judge_key
+        self._kind = SECOND_ANSWERS if second else ANSWERS
 
     def __call__(self, chunk: Chunk) -> None:
-        """Write the answers about the chunk's images; an image that is not there or is corrupt is null, with its reason."""
+        """Write the answers about the chunk's images, unless they are there.
+
+        An image that is not there or is corrupt is null, with its reason.
+        """
+        path = chunk.answers_path(self._judge_key, self._kind)
+        if self._folder.exists(*path):
+            return
         rows = self._folder.read_table(["/".join(chunk.images_path)]).to_pylist()
-        answers = self._answered(chunk, rows)
-        self._folder.write_table(pa.Table.from_pylist(answers, ANSWER_SCHEMA), *chunk.answers_path(self._judge_key))
+        self._folder.write_table(pa.Table.from_pylist(self._answered(chunk, rows), ANSWER_SCHEMA), *path)
 
     def _answered(self, chunk: Chunk, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         images, faults = zip(*map(_decoded, rows), strict=True)

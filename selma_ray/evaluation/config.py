@@ -2,13 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from selma_ray.config import Placement, StrictModel
 from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.models.config import ModelConfig, SamplingConfig
 
-__all__ = ["EvaluationConfig", "OtherModel", "OtherResult"]
+__all__ = ["ANSWERS", "SECOND_ANSWERS", "EvaluationConfig", "OtherModel", "OtherResult"]
+
+ANSWERS, SECOND_ANSWERS = "answers", "second_answers"
+"""Folders of the judge's answers and of the second judge's, beside a model's images."""
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$")]
 
@@ -35,7 +38,8 @@ class EvaluationConfig(StrictModel):
     """Which prompts are rendered by which models, and how their images are scored."""
 
     suite: str = "miniature"
-    """`miniature` (its fixed held-out captions) or a JSON Lines file of prompts with questions."""
+    """`miniature` (its fixed held-out captions), `miniature-exact` (the same, “a” being asked to be exactly one) or a JSON Lines file of
+    prompts with questions."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Prompts taken from the suite, spread evenly over its skills; default: all."""
     seeds: tuple[int, ...] = (0,)
@@ -70,3 +74,13 @@ class EvaluationConfig(StrictModel):
     """Resamples behind each confidence interval."""
     judge: JudgeSetting = JudgeConfig()
     """The judge: its name, or its settings."""
+    second_judge: Placement[JudgeSetting | None] = None
+    """A judge that is asked the same questions about the same images, and whose figures stand beside the first's; it should never have
+    been a reward. It is asked where the first is. Default: none."""
+
+    @model_validator(mode="after")
+    def _judges_differ(self) -> "EvaluationConfig":
+        second = self.second_judge
+        if second and (second.name, second.revision) == (self.judge.name, self.judge.revision):
+            raise ValueError(f"second_judge must be another judge than evaluation.judge, got {second.name} for both")
+        return self

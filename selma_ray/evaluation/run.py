@@ -23,13 +23,13 @@ from selma_ray.cluster.metrics import count
 from selma_ray.cluster.placement import Demand, check_fit, role_options, shared_resources
 from selma_ray.errors import RenderError
 from selma_ray.evaluation.chunks import Chunk, JudgeChunk, ModelUnderTest, RenderChunk, plan_chunks
-from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.config import SECOND_ANSWERS, EvaluationConfig
 from selma_ray.evaluation.judge_error import judge_error_summary
 from selma_ray.evaluation.others import read_others, refuse_other_judges
 from selma_ray.evaluation.scores import question_scores
+from selma_ray.evaluation.second_judge import is_answered, judge_key, second_judge_figures
 from selma_ray.evaluation.summary import BASE, EvaluationSummary, ModelScores, model_scores, score_table, summarise
 from selma_ray.judging.dsg import mean_score
-from selma_ray.judging.judges.opening import judge_identity
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.models.device import see_own_gpus, task_options
 from selma_ray.models.identity import model_identity
@@ -60,39 +60,38 @@ def evaluate_models(
     compared.
     """
     others = read_others(config, suite, taken=models)
-    judge_key = _judge_key(config)
+    key = judge_key(config.judge)
     chunks = {name: plan_chunks(name, _revision(tested), suite, config, seed) for name, tested in models.items()}
     planned = [chunk for of_model in chunks.values() for chunk in of_model]
-    pending = [chunk for chunk in planned if not folder.exists(*chunk.answers_path(judge_key))]
+    pending = [chunk for chunk in planned if not is_answered(folder, chunk, config, key)]
     total = sum(len(chunk.prompts) for chunk in planned)
     done = total - sum(len(chunk.prompts) for chunk in pending)
     if pending:
-        for number, chunk in enumerate(_stream(folder, models, pending, config, judge_key, cluster)):
+        for number, chunk in enumerate(_stream(folder, models, pending, config, cluster)):
             if number == 0:  # the judge's name is known, and little work lost
-                refuse_other_judges(_judge_name(folder, chunk, judge_key), others, config)
+                refuse_other_judges(_judge_name(folder, chunk, key), others, config)
             done += len(chunk.prompts)
             count("selma_images_scored", len(chunk.prompts), folder.uri, "evaluate")
             asked = sum(len(prompt.questions) for prompt in chunk.prompts)
             count("selma_questions_answered", asked, folder.uri, "evaluate")
             if report:
                 report(Progress("evaluate", done, total, chunk.model))
-    scores = {name: _scores(folder, name, of_model, judge_key, config) for name, of_model in chunks.items()}
-    details = _details(folder, chunks, judge_key, config)
+    scores = {name: _scores(folder, name, of_model, key, config) for name, of_model in chunks.items()}
+    details = _details(folder, chunks, key, config)
     details["judges"] = refuse_other_judges(details["judge"], others, config)
     details["judge_error"] = _judge_error(folder, chunks, suite, config, seed)
+    details["second_judge"] = second_judge_figures(folder, chunks, suite, config, seed)
     scores |= {name: model_scores(other.answers, config.dsg_scorer) for name, other in others.items()}
     return summarise(scores, suite, config, seed, details)
 
 
-def _scores(
-    folder: RunFolder, name: str, chunks: Sequence[Chunk], judge_key: str, config: EvaluationConfig
-) -> ModelScores:
+def _scores(folder: RunFolder, name: str, chunks: Sequence[Chunk], key: str, config: EvaluationConfig) -> ModelScores:
     """Score a model's answers and write the score of each image; failures beyond bounds are forgotten, to be tried again."""
-    answers = folder.read_table(["/".join(chunk.answers_path(judge_key)) for chunk in chunks]).to_pylist()
+    answers = folder.read_table(["/".join(chunk.answers_path(key)) for chunk in chunks]).to_pylist()
     scores = model_scores(answers, config.dsg_scorer)
     failed = len(scores.unscored)
     if not scores.any_scored or failed > config.max_failed_fraction * len(scores.images):
-        _forget_failures(folder, chunks, judge_key, scores)
+        _forget_failures(folder, chunks, key, scores, config)
         reason, count = Counter(scores.unscored.values()).most_common(1)[0]
         raise RenderError(
             f"evaluation.max_failed_fraction allows {config.max_failed_fraction:g}, {failed} of {len(scores.images)} images of {name} "
@@ -112,9 +111,9 @@ def _judge_error(
     """Ask the judge about scenes with known truth and carry its errors into the figures; None where no truth is known."""
     if config.suite != MINIATURE or config.calibration_scenes == 0 or config.dsg_scorer == "selma":
         return None
-    judge_key = _judge_key(config)
+    first_key = judge_key(config.judge)
     key = content_id(
-        judge=judge_key,
+        judge=first_key,
         prompts=[prompt.id for prompt in suite],
         scenes=config.calibration_scenes,
         seed=seed,
@@ -125,7 +124,7 @@ def _judge_error(
         folder.write_table(pa.Table.from_pylist(ray.get(ask.remote(config, suite, seed))), *path)
     known = folder.read_table(["/".join(path)]).to_pylist()
     answers = {
-        name: folder.read_table(["/".join(chunk.answers_path(judge_key)) for chunk in of_model]).to_pylist()
+        name: folder.read_table(["/".join(chunk.answers_path(first_key)) for chunk in of_model]).to_pylist()
         for name, of_model in chunks.items()
     }
     return judge_error_summary(answers, known, partial(_score_of, config.dsg_scorer), BASE, _JUDGE_ERROR_DRAWS, seed)
@@ -145,33 +144,33 @@ def _score_of(scorer: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
     return mean_score(question_scores(rows, scorer))
 
 
-def _judge_key(config: EvaluationConfig) -> str:
-    return content_id(**judge_identity(config.judge))
-
-
-def _forget_failures(folder: RunFolder, chunks: Sequence[Chunk], judge_key: str, scores: ModelScores) -> None:
+def _forget_failures(
+    folder: RunFolder, chunks: Sequence[Chunk], key: str, scores: ModelScores, config: EvaluationConfig
+) -> None:
     for chunk in chunks:
         keys = zip((prompt.id for prompt in chunk.prompts), chunk.seeds, strict=True)
         if any(key in scores.unscored for key in keys):
             folder.delete(*chunk.images_path)
-            folder.delete(*chunk.answers_path(judge_key))
+            folder.delete(*chunk.answers_path(key))
+            if config.second_judge:
+                folder.delete(*chunk.answers_path(judge_key(config.second_judge), SECOND_ANSWERS))
 
 
 def _details(
-    folder: RunFolder, chunks: Mapping[str, Sequence[Chunk]], judge_key: str, config: EvaluationConfig
+    folder: RunFolder, chunks: Mapping[str, Sequence[Chunk]], key: str, config: EvaluationConfig
 ) -> dict[str, Any]:
     """Return what the figures depend on, and the files they come from."""
     files = {
         name: {
             "images": ["/".join(chunk.images_path) for chunk in of_model],
-            "answers": ["/".join(chunk.answers_path(judge_key)) for chunk in of_model],
+            "answers": ["/".join(chunk.answers_path(key)) for chunk in of_model],
         }
         for name, of_model in chunks.items()
     }
     any_chunk = next(iter(chunks.values()))[0]
     return {
         "scorer": config.dsg_scorer,
-        "judge": _judge_name(folder, any_chunk, judge_key),
+        "judge": _judge_name(folder, any_chunk, key),
         "suite": config.suite,
         "seeds": list(config.seeds),
         "sampling": config.sampling.model_dump(),
@@ -181,8 +180,8 @@ def _details(
     }
 
 
-def _judge_name(folder: RunFolder, chunk: Chunk, judge_key: str) -> str:
-    return folder.read_table(["/".join(chunk.answers_path(judge_key))], columns=["judge"])["judge"][0].as_py()
+def _judge_name(folder: RunFolder, chunk: Chunk, key: str) -> str:
+    return folder.read_table(["/".join(chunk.answers_path(key))], columns=["judge"])["judge"][0].as_py()
 
 
 def _stream(
@@ -190,22 +189,27 @@ def _stream(
     models: Mapping[str, ModelUnderTest],
     pending: Sequence[Chunk],
     config: EvaluationConfig,
-    judge_key: str,
     cluster: ClusterConfig,
 ) -> Iterator[Chunk]:
     """Yield each pending chunk when its images and answers are written."""
     render = partial(RenderChunk, folder, dict(models), config)
-    judge = partial(JudgeChunk, folder, config, judge_key)
+    second = config.second_judge
+    judges_asked = [partial(JudgeChunk, folder, config, judge_key(config.judge))]
+    judges_asked += [partial(JudgeChunk, folder, config, judge_key(second), second=True)] if second else []
     renderers = min(config.renderers * len(models), len(pending))
     rendering = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
-    judging = {"num_cpus": config.judge.num_cpus, "num_gpus": config.judge.num_gpus}
+    judging = shared_resources(
+        *({"num_cpus": each.num_cpus, "num_gpus": each.num_gpus} for each in (config.judge, second) if each)
+    )
     if config.judges == 0:
-        pools = [_Pool("evaluation.renderers", (render, judge), renderers, shared_resources(rendering, judging))]
+        pools = [
+            _Pool("evaluation.renderers", (render, *judges_asked), renderers, shared_resources(rendering, judging))
+        ]
     else:
         judges = min(config.judges, len(pending))
         pools = [
             _Pool("evaluation.renderers", (render,), renderers, rendering),
-            _Pool("evaluation.judges", (judge,), judges, judging),
+            _Pool("evaluation.judges", tuple(judges_asked), judges, judging),
         ]
     check_fit([pool.demand() for pool in pools], cluster, take_turns=False)
     dataset = ray.data.from_items([{"chunk": index} for index in range(len(pending))], override_num_blocks=len(pending))

@@ -6,9 +6,18 @@ from pydantic import Field, field_validator, model_validator
 
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import Placement, StrictModel
+from selma_ray.judging.config import JudgeConfig, JudgeSetting
 from selma_ray.tracking.tracker import TrackerName
 
-__all__ = ["GRADIENTS_AT_ONCE", "CheckpointChoiceConfig", "DpoConfig", "ExpertsConfig", "MixedConfig", "MoeConfig"]
+__all__ = [
+    "GRADIENTS_AT_ONCE",
+    "CheckpointChoiceConfig",
+    "DpoConfig",
+    "ExpertsConfig",
+    "MixedConfig",
+    "MoeConfig",
+    "NftConfig",
+]
 
 GRADIENTS_AT_ONCE = 50_000_000
 """Gradients that workers exchange in one message, at the most; a worker has a buffer for them."""
@@ -65,6 +74,54 @@ class DpoConfig(StrictModel):
     """Strength of the pull towards the base model, 2000 to 5000 there."""
 
 
+class NftConfig(StrictModel):
+    """DiffusionNFT (2509.16117) in the place of denoising: rounds of images that the expert draws itself, good and bad ones both teach."""
+
+    rounds: int = Field(default=60, ge=1)
+    """Rounds of drawing, judging and training; each goes on from the last one's adapter."""
+    prompts_per_round: int = Field(default=16, ge=1)
+    """Prompts of a round, of the expert's training prompts in turn."""
+    images_per_prompt: int = Field(default=6, ge=2)
+    """Images drawn for each prompt, which are judged against one another: 24 as published."""
+    beta: float = Field(default=1.0, gt=0)
+    """How far the good and the bad prediction lie from the old one in units of the new one's step; smaller ones learn faster."""
+    normalised: bool = True
+    """Divide each squared error of the clean latents by its own mean absolute error, as published; false takes the errors of what the model
+    predicts as they are."""
+    spread_deviations: float = Field(default=2.0, gt=0)
+    """Distance from a group's mean score, in deviations of all centred scores of the round, at which an image is wholly good or bad."""
+    old_share: float = Field(default=0.9, ge=0, lt=1)
+    """Largest share of the drawing adapter that stays after a round; the rest is the trained one."""
+    old_share_per_round: float = Field(default=0.02, ge=0, le=1)
+    """By how much that share grows with each round, from 0."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Guidance of drawing; 1 is none. What else sampling takes is images.sampling's."""
+    sampling_steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps of drawing; default: those of images.sampling."""
+    judge: JudgeSetting = JudgeConfig()
+    """The judge whose score in [0, 1] is the reward: its name, or its settings as those of evaluation.judge."""
+    prompts_per_call: int = Field(default=4, ge=1)
+    """Prompts whose images a renderer draws before it hands them on."""
+    renderers: Placement[int] = Field(default=1, ge=1)
+    """Renderers that draw for all experts; they stay for all rounds."""
+    cpus_per_renderer: Placement[float] = Field(default=1, gt=0)
+    """CPUs of a renderer with its judge."""
+    gpus_per_renderer: Placement[float] = Field(default=0, ge=0)
+    """GPUs of a renderer with its judge."""
+
+    def steps(self, batch_size: int) -> int:
+        """Return the optimiser steps of all rounds."""
+        return self.rounds * self.steps_per_round(batch_size)
+
+    def steps_per_round(self, batch_size: int) -> int:
+        """Return the optimiser steps of a round: as many as take every image once, where all of them teach something."""
+        return -(-self.prompts_per_round * self.images_per_prompt // batch_size)
+
+    def share_after(self, number: int) -> float:
+        """Return the share of the drawing adapter that stays after round `number`, counted from 1."""
+        return min(self.old_share, self.old_share_per_round * number)
+
+
 class ExpertsConfig(StrictModel):
     """How one LoRA expert per skill is trained."""
 
@@ -118,6 +175,9 @@ class ExpertsConfig(StrictModel):
     """Experts fitted at once, the others in turn; default: as many as the cluster's resources allow."""
     checkpoint_every_steps: Placement[int] = Field(default=500, ge=1)
     """Steps between checkpoints."""
+    fused: Placement[bool] = False
+    """Fit all skills' experts in one process with one forward pass, each row of the batch with its own adapter: one base in memory in the
+    place of one an expert, and the same experts up to rounding."""
     trackers: Placement[tuple[TrackerName, ...]] = ("tensorboard",)
     """Where curves and, with `selection`, sample images of the dev prompts go while training: `tensorboard` files in the run's folder,
     `wandb`, `mlflow`, `trackio`, each with the environment variables of its own client on every node (WANDB_API_KEY, …)."""
@@ -134,6 +194,9 @@ class ExpertsConfig(StrictModel):
     """A mixture of the finished experts, named moe; default: no mixture. It is scored beside them, and cannot be merged or exported."""
     dpo: DpoConfig | None = None
     """Fit to preferences; default: to the images as they are. Needs images.selection, whose judge makes the pairs."""
+    nft: NftConfig | None = None
+    """Fit in rounds to images that each expert draws itself, judged against one another; default: to the images that are there. Then
+    experts.steps follows from the rounds."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "ExpertsConfig":
@@ -154,6 +217,38 @@ class ExpertsConfig(StrictModel):
             raise ValueError(f"min_snr_gamma must be left out with dpo, got {self.min_snr_gamma:g}")
         if self.dpo and self.moe:
             raise ValueError("moe is fitted by denoising alone and must be left out with dpo")
+        return self
+
+    @model_validator(mode="after")
+    def _nft_stands_alone(self) -> "ExpertsConfig":
+        if self.nft is None:
+            return self
+        others = {
+            "dpo": self.dpo,
+            "moe": self.moe,
+            "selection": self.selection,
+            "min_snr_gamma": self.min_snr_gamma,
+            "ema": self.ema,
+            "caption_dropout": self.caption_dropout or None,
+        }
+        taken = next((name for name, value in others.items() if value is not None), None)
+        if taken:
+            raise ValueError(f"{taken} must be left out with nft, which has no use for it")
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage must be at most 2 with nft, whose old adapter takes the new one's place in turn, got 3"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fused_learns_by_denoising(self) -> "ExpertsConfig":
+        other = next((name for name in ("dpo", "nft", "ema", "early_stop") if getattr(self, name) is not None), None)
+        if self.fused and other:
+            raise ValueError(f"fused must be false with {other}, whose experts are fitted one by one")
+        if self.fused and self.optimizer != "adamw":
+            raise ValueError(f"optimizer must be adamw with fused, whose experts share one, got {self.optimizer}")
+        if self.fused and self.precision == "fp16":
+            raise ValueError("precision must be auto, bf16 or fp32 with fused, whose losses are not scaled, got fp16")
         return self
 
     @model_validator(mode="after")

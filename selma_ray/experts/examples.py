@@ -5,7 +5,6 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -14,10 +13,11 @@ from selma_ray.errors import TrainingError
 from selma_ray.experts.layout import EMPTY_CAPTION
 from selma_ray.local_copies import local_copy
 from selma_ray.models.conditions import stacked, trimmed
+from selma_ray.order import batch_positions
 from selma_ray.records import seed_of
 from selma_ray.storage import RunFolder
 
-__all__ = ["BucketTurns", "EncodedExamples", "batch_positions", "dropped_captions", "example_generators"]
+__all__ = ["BucketTurns", "EncodedExamples", "dropped_captions", "example_generators"]
 
 
 class EncodedExamples:
@@ -124,18 +124,6 @@ class BucketTurns:
         return self._turns[step]
 
 
-def batch_positions(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Return the positions of the global batch of `step` (0, 1, …), a function of its arguments alone.
-
-    Examples are drawn in epochs, each a permutation of its own; a batch may span two, so that none is left out.
-    """
-    first = step * batch_size
-    epochs = range(first // num_examples, (first + batch_size - 1) // num_examples + 1)
-    order = np.concatenate([_epoch_order(num_examples, epoch, seed) for epoch in epochs])
-    offset = first - epochs.start * num_examples
-    return order[offset : offset + batch_size].tolist()
-
-
 def example_generators(step: int, positions_in_batch: Sequence[int], seed: int) -> list[torch.Generator]:
     """Return one generator for each place in the global batch of `step`, however the batch is split over workers."""
     return [torch.Generator().manual_seed(seed_of(seed, step=step, place=place)) for place in positions_in_batch]
@@ -148,7 +136,3 @@ def dropped_captions(step: int, positions_in_batch: Sequence[int], seed: int, sh
         for row, place in enumerate(positions_in_batch)
         if share and random.Random(seed_of(seed, step=step, place=place, dropout=True)).random() < share
     ]
-
-
-def _epoch_order(num_examples: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed_of(seed, epoch=epoch)).permutation(num_examples)

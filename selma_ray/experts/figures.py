@@ -30,13 +30,16 @@ def by_noise_level(errors_N: torch.Tensor, levels_N: torch.Tensor) -> dict[str, 
 class Curve:
     """Figures of every step so far; `preferred` is the share of pairs whose chosen image is preferred, where there are pairs.
 
-    `loss_by_noise` has the loss of each quarter of the noise levels of which the step had examples.
+    `loss_by_noise` has the loss of each quarter of the noise levels of which the step had examples. Where images are drawn in rounds,
+    `score` is the mean score of the step's round, and `equal_groups` the share of its groups of images that have one score.
     """
 
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     preferred: list[float] = field(default_factory=list)
     loss_by_noise: list[dict[str, float]] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    equal_groups: list[float] = field(default_factory=list)
 
     def add(self, figures: Mapping[str, float], learning_rate: float) -> None:
         """Add a step by the means of its figures over the global batch."""

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from selma_ray.adapters.files import is_adapter
 from selma_ray.config import identity
 from selma_ray.experts.config import ExpertsConfig
+from selma_ray.experts.rounds import DrawnData, RoundsPlan
 from selma_ray.models.config import ModelConfig
-from selma_ray.records import content_id
+from selma_ray.records import content_id, seed_of
 from selma_ray.storage import RunFolder
 
 __all__ = ["ExpertJob", "ExpertResult", "finished_result", "mean_of_tail"]
@@ -32,13 +34,36 @@ class ExpertJob:
     seed: int
     skills: tuple[str, ...] = ()
     experts: "tuple[ExpertJob, ...]" = ()
+    drawn: DrawnData | None = None
+    """What images are drawn from while it is fitted, for experts.nft."""
 
     @property
     def key(self) -> str:
         """Return a content id of all that decides the adapter's weights; another key's checkpoints are never restored."""
         settings = {name: each for name, each in identity(self.config).items() if name not in _FITTED_BESIDE}
         mixture = {"experts": [expert.key for expert in self.experts]} if self.experts else {}
-        return content_id(name=self.name, caches=list(self.cache_keys), settings=settings, seed=self.seed, **mixture)
+        drawn = {"drawn": self.drawn.identity} if self.drawn else {}
+        return content_id(
+            name=self.name, caches=list(self.cache_keys), settings=settings, seed=self.seed, **mixture, **drawn
+        )
+
+    @cached_property
+    def rounds(self) -> RoundsPlan | None:
+        """Return the rounds in which its images are drawn; None where they are there before."""
+        nft, drawn = self.config.nft, self.drawn
+        if nft is None or drawn is None:
+            return None
+        return RoundsPlan(
+            self.folder,
+            f"{self.directory}/rounds-{self.key[:12]}",
+            drawn.prompts,
+            drawn.sampling,
+            nft.rounds,
+            nft.prompts_per_round,
+            nft.images_per_prompt,
+            nft.prompts_per_call,
+            seed_of(self.seed, expert=self.name),
+        )
 
     @property
     def directory(self) -> str:

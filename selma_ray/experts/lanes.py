@@ -1,4 +1,4 @@
-"""Lanes: the experts that one Ray Train run fits one after another, so that its processes start once and not for each.
+"""Lanes: the experts that one Ray Train run fits, one after another or as one, so that its processes start once and not for each.
 
 Where the cluster holds all experts at once, each has a lane of its own.
 """
@@ -10,14 +10,16 @@ from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.selection import is_fitted
 from selma_ray.records import content_id
 
-__all__ = ["Lane", "divide"]
+__all__ = ["Lane", "divide", "lanes_of"]
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Experts that are fitted one after another, at least one. Pickles, for the workers."""
+    """Experts that are fitted by the same processes, at least one. Pickles, for the workers."""
 
     jobs: tuple[ExpertJob, ...]
+    fused: bool = False
+    """Whether they are fitted as one, not one after another."""
 
     @property
     def directory(self) -> str:
@@ -27,11 +29,21 @@ class Lane:
     @property
     def checkpoints(self) -> str:
         """Return the name of the folder of checkpoints inside `directory`; another lane's are never restored."""
-        return f"checkpoints-{content_id(experts=[job.key for job in self.jobs])[:12]}"
+        fused = {"fused": True} if self.fused else {}
+        return f"checkpoints-{content_id(experts=[job.key for job in self.jobs], **fused)[:12]}"
 
     def unfitted(self) -> tuple[ExpertJob, ...]:
         """Return the experts whose training is not over, in their order."""
         return tuple(job for job in self.jobs if not is_fitted(job))
+
+
+def lanes_of(jobs: Sequence[ExpertJob], slots: int) -> list[Lane]:
+    """Return the lanes of a wave: one of all experts that can be fitted as one, where the recipe asks for it, and those of the others."""
+    alike = [job for job in jobs if job.config.fused and not job.experts and job.config == jobs[0].config]
+    if len(alike) < 2:
+        return divide(jobs, slots)
+    others = [job for job in jobs if job not in alike]
+    return [Lane(tuple(alike), fused=True), *(divide(others, max(1, slots - 1)) if others else [])]
 
 
 def divide(jobs: Sequence[ExpertJob], slots: int) -> list[Lane]:

@@ -15,8 +15,9 @@ from selma_ray.errors import TrainingError
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
-from selma_ray.experts.lanes import Lane, divide
+from selma_ray.experts.lanes import Lane, lanes_of
 from selma_ray.experts.plan import PlannedExpert, plan_experts
+from selma_ray.experts.rounds import RoundsSource
 from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import see_own_gpus, uses_cuda
@@ -38,12 +39,16 @@ def train_experts(
     cluster: ClusterConfig,
     report: Report | None = None,
     score: AdapterScorer | None = None,
+    rounds: RoundsSource | None = None,
 ) -> dict[str, ExpertResult]:
     """Fit the planned LoRAs (SELMA, section 3.3) and return their results by name; finished ones are kept.
 
     `score` chooses among the adapters of a LoRA whose settings have a `selection`. One LoRA's failure does not stop the others;
-    raises TrainingError that names those that failed. A mixture of experts is fitted when they are finished.
+    raises TrainingError that names those that failed. A mixture of experts is fitted when they are finished. With experts.nft the images
+    are drawn while experts are fitted, from what `rounds` has.
     """
+    if planned[0].config.nft is not None:
+        return _train_in_rounds(folder, planned, model, seed, cluster, report, rounds)
     in_pairs = planned[0].config.dpo is not None
     skills = dict.fromkeys(skill for expert in planned for skill in expert.skills)
     caches = {skill: skill_cache(folder, skill, model, in_pairs=in_pairs) for skill in skills}
@@ -60,6 +65,35 @@ def train_experts(
             scores = CandidateScores(wave, config.selection, score, cluster)
             reporter = _Reporter(jobs, report, scores)
             _raise_for(_fit_wave(wave, slots, cluster, reporter, scores))
+    return {job.name: _result_of(job) for job in jobs}
+
+
+def _train_in_rounds(
+    folder: RunFolder,
+    planned: Sequence[PlannedExpert],
+    model: ModelConfig,
+    seed: int,
+    cluster: ClusterConfig,
+    report: Report | None,
+    source: RoundsSource | None,
+) -> dict[str, ExpertResult]:
+    """Fit experts in rounds: the renderers and the trainers start once, and work side by side until the last round."""
+    assert source is not None
+    jobs = [
+        ExpertJob(each.name, folder, (), (), model, each.config, seed, each.skills, drawn=source.data(each.skills))
+        for each in planned
+    ]
+    unfinished = [job for job in jobs if finished_result(job) is None]
+    if unfinished:
+        from selma_ray.experts.draw_stream import RoundsDrawing
+
+        config, nft = jobs[0].config, jobs[0].config.nft
+        assert nft is not None
+        slots = _slots(config, cluster, {"CPU": nft.cpus_per_renderer, "GPU": nft.gpus_per_renderer}, nft.renderers)
+        scores = CandidateScores(jobs, None, None, cluster)
+        plans = [plan for job in unfinished if (plan := job.rounds)]
+        with RoundsDrawing(plans, nft, model, source.open_scorer, cluster):
+            _raise_for(_fit_wave(jobs, slots, cluster, _Reporter(jobs, report, scores), scores))
     return {job.name: _result_of(job) for job in jobs}
 
 
@@ -80,8 +114,10 @@ def _needed_caches(jobs: Sequence[ExpertJob], caches: Iterable[SkillCache]) -> l
     return [cache for cache in caches if cache.key in keys]
 
 
-def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
-    """Return how many experts train at once.
+def _slots(
+    config: ExpertsConfig, cluster: ClusterConfig, renderer: Mapping[str, float] | None = None, renderers: int = 0
+) -> int:
+    """Return how many experts train at once, beside `renderers` that take what a `renderer` takes.
 
     A local cluster has what it has. One that was joined may grow on demand, so there all experts ask at once and Ray queues.
     """
@@ -91,8 +127,10 @@ def _slots(config: ExpertsConfig, cluster: ClusterConfig) -> int:
         return sys.maxsize
     demand = {name: amount * config.workers_per_expert for name, amount in _worker_resources(config).items()}
     check_fit([Demand("experts.workers_per_expert x experts.cpus_per_worker", "train", demand)], cluster)
-    resources = available_resources("train", cluster)
-    return int(min(resources[name] / amount for name, amount in demand.items()))
+    resources, taken = available_resources("train", cluster), renderer or {}
+    # Shares of CPUs are no binary fractions: five times 0.2 must fit one.
+    left = {name: resources[name] - renderers * taken.get(name, 0) + 1e-6 for name in demand}
+    return max(1, int(min(left[name] / amount for name, amount in demand.items())))
 
 
 def _worker_resources(config: ExpertsConfig) -> dict[str, float]:
@@ -104,7 +142,7 @@ def _fit_wave(
 ) -> dict[str, Exception]:
     """Fit experts, `slots` at a time, and choose their adapters; returns the failures by name."""
     unfinished = [job for job in wave if finished_result(job) is None]
-    lanes = divide(wave, slots)
+    lanes = lanes_of(wave, slots)
     failures: dict[str, Exception] = {}
     if is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -130,7 +168,10 @@ def _fit_wave(
 
 
 def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]) -> None:
-    """Fit the experts of a lane; where one fails, those after it get a run of their own, and its checkpoints stay."""
+    """Fit the experts of a lane; where one fails, those after it get a run of their own, and its checkpoints stay.
+
+    Experts that are fitted as one fail as one.
+    """
     while lane.unfitted():
         try:
             _run(lane, cluster)
@@ -139,6 +180,10 @@ def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]
             unfitted = lane.unfitted()
             if not unfitted:  # the run failed when its work was done
                 break
+            if lane.fused:
+                logger.warning("experts fitted as one failed", exc_info=error)
+                failures |= {job.name: error for job in unfitted}
+                return
             failed, *others = unfitted
             logger.warning("expert %s failed", failed.name, exc_info=error)
             failures[failed.name] = error

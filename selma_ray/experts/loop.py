@@ -12,22 +12,25 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from selma_ray.cluster.metrics import count
 from selma_ray.experts.curves import CurveLog
+from selma_ray.experts.fused_loop import fit_fused
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.lanes import Lane
+from selma_ray.experts.progress_file import ProgressFile
 from selma_ray.experts.selection import stopped_at
-from selma_ray.experts.trainer import ExpertTrainer
+from selma_ray.experts.trainer import ExpertTrainer, trainer_of
 
 __all__ = ["fit_experts"]
 
 logger = logging.getLogger(__name__)
-
-_PROGRESS_EVERY_S = 1.0
 
 
 def fit_experts(lane: Lane) -> None:
     """Fit the experts of a lane that are not fitted, one after another, the first from its last checkpoint; runs on every worker."""
     # Workers must agree, and a shared folder may not show all of them the same.
     names = broadcast_from_rank_zero([job.name for job in lane.unfitted()])
+    if lane.fused and names:
+        fit_fused(lane.jobs)  # all of them, as those that are fitted would be fitted alike
+        return
     for job in lane.jobs:
         if job.name in names:
             _fit_expert(job)
@@ -39,9 +42,9 @@ def _fit_expert(job: ExpertJob) -> None:
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    trainer = ExpertTrainer(job, rank, context.get_world_size())
+    trainer = trainer_of(job, rank, context.get_world_size())
     _restore(trainer)
-    progress = _ProgressFile(job) if rank == 0 else None
+    progress = ProgressFile(job) if rank == 0 else None
     curves = CurveLog(job, trainer.steps_done) if rank == 0 else None
     while trainer.steps_done < job.config.steps and not _is_stopped(trainer):
         loss = trainer.step()
@@ -91,17 +94,3 @@ def _checkpoint(trainer: ExpertTrainer) -> None:
 
 def _key_file(job: ExpertJob) -> str:
     return f"expert-{job.key}"
-
-
-class _ProgressFile:
-    """Tells the driver, about once a second, how far the expert has come, through the folder that all nodes share."""
-
-    def __init__(self, job: ExpertJob) -> None:
-        self._job = job
-        self._written_s = float("-inf")
-
-    def update(self, step: int, loss: float) -> None:
-        due = time.monotonic() - self._written_s >= _PROGRESS_EVERY_S or step == self._job.config.steps
-        if due:
-            self._written_s = time.monotonic()
-            self._job.folder.write_json({"step": step, "loss": loss}, self._job.directory, "progress.json")

@@ -26,7 +26,7 @@ from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
 from selma_ray.records import seed_of
 
-__all__ = ["ExpertTrainer"]
+__all__ = ["ExpertTrainer", "trainer_of"]
 
 _TAG = "state"  # name of DeepSpeed's folder inside a checkpoint
 
@@ -41,7 +41,7 @@ class ExpertTrainer:
         self._world_size = world_size
         self._seed = seed_of(job.seed, expert=job.name)
         self._family = open_family(job.model)
-        self._examples = EncodedExamples(job.folder, job.caches)
+        self._examples = self._open_examples()
         self._device = device_of(job.config.gpus_per_worker, "experts.gpus_per_worker")
         self._precision = resolve_precision(job.config.precision, self._device)
         self._loss = LossSettings(job.config.min_snr_gamma, job.config.guidance_scale)
@@ -75,15 +75,12 @@ class ExpertTrainer:
 
     def save(self, directory: str) -> None:
         """Write adapter, average, optimiser, schedule and curve to `directory`, without the frozen weights; every worker calls it."""
-        state = {**vars(self.curve), "average": self._average.state_dict() if self._average else None}
-        self._engine.save_checkpoint(directory, tag=_TAG, client_state=state, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(directory, tag=_TAG, client_state=self._state(), exclude_frozen_parameters=True)
 
     def load(self, directory: str) -> None:
         """Go on from what `save` wrote; every worker calls it."""
         _, state = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
-        self.curve = Curve(**{each.name: state.get(each.name, []) for each in fields(Curve)})
-        if self._average:
-            self._average.load_state_dict(state["average"])
+        self._restore(state)
 
     def export_candidate(self) -> None:
         """Leave the adapter as it is now to be chosen from, unless it is there; every worker calls it, the first one writes."""
@@ -103,7 +100,7 @@ class ExpertTrainer:
             return
         loss = mean_of_tail(curve.loss)
         result = ExpertResult(
-            job.name, job.key, loss, len(curve.loss), len(self._examples), self._precision, round(seconds, 2)
+            job.name, job.key, loss, len(curve.loss), self._examples_seen(), self._precision, round(seconds, 2)
         )
         job.folder.delete(job.directory, CONFIG_FILE)  # whose return means that all files belong together
         job.folder.write_json(curve.rows(), job.directory, "curve.json")
@@ -114,6 +111,25 @@ class ExpertTrainer:
     def close(self) -> None:
         """Give back what DeepSpeed holds, so that another expert can be fitted in this process."""
         self._engine.destroy()
+
+    def _open_examples(self) -> Any:
+        return EncodedExamples(self.job.folder, self.job.caches)
+
+    def _examples_seen(self) -> int:
+        return len(self._examples)
+
+    def _positions(self) -> list[int]:
+        """Return which examples the global batch of this step holds."""
+        return self._examples.positions(self.job.config.batch_size, self.steps_done, self._seed)
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside weights and optimiser."""
+        return {**vars(self.curve), "average": self._average.state_dict() if self._average else None}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.curve = Curve(**{each.name: state.get(each.name, []) for each in fields(Curve)})
+        if self._average:
+            self._average.load_state_dict(state["average"])
 
     def _open_engine(self) -> Any:
         config = self.job.config
@@ -175,7 +191,7 @@ class ExpertTrainer:
         Returns figures by name, the loss among them, whose means over all parts of the batch are those of the step.
         """
         config, step = self.job.config, self.steps_done
-        positions = self._examples.positions(config.batch_size, step, self._seed)
+        positions = self._positions()
         batch = self._examples.batch([positions[place] for place in places])
         dropped = dropped_captions(step, places, self._seed, config.caption_dropout)
         if config.dpo:
@@ -233,3 +249,12 @@ class ExpertTrainer:
             master = safe_get_full_fp32_param(parameter)  # none under ZeRO 0, which does not show its masters
             weights[name] = (parameter if master is None else master).detach().float()
         return weights
+
+
+def trainer_of(job: ExpertJob, rank: int = 0, world_size: int = 1) -> ExpertTrainer:
+    """Return what fits a job: to images that are there, or to those of rounds that its own adapter draws."""
+    if job.rounds is None:
+        return ExpertTrainer(job, rank, world_size)
+    from selma_ray.experts.nft_trainer import NftTrainer
+
+    return NftTrainer(job, rank, world_size)

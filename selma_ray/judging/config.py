@@ -14,10 +14,10 @@ class JudgeConfig(StrictModel):
     """The model that answers questions about images."""
 
     name: str = "miniature"
-    """`miniature`, a local folder, or a hub name."""
+    """`miniature`, its second judge `miniature-detector`, a local folder, or a hub name."""
     revision: str | None = None
     """Hub revision; default: the newest."""
-    engine: Literal["auto", "miniature", "transformers", "vllm"] = "auto"
+    engine: Literal["auto", "miniature", "miniature_detector", "transformers", "vllm"] = "auto"
     """What runs it: `transformers` ViLT and BLIP, `vllm` any vision-language model; `auto` goes by its configuration."""
     embedder: str | None = None
     """Sentence embedding model, a folder or a hub name, that maps free answers to a question's choices (TIFA)."""
@@ -56,6 +56,8 @@ class QuestionsConfig(StrictModel):
     no questions for is asked the one about the whole prompt, and counted."""
     suite: str | None = None
     """Suite by name, or JSON Lines file of prompts with questions, for the source `suite`."""
+    exact_counts: bool = False
+    """With the source `grammar`, ask also whether there is exactly one where a caption says “a”: nobody else asks about one too many."""
     writer: WriterConfig = WriterConfig()
     """How a language model writes them, for the source `written`."""
 

@@ -42,12 +42,16 @@ class QuestionSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class GrammarQuestions:
     """The questions that the miniature's grammar gives."""
 
+    exact_counts: bool = False
+    """Whether one object is asked to be exactly one where a caption says “a”."""
+
     def questions(self, prompt: str) -> tuple[Question, ...]:
         """Return the questions about a caption; raises NoQuestionsError for one outside the miniature's grammar."""
-        return grammar_questions(prompt)
+        return grammar_questions(prompt, self.exact_counts)
 
 
 class WholeQuestion:
@@ -88,9 +92,10 @@ class OrWhole:
             return WholeQuestion().questions(prompt)
 
 
-def grammar_questions(caption: str) -> tuple[Question, ...]:
+def grammar_questions(caption: str, exact_counts: bool = False) -> tuple[Question, ...]:
     """Return the questions about a caption of the miniature; raises CaptionError, a NoQuestionsError, for any other."""
-    return tuple(Question(each.id, each.category, each.question, each.parents) for each in world.questions_for(caption))
+    asked = world.questions_for(caption, exact_counts)
+    return tuple(Question(each.id, each.category, each.question, each.parents) for each in asked)
 
 
 def questions_of_suite(suite: Sequence[PromptWithQuestions], name: str) -> KnownQuestions:

@@ -1,6 +1,7 @@
 """Suites of prompts by name, read in their publishers' own formats and downloaded once into the user's cache.
 
     miniature   the miniature's 500 held-out captions, with DSG questions from its grammar
+                (miniature-exact: and whether there is exactly one where a caption says “a”)
     dsg1k       DSG-1k (Cho et al. 2024): 1,060 prompts from ten sources, with DSG questions
     tifa        TIFA v1.0 (Hu et al. 2023): 4,081 captions, with multiple-choice questions
     geneval     GenEval (Ghosh et al. 2023): 553 prompts of six tasks; its own scores need a detector, see `geneval.py`
@@ -27,9 +28,9 @@ from selma_ray.judging.sources import grammar_questions
 from selma_ray.miniature import world
 from selma_ray.records import content_id
 
-__all__ = ["MINIATURE", "SUITES", "Suite", "open_suite", "suite_folder"]
+__all__ = ["MINIATURE", "MINIATURE_EXACT", "SUITES", "Suite", "open_suite", "suite_folder"]
 
-MINIATURE = "miniature"
+MINIATURE, MINIATURE_EXACT = "miniature", "miniature-exact"
 
 _RAW = "https://raw.githubusercontent.com"
 
@@ -52,9 +53,10 @@ def open_suite(name: str, max_prompts: int | None = None) -> list[PromptWithQues
 
 
 def _opened(name: str) -> list[PromptWithQuestions]:
-    if name == MINIATURE:
+    if name in (MINIATURE, MINIATURE_EXACT):
+        exact_counts = name == MINIATURE_EXACT
         return [
-            PromptWithQuestions(content_id(prompt=caption), skill, caption, grammar_questions(caption))
+            PromptWithQuestions(content_id(prompt=caption), skill, caption, grammar_questions(caption, exact_counts))
             for skill, captions in world.heldout_by_skill().items()
             for caption in captions
         ]
@@ -179,4 +181,4 @@ SUITES: Mapping[str, Suite] = {
         _read_parti,
     ),
 }
-"""The suites that have files of their own; `miniature` has none."""
+"""The suites that have files of their own; the miniature's have none."""

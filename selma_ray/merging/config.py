@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from selma_ray.config import StrictModel
+from selma_ray.config import Placement, StrictModel
 
-__all__ = ["MergingConfig", "RegmeanConfig", "SearchConfig"]
+__all__ = ["DistilConfig", "MergingConfig", "RegmeanConfig", "SearchConfig"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 _NEEDS_POSITIVE_WEIGHTS = ("ties", "knots", "core_space", "regmean")
@@ -30,6 +30,50 @@ class SearchConfig(StrictModel):
     """Dev prompts that a candidate renders, taken from the skills in turn; default: all. Sampling and judge are the evaluation's."""
     suite: str | None = None
     """JSON Lines file of dev prompts with questions, as evaluation.suite is; default: the run's own, by the recipe's questions."""
+
+
+class DistilConfig(StrictModel):
+    """On-policy distillation (2605.15055, 2605.08063): a student starts at a merge, and experts correct it on its own states."""
+
+    start: Literal[
+        "average_deltas",
+        "average_factors",
+        "sum_deltas",
+        "svd",
+        "ties",
+        "dare",
+        "knots",
+        "core_space",
+        "tsv_m",
+        "iso_c",
+    ] = "average_deltas"
+    """Merge that the student starts at."""
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of the student; default: that of the start, the sum of the experts' for a mean."""
+    steps: int = Field(default=64, ge=1)
+    """Optimiser steps, each over all skills."""
+    prompts_per_skill: int = Field(default=4, ge=1)
+    """Images that the student draws for each skill in a step, of its training prompts in turn."""
+    states_per_image: int = Field(default=4, ge=1)
+    """States of each image's course that are learnt from."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Learning rate of AdamW."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    sampling_steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps of the student's drawing; default: those of images.sampling, as is what else sampling takes."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Guidance that the student draws with and is corrected at; 1 is none."""
+    teacher_guidance_scale: float | None = Field(default=None, ge=0)
+    """Guidance of the experts that correct it; a larger one distils guidance into the student. Default: the student's."""
+    anchor: float = Field(default=0, ge=0)
+    """Weight of the base's own prediction as one more teacher of every skill, against drift (Flow-OPD)."""
+    checkpoint_every_steps: Placement[int] = Field(default=16, ge=1)
+    """Steps between checkpoints."""
+    num_cpus: Placement[float] = Field(default=1, gt=0)
+    """CPUs of the process that trains the student."""
+    num_gpus: Placement[float] = Field(default=0, ge=0)
+    """GPUs of the process that trains the student."""
 
 
 class RegmeanConfig(StrictModel):
@@ -58,12 +102,14 @@ class MergingConfig(StrictModel):
         "iso_c",
         "regmean",
         "search",
+        "distil",
     ] = "average_deltas"
     """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes;
     `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
     rank; `ties`, `dare`, `knots` and `core_space` keep experts from undoing one another; `tsv_m` sums decorrelated singular vectors,
     `iso_c` gives all directions of the mean one strength; `regmean` comes nearest to each expert's outputs on its own training examples,
-    over which each is run once; `search` looks for the best weights on the dev splits."""
+    over which each is run once; `search` looks for the best weights on the dev splits; `distil` trains a student that starts at a merge
+    and is corrected by the experts."""
     experts: dict[str, str] | None = None
     """Adapters to merge in the place of the run's own, by name: a LoRA file of diffusers, kohya or ai-toolkit, an adapter's folder, or
     a run's folder, whose expert or merge of that name is meant. They may adapt different modules at different ranks."""
@@ -87,6 +133,8 @@ class MergingConfig(StrictModel):
     """Precision of those files: the 16-bit ones are half as large, and loaders convert either to their model's."""
     export_experts: bool = False
     """Write the same files for every expert too, to experts/<skill>/ in the merged model's folder."""
+    distil: DistilConfig = DistilConfig()
+    """How `method: distil` trains its student."""
     regmean: RegmeanConfig = RegmeanConfig()
     """How `method: regmean` measures."""
     search: SearchConfig = SearchConfig()
@@ -113,6 +161,8 @@ class MergingConfig(StrictModel):
             raise ValueError(
                 "experts must be left out with method search, which weighs the run's own by their dev prompts"
             )
+        if self.method == "distil":
+            raise ValueError("experts must be left out with method distil: each teaches the prompts of its own skill")
         if self.method == "regmean":
             raise ValueError("experts must be left out with method regmean, which needs the examples of the run's own")
         return self

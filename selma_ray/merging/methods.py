@@ -113,7 +113,9 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 def default_weight(method: str, num_experts: int, model_name: str) -> float:
     """Return what each expert weighs where a recipe gives no weights: 1/K, or as the method's name says."""
-    return {"sum_deltas": 1.0, "tsv_m": 1.0, "released_scale": 1 / len(model_name)}.get(method, 1 / num_experts)
+    return {"sum_deltas": 1.0, "tsv_m": 1.0, "distil": 1.0, "released_scale": 1 / len(model_name)}.get(
+        method, 1 / num_experts
+    )
 
 
 METHODS: Mapping[str, MergeMethod] = {
@@ -130,6 +132,7 @@ METHODS: Mapping[str, MergeMethod] = {
     "iso_c": lambda experts, weights, options: iso_c(experts, weights, options.scale),
     "regmean": lambda experts, weights, options: _regmean(experts, weights, options),
     "search": lambda experts, weights, options: sum_deltas(experts, weights, options.scale),
+    "distil": lambda student, weights, options: sum_deltas(student, weights, options.scale),
 }
 MEANS = ("average_deltas", "average_factors", "svd")
 """Methods that divide the weights by their sum."""

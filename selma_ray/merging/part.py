@@ -17,7 +17,7 @@ from selma_ray.merging.report import MergeReport
 from selma_ray.merging.weights import Weights, weights_of
 from selma_ray.models.parts import DTYPES
 
-__all__ = ["MergedPart", "low_rank", "merge_part", "merger", "summed_rank", "text_encoder_adapters"]
+__all__ = ["MergedPart", "adapter_rank", "low_rank", "merge_part", "merger", "summed_rank", "text_encoder_adapters"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def merge_part(
     merged = merger(adapters, shapes, weights, config.method, options)
     exact = merger(adapters, shapes, weights, "average_deltas", options) if config.method == "svd" else None
     report = MergeReport(list(adapters), cut_rank)
-    rank = _adapter_rank(experts, shapes, cut_rank, config.method)
+    rank = adapter_rank(experts, shapes, cut_rank, config.method)
 
     def measured(module: str) -> LoraFactors:
         result = merged(module)
@@ -104,7 +104,8 @@ def summed_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape]) -> int:
     return max(sum(expert.ranks.get(module, 1) for expert in experts) for module in shapes)
 
 
-def _adapter_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape], cut_rank: int, method: str) -> int:
+def adapter_rank(experts: Sequence[Adapter], shapes: Mapping[str, Shape], cut_rank: int, method: str) -> int:
+    """Return the rank of the adapter that stands for a merge by `method`."""
     if method == "svd" or method in DENSE_METHODS:
         return cut_rank
     return experts[0].rank if method == "average_factors" else summed_rank(experts, shapes)

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from selma_ray.adapters.deltas import Delta, truncated
 from selma_ray.adapters.exports import write_export
 from selma_ray.adapters.files import adapter_digest
 from selma_ray.adapters.foreign import Adapted, described
-from selma_ray.adapters.peft_format import Adapter, shapes_of, write_adapter
+from selma_ray.adapters.peft_format import Adapter, LoraFactors, Shape, open_adapter, shapes_of, write_adapter
 from selma_ray.config import identity
 from selma_ray.errors import AdapterError
 from selma_ray.local_copies import whole_folder
@@ -21,7 +22,7 @@ from selma_ray.merging.bake import bake_pipeline, pipeline_folder
 from selma_ray.merging.config import MergingConfig
 from selma_ray.merging.inputs import open_adapters, open_foreign
 from selma_ray.merging.methods import MEANS, MergeOptions, default_weight, shares
-from selma_ray.merging.part import low_rank, merge_part, merger, summed_rank, text_encoder_adapters
+from selma_ray.merging.part import adapter_rank, low_rank, merge_part, merger, summed_rank, text_encoder_adapters
 from selma_ray.merging.regmean import InputStatistics
 from selma_ray.merging.search import SearchResult
 from selma_ray.merging.weights import ALL, Weights
@@ -31,7 +32,7 @@ from selma_ray.models.parts import DTYPES
 from selma_ray.records import content_id
 from selma_ray.storage import RunFolder
 
-__all__ = ["MergeSummary", "merge_adapters", "merge_experts", "write_candidate"]
+__all__ = ["MergeSummary", "merge_adapters", "merge_experts", "start_of_student", "write_candidate"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +70,19 @@ def merge_experts(
     seed: int = 0,
     found: SearchResult | None = None,
     inputs: InputStatistics | None = None,
+    student: str | None = None,
 ) -> MergeSummary:
     """Merge `experts/<skill>/` of a run into `merged/<name>/`: adapter/, pipeline/, report.json and the exports asked for.
 
-    `found` is the search of `method: search`, whose best weights are merged, `inputs` what `method: regmean` needs. The folder appears
-    whole or not at all, and one that was made from the same experts in the same way is kept. Raises AdapterError where an expert is
-    missing, unreadable, of another run, or does not fit the model.
+    `found` is the search of `method: search`, whose best weights are merged, `inputs` what `method: regmean` needs, `student` the place of
+    the adapter that `method: distil` has trained. The folder appears whole or not at all, and one that was made from the same experts in
+    the same way is kept. Raises AdapterError where an expert is missing, unreadable, of another run, or does not fit the model.
     """
-    adapters = open_adapters(folder, skills, model, config)
+    assert (student is not None) == (config.method == "distil")
+    adapters = {"student": open_adapter(student)} if student else open_adapters(folder, skills, model, config)
     skills = list(adapters)
     assert (found is not None) == (config.method == "search")
-    weights = found.weights if found else {ALL: _weights(skills, model, config)}
+    weights = found.weights if found else {ALL: {"student": 1.0} if student else _weights(skills, model, config)}
     return _merge_into(folder, ("merged", config.name), adapters, weights, model, config, seed, found, inputs)
 
 
@@ -146,6 +149,28 @@ def write_candidate(target: Path, adapters: Mapping[str, Adapter], weights: Weig
         experts[0].base_model,
         experts[0].revision,
     )
+
+
+def start_of_student(
+    adapters: Mapping[str, Adapter], model: ModelConfig, config: MergingConfig, seed: int
+) -> tuple[list[LoraFactors], dict[str, Shape], int]:
+    """Return the factors, the shapes and the rank of the merge that a student starts at."""
+    distil = config.distil
+    started = config.model_copy(update={"method": distil.start})
+    experts = list(adapters.values())
+    shapes = shapes_of(experts)
+    cut_rank = distil.rank or config.rank or max(expert.rank for expert in experts)
+    options = MergeOptions(config.scale, cut_rank, config.density, seed, model.name)
+    merged = merger(adapters, shapes, {ALL: _weights(list(adapters), model, started)}, distil.start, options)
+    rank = distil.rank or adapter_rank(experts, shapes, cut_rank, distil.start)
+    return [_of_rank(merged(module), rank) for module in shapes], shapes, rank
+
+
+def _of_rank(delta: Delta, rank: int) -> LoraFactors:
+    """Return a delta in factors of at most a rank, exactly where it has no larger one."""
+    if isinstance(delta, LoraFactors) and delta.rank <= rank:
+        return delta
+    return truncated(delta, rank)
 
 
 def _build(

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from selma_ray.errors import ModelNotFoundError
 
-__all__ = ["judge_dir", "llm_dir", "text_to_image_dir", "weak_text_to_image_dir"]
+__all__ = ["detector_dir", "judge_dir", "llm_dir", "text_to_image_dir", "weak_text_to_image_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ def judge_dir() -> Path:
         ModelNotFoundError: when the package was built without its weights.
     """
     return _shipped("judge", "config.json")
+
+
+def detector_dir() -> Path:
+    """Return the folder of the second judge, a detector; raises ModelNotFoundError where the weights are not installed."""
+    return _shipped("detector", "config.json")
 
 
 def llm_dir() -> Path:

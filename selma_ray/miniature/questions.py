@@ -26,22 +26,22 @@ class GrammarQuestion:
     parents: _Parents
 
 
-def questions_for(caption: str) -> list[GrammarQuestion]:
-    """Return the questions about what a caption states.
+def questions_for(caption: str, exact_counts: bool = False) -> list[GrammarQuestion]:
+    """Return the questions about what a caption states; with `exact_counts` “a hat” is asked to be exactly one.
 
     Raises:
         CaptionError: when the caption is outside the grammar.
     """
-    return questions_of_facts(parse_facts(caption))
+    return questions_of_facts(parse_facts(caption), exact_counts)
 
 
-def questions_of_facts(facts: Facts) -> list[GrammarQuestion]:
+def questions_of_facts(facts: Facts, exact_counts: bool = False) -> list[GrammarQuestion]:
     """Return the questions about stated facts; ids count from 1, entities come first."""
     drafts = [_ask_whole(group) for group in facts.groups]
     for parent, group in enumerate(facts.groups, start=1):
         if group.colour:
             drafts.append(_ask_colour(group, parent))
-        if group.counted:
+        if group.counted or (exact_counts and group.count == 1):
             drafts.append(_ask_count(group, parent))
     if facts.relation:
         drafts.append(_ask_relation(facts))

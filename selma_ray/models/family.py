@@ -24,6 +24,7 @@ from selma_ray.models.drawing import Drawing
 from selma_ray.models.families import FAMILIES
 from selma_ray.models.hub import hub_file
 from selma_ray.models.locate import LocatedModel, locate_text_to_image
+from selma_ray.models.noising import Noised
 
 __all__ = [
     "DEFAULT_LOSS",
@@ -111,6 +112,14 @@ class Family(Protocol):
 
         All randomness of an example comes from its own generator.
         """
+
+    def noised(
+        self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS
+    ) -> Noised:
+        """Return the examples with the noise that `errors` would put on them, from the same generators."""
+
+    def predict(self, denoiser: torch.nn.Module, noised: Noised) -> torch.Tensor:
+        """Return the denoiser's prediction of each noised example (NChw), in its precision."""
 
     def errors_by_level(
         self,

@@ -19,6 +19,7 @@ from selma_ray.models.course import Course
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.family import DEFAULT_LOSS, Batch, LossSettings
 from selma_ray.models.locate import LocatedModel
+from selma_ray.models.noising import Noised
 from selma_ray.models.parts import (
     autoencoder_config,
     latent_shape,
@@ -124,6 +125,13 @@ class FlowMatching(ABC):
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. Raises
         ConfigError for `settings.min_snr_gamma`, which is defined for diffusion alone.
         """
+        noised = self.noised(batch, generators, settings)
+        return squared_errors(self.predict(denoiser, noised), noised.target), noised.clean_scale
+
+    def noised(
+        self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS
+    ) -> Noised:
+        """Return each example at a noise level of the model's own distribution; all its randomness comes from its own generator."""
         if settings.min_snr_gamma is not None:
             raise ConfigError(
                 f"experts.min_snr_gamma must be left out for {self.model.name}, which is trained by flow matching, "
@@ -134,13 +142,18 @@ class FlowMatching(ABC):
         sigmas_N = self._sample_sigmas(generators, latents_NChw.shape[2:]).to(latents_NChw.device)
         sigmas_N111 = sigmas_N[:, None, None, None]
         noisy_NChw = (1.0 - sigmas_N111) * latents_NChw + sigmas_N111 * noise_NChw
+        timesteps_N = sigmas_N * self.schedule.config.num_train_timesteps
+        conditioning = self._told(dict(batch), settings)
+        return Noised(noisy_NChw, timesteps_N, conditioning, noise_NChw - latents_NChw, sigmas_N)
+
+    def predict(self, denoiser: torch.nn.Module, noised: Noised) -> torch.Tensor:
+        """Return the transformer's velocity of each noised example (NChw), in its precision."""
         dtype = next(denoiser.parameters()).dtype
         conditioning = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in noised.conditioning.items()
         }
-        timesteps_N = sigmas_N * self.schedule.config.num_train_timesteps
-        velocity_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, self._told(conditioning, settings))
-        return squared_errors(velocity_NChw, noise_NChw - latents_NChw), sigmas_N
+        return self._denoise(denoiser, noised.noisy.to(dtype), noised.timesteps, conditioning)
 
     @staticmethod
     @abstractmethod

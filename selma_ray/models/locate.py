@@ -7,13 +7,14 @@ from pathlib import Path
 
 from selma_ray.errors import ModelNotFoundError
 from selma_ray.local_copies import local_copy
-from selma_ray.miniature.locate import judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
+from selma_ray.miniature.locate import detector_dir, judge_dir, llm_dir, text_to_image_dir, weak_text_to_image_dir
 from selma_ray.models.fingerprint import fingerprint
 
 __all__ = ["MINIATURE", "LocatedModel", "locate_judge", "locate_llm", "locate_part", "locate_text_to_image"]
 
 MINIATURE = "miniature"
 MINIATURE_WEAK = "miniature-weak"
+MINIATURE_DETECTOR = "miniature-detector"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -38,7 +39,8 @@ def locate_llm(name: str, revision: str | None = None) -> LocatedModel:
 
 def locate_judge(name: str, revision: str | None = None) -> LocatedModel:
     """Locate a judge; raises ModelNotFoundError where a folder is missing or holds no model."""
-    return _locate(name, revision, {MINIATURE: judge_dir}, required_file="config.json")
+    shipped = {MINIATURE: judge_dir, MINIATURE_DETECTOR: detector_dir}
+    return _locate(name, revision, shipped, required_file="config.json")
 
 
 def locate_part(key: str, name: str) -> LocatedModel:

@@ -20,6 +20,7 @@ from selma_ray.models.drawing import Drawing
 from selma_ray.models.encoding import PipelineEncoders
 from selma_ray.models.family import DEFAULT_LOSS, Batch, LossSettings
 from selma_ray.models.locate import LocatedModel
+from selma_ray.models.noising import Noised
 from selma_ray.models.parts import (
     autoencoder_config,
     encoding_pipeline,
@@ -134,21 +135,31 @@ class StableDiffusion:
         All randomness of an example comes from its own generator, so its error does not depend on the batch it is in. With
         `settings.min_snr_gamma`, each example's error is weighted by min(SNR, gamma) as in 2303.09556, section 3.4.
         """
+        noised = self.noised(batch, generators, settings)
+        error_N = squared_errors(self.predict(denoiser, noised), noised.target)
+        if settings.min_snr_gamma is not None:
+            error_N = self._min_snr_weights(noised.timesteps, settings.min_snr_gamma) * error_N
+        return error_N, noised.timesteps / self.schedule.config.num_train_timesteps
+
+    def noised(
+        self, batch: Batch, generators: Sequence[torch.Generator], settings: LossSettings = DEFAULT_LOSS
+    ) -> Noised:
+        """Return each example with noise on it at a uniform timestep; all its randomness comes from its own generator."""
         latents_NChw = sample_latents(batch, generators, self.latent_scale)
         noise_NChw = noise_like(latents_NChw, generators)
         timesteps_N = self._sample_timesteps(generators, latents_NChw.device)
         noisy_NChw = self.schedule.add_noise(latents_NChw, noise_NChw, timesteps_N)
+        signal_N = self.schedule.alphas_cumprod.to(latents_NChw.device)[timesteps_N]
         if self.schedule.config.prediction_type == "epsilon":
-            target_NChw = noise_NChw
-        else:
-            target_NChw = self.schedule.get_velocity(latents_NChw, noise_NChw, timesteps_N)
+            return Noised(noisy_NChw, timesteps_N, batch, noise_NChw, ((1 - signal_N) / signal_N).sqrt())
+        target_NChw = self.schedule.get_velocity(latents_NChw, noise_NChw, timesteps_N)
+        return Noised(noisy_NChw, timesteps_N, batch, target_NChw, (1 - signal_N).sqrt())
+
+    def predict(self, denoiser: torch.nn.Module, noised: Noised) -> torch.Tensor:
+        """Return the UNet's prediction of each noised example (NChw), in its precision."""
         dtype = next(denoiser.parameters()).dtype
-        conditioning = {name: tensor.to(dtype) for name, tensor in batch.items()}
-        prediction_NChw = self._denoise(denoiser, noisy_NChw.to(dtype), timesteps_N, conditioning)
-        error_N = squared_errors(prediction_NChw, target_NChw)
-        if settings.min_snr_gamma is not None:
-            error_N = self._min_snr_weights(timesteps_N, settings.min_snr_gamma) * error_N
-        return error_N, timesteps_N / self.schedule.config.num_train_timesteps
+        conditioning = {name: tensor.to(dtype) for name, tensor in noised.conditioning.items()}
+        return self._denoise(denoiser, noised.noisy.to(dtype), noised.timesteps, conditioning)
 
     def _min_snr_weights(self, timesteps_N: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return the weights that make the loss one of the clean latents' error times min(SNR, gamma)."""

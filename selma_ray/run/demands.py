@@ -71,6 +71,9 @@ def _train(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
     worker = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     workers = Demand(_worker_key(config), "train", _times(config.workers_per_expert, worker))
     encoders = Demand("experts.encoders", "train", {"CPU": 1, "GPU": 1 if config.gpus_per_worker else 0})
+    if nft := config.nft:
+        renderer = {"CPU": nft.cpus_per_renderer, "GPU": nft.gpus_per_renderer}
+        return [([workers, Demand("experts.nft.renderers", "render", _times(nft.renderers, renderer))], False)]
     parts = [([encoders], True), ([workers], True)]
     if choice := config.selection:
         parts.append(([Demand("experts.selection", "render", {"CPU": choice.num_cpus, "GPU": choice.num_gpus})], True))
@@ -82,7 +85,9 @@ def _worker_key(config: ExpertsConfig) -> str:
 
 
 def _merge(recipe: Recipe) -> list[tuple[list[Demand], bool]]:
-    evaluation, experts = recipe.evaluation, recipe.experts
+    evaluation, experts, distil = recipe.evaluation, recipe.experts, recipe.merging.distil
+    if recipe.merging.method == "distil":
+        return [([Demand("merging.distil", "train", {"CPU": distil.num_cpus, "GPU": distil.num_gpus})], True)]
     if recipe.merging.method == "regmean":
         worker = {"CPU": experts.cpus_per_worker, "GPU": experts.gpus_per_worker}
         return [([Demand("experts.cpus_per_worker and experts.gpus_per_worker", "train", worker)], True)]

@@ -23,7 +23,7 @@ def evaluate(run: Run, report: Report) -> dict[str, Any]:
 
 
 def models_under_test(run: Run) -> dict[str, Any]:
-    """Return the models that are evaluated, by name: base, the experts, the merged one and those the recipe adds."""
+    """Return the models that are evaluated, by name: base, the experts, the merged one, those of other rounds and those the recipe adds."""
     from selma_ray.evaluation.run import ModelUnderTest
     from selma_ray.experts.plan import plan_experts
 
@@ -33,6 +33,16 @@ def models_under_test(run: Run) -> dict[str, Any]:
         for expert in plan_experts(run.skill_names, recipe.experts):
             models[expert.name] = ModelUnderTest(recipe.model, adapter_dir=run.folder.path("experts", expert.name))
     models["merged"] = ModelUnderTest(run.merged_model)
+    if recipe.rounds > 1:
+        from selma_ray.run.rounds import rounds_made
+
+        kept = (run.folder.done("merge") or {}).get("kept_round")
+        adapters = {
+            number: made.folder.path("merged", recipe.merging.name, "adapter")
+            for number, made in rounds_made(run).items()
+            if number != kept
+        }
+        models |= {f"round-{number}": ModelUnderTest(recipe.model, place) for number, place in adapters.items()}
     for name, other in recipe.evaluation.models.items():
         if name in models:
             raise ConfigError(f"evaluation.models.{name} is the name of a model of this run; choose another")

@@ -23,7 +23,7 @@ from selma_ray.storage import RunFolder
 if TYPE_CHECKING:  # the command line does not load Ray to read a recipe
     from ray.data import Dataset
 
-__all__ = ["generate", "prompts_from"]
+__all__ = ["generate", "open_scorer", "prompts_from"]
 
 _SHOW_EVERY_S = 1.0
 
@@ -211,10 +211,10 @@ def prompts_from(recipe: Recipe) -> str:
 def _scorer_of(run: Run) -> Callable[[], ScoreImages] | None:
     """Return what loads the judge that chooses among a prompt's images, where the recipe asks for a choice."""
     selection = run.recipe.images.selection
-    return partial(_open_scorer, selection.judge, open_source(run)) if selection else None
+    return partial(open_scorer, selection.judge, open_source(run)) if selection else None
 
 
-def _open_scorer(judge: JudgeConfig, source: QuestionSource) -> ScoreImages:
+def open_scorer(judge: JudgeConfig, source: QuestionSource) -> ScoreImages:
     """Load a judge and return what scores images by their prompts; called in the process that judges."""
     from selma_ray.judging.judges.opening import open_judge
     from selma_ray.judging.scoring import ImageScorer

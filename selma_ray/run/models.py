@@ -47,8 +47,12 @@ def named_models(recipe: Recipe) -> Iterator[NamedModel]:
     for name, other in recipe.evaluation.models.items():
         yield from _models(f"evaluation.models.{name}.model", other.model)
     yield from _judge("evaluation.judge", recipe.evaluation.judge)
+    if recipe.evaluation.second_judge:
+        yield from _judge("evaluation.second_judge", recipe.evaluation.second_judge)
     if recipe.images.selection:
         yield from _judge("images.selection.judge", recipe.images.selection.judge)
+    if recipe.experts.nft:
+        yield from _judge("experts.nft.judge", recipe.experts.nft.judge)
     if recipe.serving.evaluator_replicas:
         if recipe.serving.judge:
             yield from _judge("serving.judge", recipe.serving.judge)

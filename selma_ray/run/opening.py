@@ -40,9 +40,16 @@ class Run:
         return [skill.name for skill in self.skills]
 
     @property
+    def merged_parts(self) -> tuple[str, ...]:
+        """Return the merged model's folder, relative to the run's: that of the round that is kept."""
+        kept = (self.folder.done("merge") or {}).get("kept_round", 1)
+        of_round = () if kept == 1 else ("rounds", str(kept))
+        return (*of_round, "merged", self.recipe.merging.name)
+
+    @property
     def merged_model(self) -> ModelConfig:
         """Return the merged model: the recipe's model with the baked pipeline in its place."""
-        pipeline = self.folder.path("merged", self.recipe.merging.name, "pipeline")
+        pipeline = self.folder.path(*self.merged_parts, "pipeline")
         return self.recipe.model.model_copy(update={"name": pipeline, "revision": None, "variant": None})
 
 

@@ -114,7 +114,7 @@ def _recipe_text(run: Run) -> str:
 
 def _files(run: Run, what: What) -> Iterator[tuple[Path, str]]:
     """Yield the files to push and their names there; raises StorageError where there are none."""
-    merged = ("merged", run.recipe.merging.name)
+    merged = run.merged_parts
     parts, command = {
         "adapter": ((*merged, "adapter"), "merge"),
         "pipeline": ((*merged, "pipeline"), "merge"),

@@ -30,9 +30,14 @@ def is_chosen_later(recipe: Recipe) -> bool:
 
 def splits_judged(recipe: Recipe) -> tuple[Split, ...]:
     """Return the splits of the run's own prompts whose images are judged while the run is made."""
-    splits: list[Split] = ["train"] if recipe.images.selection and recipe.data.images == "model" else []
+    chosen = recipe.images.selection is not None and recipe.data.images == "model"
+    splits: list[Split] = ["train"] if chosen or recipe.experts.nft else []
     choice, search = recipe.experts.selection, recipe.merging.search
-    if (choice and choice.suite is None) or (recipe.merging.method == "search" and search.suite is None):
+    if (
+        (choice and choice.suite is None)
+        or (recipe.merging.method == "search" and search.suite is None)
+        or recipe.rounds > 1
+    ):
         splits.append("dev")
     return tuple(splits)
 

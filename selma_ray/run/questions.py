@@ -36,7 +36,7 @@ def open_source(run: Run) -> QuestionSource:
 def _source(run: Run) -> QuestionSource:
     match source_name(run.recipe):
         case "grammar":
-            return GrammarQuestions()
+            return GrammarQuestions(run.recipe.questions.exact_counts)
         case "whole":
             return WholeQuestion()
         case "suite":

@@ -32,6 +32,8 @@ class DataConfig(StrictModel):
     """`ground_truth` draws the miniature's scenes instead of rendering them."""
     model: ModelConfig | None = None
     """The model that renders training images, such as a weaker one; default: the model that is improved."""
+    prompts_each_round: Literal["kept", "new"] = "kept"
+    """Whether the rounds after the first draw the first one's prompts again, or have new ones written."""
 
 
 class Recipe(StrictModel):
@@ -43,6 +45,8 @@ class Recipe(StrictModel):
     """The seed that every other seed is derived from."""
     skills: tuple[str, ...] = Field(min_length=1)
     """Names of packaged skills, or paths of skill files."""
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of all stages up to the merge, which draws the next round's images; they end early where the dev split no longer gains."""
     model: ModelConfig = ModelConfig()
     """The text-to-image model to improve."""
     data: DataConfig = DataConfig()
@@ -90,10 +94,32 @@ class Recipe(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _rounds_fit(self) -> "Recipe":
+        if self.rounds == 1:
+            return self
+        if self.experts.nft:
+            raise ValueError(
+                f"rounds must be 1 with experts.nft, whose experts draw rounds of their own, got {self.rounds}"
+            )
+        if self.data.images == "ground_truth":
+            raise ValueError(f"rounds must be 1 with data.images=ground_truth, which no merge draws, got {self.rounds}")
+        if self.prompts.dev_fraction == 0:
+            raise ValueError("rounds needs prompts.dev_fraction above 0: they end where the dev split no longer gains")
+        return self
+
+    @model_validator(mode="after")
     def _drawn_images_have_one_size(self) -> "Recipe":
         if self.images.buckets_px and self.data.images == "ground_truth":
             raise ValueError(
                 "images.buckets_px must be left out with data.images=ground_truth, whose scenes are drawn at one size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fused_images_have_one_size(self) -> "Recipe":
+        if self.experts.fused and self.images.buckets_px:
+            raise ValueError(
+                "experts.fused must be false with images.buckets_px: experts in one batch need images of one size"
             )
         return self
 

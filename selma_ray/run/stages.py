@@ -30,13 +30,23 @@ STAGES: Mapping[str, Callable[[Run, Report], dict[str, Any]]] = {
 
 
 def finished(run: Run, name: str) -> dict[str, Any] | None:
-    """Return the summary of a finished stage, or None; an evaluation is unfinished where it is to be compared with other results."""
+    """Return the summary of a finished stage, or None; an evaluation is unfinished where it lacks other results or a second judge."""
     done = run.folder.done(name)
     if done is not None and name == "evaluate":
         wanted = {key: other.model_dump() for key, other in run.recipe.evaluation.compare_with.items()}
-        if done.get("compare_with", {}) != wanted:
+        if done.get("compare_with", {}) != wanted or _lacks_second_judge(run, done):
             return None
     return done
+
+
+def _lacks_second_judge(run: Run, done: Mapping[str, Any]) -> bool:
+    from selma_ray.judging.judges.opening import judge_identity
+
+    second = run.recipe.evaluation.second_judge
+    if second is None:
+        return False
+    identity = judge_identity(second)
+    return str(identity["revision"]) not in ((done.get("second_judge") or {}).get("judge") or "")
 
 
 def run_stage(run: Run, name: str, report: Report) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse
 from selma_ray.study.config import ArmConfig, Kind
+from selma_ray.study.costs import timed
 from selma_ray.study.study import Study
 from selma_ray.study.tables import StudyScores, write_tables
 
@@ -52,12 +53,14 @@ def study_steps(study: Study) -> list[StudyStep]:
 def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report) -> None:
     """Make an experiment's models, from what earlier experiments of the seed have made where that is the same."""
     reuse(arm, earlier)
-    for stage in ("generate", "train", *(["merge"] if "merged" in config.models else [])):
-        run_stage(arm, stage, report)
+    with timed(arm):
+        for stage in ("generate", "train", *(["merge"] if "merged" in config.models else [])):
+            run_stage(arm, stage, report)
 
 
 def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
     """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
+    from selma_ray.evaluation.config import SECOND_ANSWERS
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
     from selma_ray.judging.suites import open_suite
 
@@ -81,7 +84,8 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
         report,
     )  # fmt: skip
     folder.mark_done("scores", {"models": list(models)})
-    write_tables(study, StudyScores.read(study, suite, config))
+    second = StudyScores.read(study, suite, config, SECOND_ANSWERS) if config.second_judge else None
+    write_tables(study, StudyScores.read(study, suite, config), second)
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
 
 
 def _kind(model: str) -> Kind:
-    if model == "merged":
+    if model == "merged" or model.startswith("round-"):
         return "merged"
     if model == MIXTURE:
         return "moe"

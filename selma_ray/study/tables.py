@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selma_ray.evaluation.config import EvaluationConfig
+from selma_ray.evaluation.config import ANSWERS, EvaluationConfig
 from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores, summarise
 from selma_ray.experts.plan import MIXTURE
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.storage import RunFolder
 from selma_ray.study.config import StudyConfig
+from selma_ray.study.costs import cost_rows
 from selma_ray.study.study import Study
 
 __all__ = ["StudyScores", "write_tables"]
@@ -26,13 +27,17 @@ class StudyScores:
     config: EvaluationConfig
     seeds: tuple[int, ...]
     pooled: Mapping[float, Mapping[str, ModelScores]]
+    judge: str = ""
 
     @classmethod
-    def read(cls, study: Study, suite: Sequence[PromptWithQuestions], config: EvaluationConfig) -> "StudyScores":
-        """Read what has been scored so far of the experiments that the recipe names now."""
+    def read(
+        cls, study: Study, suite: Sequence[PromptWithQuestions], config: EvaluationConfig, kind: str = ANSWERS
+    ) -> "StudyScores":
+        """Read what has been scored so far of the experiments that the recipe names now; `kind` says by which of the judges."""
         names = study.config
         pooled: dict[float, dict[str, ModelScores]] = {}
         seeds: set[int] = set()
+        judge = ""
         for guidance_scale in names.guidance_scales:
             for seed in names.seeds:
                 folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
@@ -42,10 +47,14 @@ class StudyScores:
                 seeds.add(seed)
                 of_scale = pooled.setdefault(guidance_scale, {})
                 for model in (name for name in done["models"] if _is_wanted(name, names)):
-                    answers = folder.read_table(folder.files("evaluation", model, "answers", suffix=".parquet"))
-                    scores = model_scores(answers.to_pylist(), config.dsg_scorer)
+                    files = folder.files("evaluation", model, kind, suffix=".parquet")
+                    if not files:  # scored before there was a second judge
+                        continue
+                    answers = folder.read_table(files).to_pylist()
+                    judge = answers[0]["judge"]
+                    scores = model_scores(answers, config.dsg_scorer)
                     of_scale[model] = _joined(of_scale[model], scores) if model in of_scale else scores
-        return cls(suite, config, tuple(sorted(seeds)), pooled)
+        return cls(suite, config, tuple(sorted(seeds)), pooled, judge)
 
     def summary(self, scores: Mapping[str, ModelScores], reference: str | ModelScores = BASE) -> dict[str, Any]:
         """Return the figures of models and their differences to a reference, which takes the place of base."""
@@ -63,8 +72,8 @@ class StudyScores:
         }
 
 
-def write_tables(study: Study, scores: StudyScores) -> str:
-    """Write study.json and tables.md, and return the place of the latter."""
+def write_tables(study: Study, scores: StudyScores, second: StudyScores | None = None) -> str:
+    """Write study.json and tables.md, and return the place of the latter; the second judge's tables stand below the first's."""
     reference = f"{study.config.reference}.merged"
     by_scale = {scale: scores.summary(models) for scale, models in scores.pooled.items()}
     best_scale = scores.best()
@@ -86,6 +95,7 @@ def write_tables(study: Study, scores: StudyScores) -> str:
     folder.write_json(values, "study.json")
     text = "\n".join(
         [
+            *([f"Judge: {scores.judge}.", ""] if second else []),
             f"Base and every model on the same {len(scores.suite)} prompts, {_seed_words(scores.seeds)}. DSG in percent; "
             "95% intervals over prompts in brackets, ± is the deviation between seeds.",
             "",
@@ -103,10 +113,41 @@ def write_tables(study: Study, scores: StudyScores) -> str:
             "",
             *_against_rows(against, reference, titles),
             "",
+            *(_second_judge_tables(second, titles) if second else []),
+            *_cost_table(study),
         ]
     )
     folder.write_bytes(text.encode(), "tables.md")
     return folder.path("tables.md")
+
+
+def _second_judge_tables(second: StudyScores, titles: Mapping[str, str]) -> list[str]:
+    """Return what a judge that was never a reward says of the same images."""
+    by_scale = {scale: second.summary(models) for scale, models in second.pooled.items()}
+    best_scale = second.best()
+    best = second.summary({name: second.pooled[scale][name] for name, scale in best_scale.items()})
+    return [
+        f"## By the second judge, {second.judge}, which was no reward",
+        "",
+        *_score_rows(by_scale, titles, len(second.seeds), len(second.config.seeds)),
+        "",
+        "Difference to base at the same guidance, and of each at its own best guidance to base at its best:",
+        "",
+        *_difference_rows(by_scale, best, best_scale, titles),
+        "",
+    ]
+
+
+def _cost_table(study: Study) -> list[str]:
+    """Return what each experiment took; what one shares with an earlier one is counted there."""
+    config = study.config
+    folders = {
+        arm.title: [RunFolder(study.place(name, f"seed={seed}")) for seed in config.seeds]
+        for name, arm in config.arms.items()
+    }
+    rows = [[row["title"], f"{row['minutes']:.1f}", f"{row['images']:,}"] for row in cost_rows(folders)]
+    head = ["experiment", "minutes beyond what it shares", "images drawn while training, shared ones too"]
+    return ["Cost of each experiment, a mean over its seeds:", "", *_table(head, rows), ""] if rows else []
 
 
 def _seed_words(seeds: Sequence[int]) -> str:

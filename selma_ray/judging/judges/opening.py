@@ -17,6 +17,7 @@ from selma_ray.models.locate import LocatedModel, locate_judge
 __all__ = ["ChoosingJudge", "judge_engine", "judge_identity", "open_judge"]
 
 _MINIATURE = "selma_miniature_judge"
+_DETECTOR = "selma_miniature_detector"
 _VQA = ("vilt", "blip")
 
 
@@ -47,7 +48,7 @@ def judge_identity(config: JudgeConfig) -> dict[str, str | None]:
 
 
 def judge_engine(config: JudgeConfig) -> str:
-    """Return what runs the judge that `config` names: miniature, transformers or vllm."""
+    """Return what runs the judge that `config` names: miniature, miniature_detector, transformers or vllm."""
     return _engine(config, locate_judge(config.name, config.revision))
 
 
@@ -85,6 +86,10 @@ def _open(config: JudgeConfig) -> Judge:
             from selma_ray.judging.judges.miniature import MiniatureImageJudge
 
             return MiniatureImageJudge(located, config.batch_size, device)
+        case "miniature_detector":
+            from selma_ray.judging.judges.miniature_detector import MiniatureDetectorJudge
+
+            return MiniatureDetectorJudge(located, config.batch_size, device)
         case "vllm":
             from selma_ray.judging.judges.vllm_vlm import VllmJudge
 
@@ -100,8 +105,9 @@ def _engine(config: JudgeConfig, located: LocatedModel) -> str:
     if config.engine != "auto":
         return config.engine
     config_of_model = _config_of(located)
-    if config_of_model.get("model_type") == _MINIATURE:
-        return "miniature"
+    miniature = {_MINIATURE: "miniature", _DETECTOR: "miniature_detector"}.get(str(config_of_model.get("model_type")))
+    if miniature:
+        return miniature
     sees_and_speaks = "vision_config" in config_of_model and config_of_model.get("model_type") not in _VQA
     return "vllm" if sees_and_speaks else "transformers"
 

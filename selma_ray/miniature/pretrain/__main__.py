@@ -95,6 +95,14 @@ def _judge(arguments: argparse.Namespace) -> None:
     train_judge(arguments.work_dir, Budget(arguments.hours, arguments.steps), arguments.device, arguments.seed)
 
 
+def _detector(arguments: argparse.Namespace) -> None:
+    from selma_ray.miniature.pretrain.augment import cache_roundtrips
+    from selma_ray.miniature.pretrain.detector import train_detector
+
+    cache_roundtrips(arguments.work_dir, arguments.device)
+    train_detector(arguments.work_dir, Budget(arguments.hours, arguments.steps), arguments.device, arguments.seed)
+
+
 def _package(arguments: argparse.Namespace) -> None:
     from selma_ray.miniature.pretrain.package import package_models
 
@@ -111,6 +119,7 @@ _PARTS = {
     "data": _data,
     "autoencoder": _autoencoder,
     "decoder": _decoder,
+    "detector": _detector,
     "text-encoder": _text_encoder,
     "unet": _unet,
     "judge": _judge,

@@ -32,6 +32,7 @@ __all__ = [
     "load_captions",
     "load_dataset",
     "rewrite_captions",
+    "scene_rng",
 ]
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def rewrite_captions(num_scenes: int, seed: int, looseness: Looseness) -> list[l
     """Write other captions for the scenes that `build_dataset` rendered with `seed`."""
     captions = []
     for index in range(num_scenes):
-        scene, long = sample_web_scene(_scene_rng(seed, index))
+        scene, long = sample_web_scene(scene_rng(seed, index))
         rng = random.Random(f"{seed} {index} {looseness}")
         captions.append(
             [write_web_caption(scene, rng, long=long, looseness=looseness) for _ in range(CAPTIONS_PER_SCENE)]
@@ -139,12 +140,13 @@ def _render_chunk(job: tuple[int, int, int]) -> tuple[SceneArrays, list[list[str
     seed, start, stop = job
     arrays, captions = blank_arrays(stop - start), []
     for row, index in enumerate(range(start, stop)):
-        rng = _scene_rng(seed, index)
+        rng = scene_rng(seed, index)
         scene, long = sample_web_scene(rng)
         describe_scene(scene, arrays, row, rng)
         captions.append([write_web_caption(scene, rng, long=long) for _ in range(CAPTIONS_PER_SCENE)])
     return arrays, captions
 
 
-def _scene_rng(seed: int, index: int) -> random.Random:
+def scene_rng(seed: int, index: int) -> random.Random:
+    """Return the random numbers of one scene of a dataset."""
     return random.Random(f"{seed} {index}")

@@ -20,7 +20,7 @@ from selma_ray.miniature.pretrain.dataset import NO_COLOUR, SceneArrays, load_da
 from selma_ray.miniature.pretrain.progress import Budget, Meter, load_checkpoint, save_checkpoint, train_precision
 from selma_ray.miniature.pretrain.question_bank import QuestionBank
 
-__all__ = ["NUM_TEST_SCENES", "build_judge_tokenizer", "train_judge"]
+__all__ = ["NUM_TEST_SCENES", "RowSource", "build_judge_tokenizer", "train_judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         budget.resume(saved)
     roundtrips = np.load(work_dir / "roundtrips.npy", mmap_mode="r")
-    row_source = _RowSource(scenes, len(roundtrips))
+    row_source = RowSource(scenes, len(roundtrips))
     meter, rng = Meter("judge", budget), np.random.default_rng(seed + budget.step)
     while budget.progress < 1:
         rows = row_source.draw(_BATCH, rng)
@@ -88,7 +88,7 @@ def train_judge(work_dir: Path, budget: Budget, device: str, seed: int) -> None:
     logger.info("judge: saved, temperature %.3f", model.config.temperature)
 
 
-class _RowSource:
+class RowSource:
     """Draws training scenes: half of them with what the mix makes rare, and two fifths that have a round trip."""
 
     def __init__(self, scenes: SceneArrays, num_roundtrips: int) -> None:

@@ -23,6 +23,8 @@ _LAYOUT = """
   16 x 16 x 4 latents, DDIM with v-prediction). The text encoder was fitted to tell a scene from its caption and then frozen.
 - `text_to_image_weak/`: the same with a denoiser of an earlier checkpoint, for the experiment from a weak to a strong model.
 - `judge/`: `selma_ray.miniature.judge.MiniatureJudge`: encodes an image once and answers many questions about it.
+- `detector/` (where it was trained): `selma_ray.miniature.detector.MiniatureDetector`, the second judge: finds objects, and answers are
+  computed by rule.
 """
 
 
@@ -41,7 +43,7 @@ def write_model_card(work_dir: Path, target: Path) -> None:
         "| model | steps | hours |",
         "|---|---|---|",
     ]
-    for name in ("autoencoder", "decoder", "text_encoder", "unet_weak", "unet", "judge"):
+    for name in ("autoencoder", "decoder", "text_encoder", "unet_weak", "unet", "judge", "detector"):
         saved = load_checkpoint(work_dir / f"{name}.pt")
         if saved:
             lines.append(f"| {name.replace('_', ' ')} | {saved['step']} | {saved['spent_s'] / 3600:.2f} |")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from selma_ray.miniature.detector import MiniatureDetector
 from selma_ray.miniature.judge import MiniatureJudge
 from selma_ray.miniature.pretrain.model_card import write_model_card
 from selma_ray.miniature.pretrain.progress import load_checkpoint
@@ -21,7 +22,7 @@ SIZE_LIMIT_MB = 40
 
 
 def package_models(work_dir: Path, target: Path) -> None:
-    """Write `text_to_image/`, `judge/` (where there is one) and MODEL_CARD.md under `target`.
+    """Write `text_to_image/`, `judge/` and `detector/` (where there are such) and MODEL_CARD.md under `target`.
 
     An earlier checkpoint that was put aside as `unet_weak.pt` becomes `text_to_image_weak/`.
 
@@ -40,6 +41,9 @@ def package_models(work_dir: Path, target: Path) -> None:
         judge = MiniatureJudge.from_pretrained(work_dir / "judge")
         judge.model.half()
         judge.save_pretrained(partial / "judge")
+    if (work_dir / "detector" / "config.json").exists():
+        detector = MiniatureDetector.from_pretrained(work_dir / "detector")
+        detector.model.half().save_pretrained(partial / "detector")
     for file in partial.rglob("*.safetensors"):
         file.chmod(0o644)
     size_mb = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) / 1e6

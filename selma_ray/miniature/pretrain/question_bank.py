@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from selma_ray.miniature.facts import COUNT_WORDS, RELATION_PHRASES, with_article
 from selma_ray.miniature.judge import ANSWERS
 from selma_ray.miniature.pretrain.dataset import SceneArrays
-from selma_ray.miniature.questions import STYLE_NAMES
+from selma_ray.miniature.question_texts import every_question
 from selma_ray.miniature.scenes import BACKGROUNDS, RELATIONS, STYLES
-from selma_ray.miniature.sprites import COLOURS, OBJECTS, plural
+from selma_ray.miniature.sprites import COLOURS, OBJECTS
 
 __all__ = ["CATEGORIES", "QuestionBank"]
 
@@ -35,33 +34,8 @@ class QuestionBank:
         self.texts.extend(texts)
 
     def _fill(self) -> None:
-        for o, name in enumerate(OBJECTS):
-            many = plural(name)
-            self._add(("whole", o), f"Is there {with_article(name)}?", f"Are there {many}?")
-            self._add(("how_many", o), f"How many {many} are there?")
-            for c, colour in enumerate(COLOURS):
-                self._add(("color", o, c), f"Is the {name} {colour}?", f"Are the {many} {colour}?")
-            for count, word in COUNT_WORDS.items():
-                noun, verb = (name, "Is") if count == 1 else (many, "Are")
-                self._add(("count", o, count), f"{verb} there exactly {word} {noun}?")
-            for p, other in enumerate(OBJECTS):
-                if p != o:
-                    self._fill_relations(o, p, name, other)
-        for b, background in enumerate(BACKGROUNDS):
-            named = background if background == "snow" else with_article(background)
-            text = "Is the background plain?" if background == "plain" else f"Is there {named} in the background?"
-            self._add(("background", b), text)
-        for s, style in enumerate(STYLES):
-            self._add(("style", s), f"Is the picture {with_article(STYLE_NAMES[style])}?")
-
-    def _fill_relations(self, o: int, p: int, name: str, other: str) -> None:
-        for relation, phrases in RELATION_PHRASES.items():
-            texts = [
-                f"{verb} the {first} {phrases[0]} the {second}?"
-                for verb, first in (("Is", name), ("Are", plural(name)))
-                for second in (other, plural(other))
-            ]
-            self._add(("spatial", o, p, _RELATION_OF[relation]), *texts)
+        for key, texts in every_question():
+            self._add(key, *texts)
 
     def draw(
         self, scenes: SceneArrays, rows: np.ndarray, size: int, rng: np.random.Generator, category: str | None = None

@@ -13,6 +13,7 @@ from selma_ray.evaluation import run
 from selma_ray.evaluation.chunks import JudgeChunk, RenderChunk
 from selma_ray.evaluation.config import EvaluationConfig, OtherResult
 from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
+from selma_ray.evaluation.second_judge import judge_key
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.questions import PromptWithQuestions, Question
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -42,11 +43,14 @@ def evaluate(config: EvaluationConfig, tiny_pipeline_dir: Path, tmp_path: Path, 
     """Return a function that evaluates one pipeline under two names; it hands back the figures and the chunks worked on."""
     done = []
 
-    def in_process(folder: Any, models: Any, pending: Any, config: Any, judge_key: Any, cluster: Any) -> Iterator[Any]:
-        render, judge = RenderChunk(folder, models, config), JudgeChunk(folder, config, judge_key)
+    def in_process(folder: Any, models: Any, pending: Any, config: Any, cluster: Any) -> Iterator[Any]:
+        render, judges = RenderChunk(folder, models, config), [JudgeChunk(folder, config, judge_key(config.judge))]
+        if config.second_judge:
+            judges.append(JudgeChunk(folder, config, judge_key(config.second_judge), second=True))
         for chunk in pending:
             render(chunk)
-            judge(chunk)
+            for judge in judges:
+                judge(chunk)
             done.append(chunk)
             yield chunk
 
@@ -131,3 +135,22 @@ def test_results_of_another_run_stand_beside_this_ones(evaluate: Any, tmp_path: 
     with pytest.raises(JudgeError, match="figures of different judges cannot be compared"):
         evaluate(tmp_path / "third", judge=JudgeConfig(name=str(other)), **compared)
     assert len(list((tmp_path / "third").rglob("images/*.parquet"))) == 1, "refused after the first batch, not the last"
+
+
+def test_a_second_judge_is_asked_about_the_same_images_and_stands_beside_the_first(evaluate: Any) -> None:
+    first, worked_on = evaluate()
+    assert first["second_judge"] is None
+    both, again = evaluate(second_judge=JudgeConfig())
+    assert len(again) == len(worked_on)  # the images stay, answers of the second judge are added
+    second = both["second_judge"]
+    assert second["judge"].startswith("miniature@")
+    assert second["judge"] != both["judge"]
+    assert second["models"].keys() == both["models"].keys()
+    assert both["models"] == first["models"]
+    assert second["differences"]["merged"]["mean"] == 0
+    assert evaluate(second_judge=JudgeConfig())[1] == []
+
+
+def test_a_second_judge_must_be_another(config: EvaluationConfig) -> None:
+    with pytest.raises(ValueError, match=r"second_judge must be another judge than evaluation\.judge"):
+        EvaluationConfig(judge=JudgeConfig(), second_judge=JudgeConfig())

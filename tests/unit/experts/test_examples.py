@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from selma_ray.errors import TrainingError
-from selma_ray.experts.examples import (
-    BucketTurns,
-    EncodedExamples,
-    batch_positions,
-    dropped_captions,
-    example_generators,
-)
+from selma_ray.experts.examples import BucketTurns, EncodedExamples, dropped_captions, example_generators
 from selma_ray.experts.layout import EMPTY_CAPTION
+from selma_ray.order import batch_positions
 from selma_ray.storage import RunFolder
 
 counts = st.integers(min_value=1, max_value=50)

@@ -93,7 +93,8 @@ def squared_error(unet: Any, example: Any, seed: int, scale: float) -> torch.Ten
 def test_a_step_s_loss_compares_the_fitted_denoiser_with_the_base_on_both_images(
     make_job: Any, model: ModelConfig
 ) -> None:
-    from selma_ray.experts.examples import EncodedExamples, batch_positions
+    from selma_ray.experts.examples import EncodedExamples
+    from selma_ray.order import batch_positions
     from selma_ray.records import seed_of
 
     job = make_job()

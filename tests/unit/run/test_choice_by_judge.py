@@ -8,12 +8,12 @@ from selma_ray.judging.sources import GrammarQuestions, OrWhole
 from selma_ray.miniature.captions import parse_caption
 from selma_ray.miniature.heldout import heldout_by_skill
 from selma_ray.miniature.scenes import render_scene
-from selma_ray.run.generate import _open_scorer
+from selma_ray.run.generate import open_scorer
 
 
 @pytest.fixture(scope="module")
 def score() -> Any:
-    return _open_scorer(JudgeConfig(), OrWhole(GrammarQuestions()))
+    return open_scorer(JudgeConfig(), OrWhole(GrammarQuestions()))
 
 
 def test_the_judge_prefers_the_image_that_follows_the_prompt(score: Any) -> None:
