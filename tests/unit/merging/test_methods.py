@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,18 @@ from selma_ray.merging.methods import (
 from selma_ray.merging.report import MergeReport, inner_product, sign_conflicts
 from tests.unit.adapters.random_factors import alike, assert_close, dense, exact_sum, factors, random_factors, several
 
-WHOLE = MergeOptions(scale=1.0, rank=9, density=1.0, model_name="base")
+
+class EvenInputs:
+    """Inputs that say nothing of an expert: each as strong as any other."""
+
+    off_diagonal = 0.9
+
+    def grams(self, experts: Sequence[LoraFactors]) -> list[torch.Tensor]:
+        return [torch.eye(expert.A_RI.shape[1]) for expert in experts]
+
+
+EVEN: Any = EvenInputs()
+WHOLE = MergeOptions(scale=1.0, rank=9, density=1.0, model_name="base", inputs=EVEN)
 # Of one expert, or of copies at one over their number; the others change what they merge by definition.
 IDENTITIES = [method for method in METHODS if method not in ("released_scale", "tsv_m", "iso_c")]
 SUMS = ("sum_deltas", "search", "dare")  # as MEANS, they lose nothing
@@ -89,7 +101,7 @@ def test_duplicates_are_the_identity_at_one_over_their_number(method: Any, exper
 @given(alike, st.randoms(use_true_random=False))
 @pytest.mark.parametrize("method", METHODS)
 def test_order_does_not_matter(method: Any, experts: Any, random: Any) -> None:
-    options = MergeOptions(scale=0.7, rank=3, density=0.6, seed=3, model_name="base")
+    options = MergeOptions(scale=0.7, rank=3, density=0.6, seed=3, model_name="base", inputs=EVEN)
     weighed = [(expert, 0.1 + index) for index, expert in enumerate(experts)]
     shuffled = random.sample(weighed, len(weighed))
     merged, again = (METHODS[method](*map(list, zip(*order, strict=True)), options) for order in (weighed, shuffled))  # type: ignore[arg-type, call-arg]
@@ -100,7 +112,7 @@ def test_order_does_not_matter(method: Any, experts: Any, random: Any) -> None:
 @given(several, st.floats(-2, 2))
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "average_factors"])
 def test_the_scale_multiplies_the_merged_delta(method: Any, experts: Any, scale: float) -> None:
-    once, scaled = (MergeOptions(factor, 4, 0.5, seed=1, model_name="base") for factor in (1.0, scale))
+    once, scaled = (MergeOptions(factor, 4, 0.5, seed=1, model_name="base", inputs=EVEN) for factor in (1.0, scale))
     weights = [1.0] * len(experts)
     expected = scale * METHODS[method](experts, weights, once).delta()
     torch.testing.assert_close(METHODS[method](experts, weights, scaled).delta(), expected, rtol=1e-4, atol=1e-4)

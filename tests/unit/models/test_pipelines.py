@@ -45,7 +45,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 ) -> None:
     sizes = []
 
-    def draw(prompts: Any, seeds: Any) -> Any:
+    def draw(prompts: Any, seeds: Any, size_px: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > 1:
             raise failure
@@ -60,7 +60,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 
 def test_other_errors_and_single_rows_are_not_halved(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_with(error: Any) -> None:
-        def draw(prompts: Any, seeds: Any) -> None:
+        def draw(prompts: Any, seeds: Any, size_px: Any) -> None:
             raise error
 
         monkeypatch.setattr(renderer, "_render", draw)
@@ -113,7 +113,7 @@ def test_an_autoencoder_that_was_upcast_when_memory_ran_out_gets_its_precision_b
     renderer = Renderer(load_pipeline(ModelConfig(name=str(tiny_pipeline_dir), dtype="bf16"), "cpu"), SAMPLING)
     rows = []
 
-    def draw(prompts: Any, seeds: Any) -> Any:
+    def draw(prompts: Any, seeds: Any, size_px: Any) -> Any:
         rows.append((len(prompts), renderer.pipeline.vae.dtype))
         if len(rows) == 1:
             renderer.pipeline.vae.to(dtype=torch.float32)
