@@ -52,7 +52,7 @@ def write_export(
 
     UNets have kohya's names, which ComfyUI reads too; FLUX, FLUX.2, Qwen-Image and Z-Image have ComfyUI's.
     """
-    path, encoders = folder / EXPORT_FILES[name], text_encoders_of(adapter)
+    path, encoders = folder / EXPORT_FILES[name], _text_encoders_of(adapter)
     if name == "diffusers":
         write_diffusers(path, adapter, adapter.shapes, model.part, metadata, dtype, encoders)
     elif name == "kohya" and model.part == "unet":
@@ -69,7 +69,7 @@ def write_export(
     return True
 
 
-def text_encoders_of(adapter: Adapter) -> dict[str, Adapter]:
+def _text_encoders_of(adapter: Adapter) -> dict[str, Adapter]:
     """Return an adapter's parts for text encoders, by what the pipeline calls them."""
     return {part: open_adapter(adapter.folder / part) for part in text_parts(adapter.folder)}
 

@@ -54,6 +54,7 @@ _QWEN25_VL_7B = {
 _DIFFUSION = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "num_train_timesteps": 1000}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_DC_CHANNELS = [128, 256, 512, 512, 1024, 1024]
 _DC_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 _GEMMA2_2B = {
     "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
@@ -237,6 +238,8 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, str, dict[str, Any]]]
                     "latent_channels": 32,
                     "encoder_block_types": _DC_BLOCKS,
                     "decoder_block_types": _DC_BLOCKS,
+                    "encoder_block_out_channels": _DC_CHANNELS,
+                    "decoder_block_out_channels": _DC_CHANNELS,
                     "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
                     "decoder_layers_per_block": [3] * 6,
                     "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],

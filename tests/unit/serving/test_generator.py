@@ -23,7 +23,10 @@ from tests.tiny_experts import save_experts
 from tests.tiny_models import save_tiny_stable_diffusion
 
 CONFIG = ServingConfig(
-    sampling=SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64), max_batch_size=4, num_threads=1
+    sampling=SamplingConfig(steps=2, guidance_scale=2.0, width_px=64, height_px=64),
+    max_batch_size=4,
+    num_threads=1,
+    request_timeout_s=3600,  # on a busy machine hundreds of steps take minutes, and what would be late is refused
 )
 
 
