@@ -101,8 +101,8 @@ class MergingConfig(StrictModel):
         "tsv_m",
         "iso_c",
         "regmean",
-        "search",
         "distil",
+        "search",
     ] = "average_deltas"
     """`average_deltas` is the exact mean of the experts' deltas; `average_factors` averages A and B apart, as the paper writes;
     `released_scale` weighs each delta as SELMA's released code does by mistake; `sum_deltas` adds them; `svd` is the mean cut to a
