@@ -315,7 +315,7 @@ def test_a_pickle_beside_no_safetensors_is_refused(tiny_pipeline_dir: Path, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "mean"}, "method should be 'average_deltas', .* or 'distil', got 'mean'"),
+        ({"method": "mean"}, "method should be 'average_deltas', .* or 'search', got 'mean'"),
         ({"method": "ties", "weights": {"a": -1.0}}, "weights must not be negative with method ties, got -1"),
         ({"method": "released_scale", "weights": {"a": 1.0}}, "weights must be left out with method released_scale"),
         ({"density": 0}, "density should be greater than 0, got 0"),
