@@ -77,7 +77,7 @@ def _next_steps(run: Run) -> list[str]:
     recipe = run.folder.path("recipe.yaml")
     is_first_look = run.recipe.model.name == "miniature" and run.recipe.experts.nft is None
     more = (
-        ["Let its experts go on learning from their own images: selma study jobs/recipes/beyond.yaml"]
+        ["Let its experts go on learning from their own images: selma study beyond"]
         if is_first_look
         else []
     )
