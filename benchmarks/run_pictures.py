@@ -20,7 +20,10 @@ from rich.text import Text
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _WIDTH_PX, _HEIGHT_PX = 1080, 1400
 _COLUMNS = 110
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlnsu]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b\x0c\x0e-\x1a]")
+_NOT_SHOWN = ("Script ", "real\t", "user\t", "sys\t")  # what `script` and `time` say
+# What moves on a terminal, and what neither moves nor colours.
+_MOVE = re.compile(r"\x1b\[(?P<count>\d*)(?P<kind>[AK])|(?P<newline>\n)|(?P<start>\r)")
+_OTHER = re.compile(r"\x1b\[[0-9;?]*[B-HJSTfhlnsu]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b\x0c\x0e-\x1a]")
 
 
 def main() -> None:
@@ -38,17 +41,43 @@ def main() -> None:
         _take(browser, run / "contact_sheet.html", folder / "contact_sheet.png", "light")
         browser.close()
     if len(sys.argv) > 2:
-        (folder / "demo.svg").write_text(terminal_picture(Path(sys.argv[2]).read_text(errors="replace")))
+        log = (
+            Path(sys.argv[2]).read_bytes().decode(errors="replace")
+        )  # as bytes: a text file's lines end where a cursor only goes back
+        for place in (
+            run.parents[1],
+            Path(sys.base_prefix) / "bin",
+        ):  # where this machine keeps them is nobody's business
+            log = log.replace(f"{place}/", "")
+        (folder / "demo.svg").write_text(terminal_picture(log))
 
 
 def terminal_picture(log: str) -> str:
-    """Return an SVG of what stood on a terminal at the end: of a line that was drawn again and again, the last state."""
+    """Return an SVG of what stood on a terminal at the end: of lines that were drawn again and again, the last state."""
     console = Console(record=True, width=_COLUMNS, file=StringIO(), force_terminal=True, color_system="truecolor")
-    for line in log.replace("\r\n", "\n").splitlines():
-        shown = _CONTROL.sub("", line.rpartition("\r")[2])
-        if shown.strip() and not shown.startswith("Script "):
-            console.print(Text.from_ansi(shown), soft_wrap=True)
+    for line in _last_state(_OTHER.sub("", log)):
+        if line.strip() and not line.startswith(_NOT_SHOWN):
+            console.print(Text.from_ansi(line), soft_wrap=True)
     return console.export_svg(title="make demo")
+
+
+def _last_state(log: str) -> list[str]:
+    """Return the lines that are left when the cursor's moves up and the erasing of lines are followed."""
+    lines, row, place = [""], 0, 0
+    for move in _MOVE.finditer(log):
+        lines[row] += log[place : move.start()]
+        place = move.end()
+        if move["newline"]:
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif move["start"]:
+            if log[place : place + 1] not in ("\n", "\r"):
+                lines[row] = ""
+        elif move["kind"] == "A":
+            row = max(0, row - int(move["count"] or 1))
+        else:
+            lines[row] = ""
+    return lines
 
 
 def _take(browser: Browser, page_path: Path, picture: Path, scheme: str) -> None:
