@@ -6,15 +6,15 @@ Its source hands out a chunk as soon as the adapter that draws it is there, so n
 import asyncio
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Datasource, ReadTask, TaskPoolStrategy
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from selma_ray.cluster.asked_source import AskedSource
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.errors import reason_of
 from selma_ray.cluster.metrics import count
@@ -52,7 +52,7 @@ class RoundsDrawing:
         self._board = ray.remote(RoundBoard).options(**beside_driver()).remote(plans)
         blocks = ray.get(self._board.blocks.remote())
         chunks = ray.data.read_datasource(
-            _ChunkSource(self._board, blocks), override_num_blocks=blocks, num_cpus=0,
+            AskedSource(self._board.chunk, _CHUNK_SCHEMA, blocks), override_num_blocks=blocks, num_cpus=0,
             compute=TaskPoolStrategy(size=_READS_AT_ONCE),
         ) if blocks else None  # fmt: skip
         self._drawn = chunks and chunks.map_batches(
@@ -167,41 +167,3 @@ class DrawChunks:
                 images.append(0)
                 errors.append(str(error).partition("\n")[0] or type(error).__name__)
         return {"images": images, "error": errors}
-
-
-class _ChunkSource(Datasource):
-    """A Ray Data source whose read tasks each ask the board for one chunk."""
-
-    def __init__(self, board: Any, num_blocks: int) -> None:
-        super().__init__()
-        self._board = board
-        self._num_blocks = num_blocks
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Return None: chunks are not known before adapters."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return a read task per chunk."""
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(
-                _ChunkReader(self._board, position),
-                metadata,
-                schema=_CHUNK_SCHEMA,
-                per_task_row_limit=per_task_row_limit,
-            )
-            for position in range(self._num_blocks)
-        ]
-
-
-class _ChunkReader:
-    def __init__(self, board: Any, position: int) -> None:
-        self._board = board
-        self._position = position
-
-    def __call__(self) -> Iterable[pa.Table]:
-        rows = ray.get(self._board.chunk.remote(self._position))
-        return [pa.Table.from_pylist(rows, schema=_CHUNK_SCHEMA)]

@@ -1,16 +1,14 @@
-"""The prompt pool as an actor, and the source of the stream that asks it for requests until it is full."""
+"""The prompt pool as an actor, which the stream asks for requests until it is full."""
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from selma_ray.cluster.metrics import count
 from selma_ray.errors import SelmaError
@@ -23,7 +21,7 @@ from selma_ray.records import PROMPT_SCHEMA
 from selma_ray.skills import Skill
 from selma_ray.storage import RunFolder
 
-__all__ = ["DecideAnswers", "PromptFeed", "RequestSource"]
+__all__ = ["REQUEST_SCHEMA", "DecideAnswers", "PromptFeed"]
 
 _WRITE_EVERY_S = 3.0
 
@@ -157,48 +155,6 @@ class PromptFeed:
             "text": text,
             "first_number": len(request.examples) + 1,
         }
-
-
-class RequestSource(Datasource):
-    """A Ray Data source whose read tasks each ask the feed for one block of requests.
-
-    One task is one block, because the blocks of one task are merged up to Ray's block size before they flow on. Tasks
-    that are left over when the feed is full come back empty.
-    """
-
-    def __init__(self, feed: ray.actor.ActorHandle, num_blocks: int) -> None:
-        super().__init__()
-        self._feed = feed
-        self._num_blocks = num_blocks
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Return None: requests are not known before answers."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return a read task per block."""
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(
-                _BlockReader(self._feed, position),
-                metadata,
-                schema=REQUEST_SCHEMA,
-                per_task_row_limit=per_task_row_limit,
-            )
-            for position in range(self._num_blocks)
-        ]
-
-
-class _BlockReader:
-    def __init__(self, feed: ray.actor.ActorHandle, position: int) -> None:
-        self._feed = feed
-        self._position = position
-
-    def __call__(self) -> Iterable[pa.Table]:
-        rows = ray.get(self._feed.ask.remote(self._position))
-        return [pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)]
 
 
 class DecideAnswers:

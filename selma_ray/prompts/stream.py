@@ -6,10 +6,11 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
+from selma_ray.cluster.asked_source import AskedSource
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import beside_driver
 from selma_ray.prompts.config import PromptsConfig
-from selma_ray.prompts.feed import DecideAnswers, PromptFeed, RequestSource
+from selma_ray.prompts.feed import REQUEST_SCHEMA, DecideAnswers, PromptFeed
 from selma_ray.prompts.llm import LLMStage, answer_stage
 from selma_ray.prompts.store import prompt_summary, read_prompts
 from selma_ray.skills import Skill
@@ -51,7 +52,10 @@ def prompt_stream(
 def _new_prompts(feed: ray.actor.ActorHandle, answer: LLMStage, missing: int, max_blocks: int) -> Dataset:
     """Apply the stages of the stream; the limit ends the LLM's work on requests that came to be superfluous."""
     requests = ray.data.read_datasource(
-        RequestSource(feed, max_blocks), override_num_blocks=max_blocks, num_cpus=0, compute=TaskPoolStrategy(size=1)
+        AskedSource(feed.ask, REQUEST_SCHEMA, max_blocks),
+        override_num_blocks=max_blocks,
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=1),
     )
     kept = answer(requests).map_batches(
         DecideAnswers,
