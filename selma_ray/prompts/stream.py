@@ -1,6 +1,6 @@
 """Stage 1: the LLM writes each skill's prompts (SELMA, section 3.1); each flows on as soon as it is kept."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pyarrow as pa
 import ray
@@ -29,19 +29,23 @@ def prompt_stream(
     cluster: ClusterConfig,
     *,
     excluded: Collection[str] = (),
+    unfinished: Callable[[pa.Table], pa.Table] | None = None,
     llm_stage: LLMStage | None = None,
 ) -> Dataset:
     """Return the stream of all kept prompts (rows of PROMPT_SCHEMA): first those of an earlier start, then new ones.
 
-    Prompts in `excluded` (those of the test set) are never kept. `llm_stage` takes the place of the recipe's engine. While the stream
-    runs, a skill that cannot reach its number of prompts raises PromptYieldError.
+    Prompts in `excluded` (those of the test set) are never kept. `unfinished` chooses which of an earlier start are wanted: a hundred
+    thousand that pass for nothing take minutes. `llm_stage` takes the place of the recipe's engine. While the stream runs, a skill that
+    cannot reach its number of prompts raises PromptYieldError.
     """
     block_size = config.block_size
     feed = ray.remote(PromptFeed).options(**beside_driver()).remote(skills, config, seed, folder, excluded, block_size)
     missing = ray.get(feed.open.remote())
     streams = []
     before = pa.concat_tables(read_prompts(folder, skill.name) for skill in skills)
-    if before.num_rows:
+    if unfinished:
+        before = unfinished(before)
+    if before.num_rows or not missing:
         streams.append(ray.data.from_arrow(_blocks(before)))
     if missing:
         answer = llm_stage or answer_stage(skills, config, cluster, block_size)
@@ -70,7 +74,8 @@ def _new_prompts(feed: ray.actor.ActorHandle, answer: LLMStage, missing: int, ma
 
 def _blocks(prompts: pa.Table) -> list[pa.Table]:
     """Cut prompts into small blocks: a stage works on a block as a whole."""
-    return [prompts.slice(start, _PROMPTS_PER_BLOCK) for start in range(0, prompts.num_rows, _PROMPTS_PER_BLOCK)]
+    starts = range(0, max(1, prompts.num_rows), _PROMPTS_PER_BLOCK)
+    return [prompts.slice(start, _PROMPTS_PER_BLOCK) for start in starts]
 
 
 def _max_blocks(skills: Sequence[Skill], config: PromptsConfig, block_size: int) -> int:

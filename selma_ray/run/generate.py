@@ -32,7 +32,8 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
     """Stream prompts from the LLM into the renderers; returns counts of both."""
     from selma_ray.images.card import write_card
     from selma_ray.images.compaction import compact_shards
-    from selma_ray.images.stream import check_failures, image_summary
+    from selma_ray.images.plan import PlanImages
+    from selma_ray.images.stream import check_failures, existing_ids, image_summary
     from selma_ray.judging.suites import open_suite
     from selma_ray.prompts.llm import llm_errors
     from selma_ray.prompts.stream import prompt_stream, prompt_summary
@@ -45,18 +46,17 @@ def generate(run: Run, report: Report) -> dict[str, Any]:
 
         write_captions(run.folder, run.skill_names, recipe.prompts, recipe.seed, excluded)
 
-    def open_prompts() -> "Dataset":
-        return prompt_stream(run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded)
-
-    prompts = open_prompts()
+    open_prompts = partial(
+        prompt_stream, run.skills, recipe.prompts, recipe.seed, run.folder, recipe.cluster, excluded=excluded
+    )
     if recipe.data.images == "ground_truth":
         with llm_errors(recipe.prompts.llm):
-            return _draw(run, prompts, report)
+            return _draw(run, open_prompts(), report)
     if not at_once:
-        _write_all_prompts(run, prompts, report)
-        prompts = open_prompts()  # those that are kept, without a language model
+        _write_all_prompts(run, open_prompts(), report)
     model = recipe.data.model or recipe.model
-    streamed = _render(run, prompts, model, report)
+    plan = PlanImages(recipe.images, model, recipe.seed, existing_ids(run.folder))
+    streamed = _render(run, open_prompts(unfinished=plan.unfinished), model, report)
     if is_chosen_later(recipe):
         _choose(run, report)
     compact_shards(run.folder)

@@ -157,6 +157,16 @@ def test_a_skill_that_cannot_be_filled_ends_the_stream_with_its_yield(folder: Ru
         stream(folder, language_model(), config).materialize()
 
 
+def test_a_second_start_sends_what_is_unfinished_through_the_stream_alone(folder: RunFolder) -> None:
+    def last(prompts: pa.Table) -> pa.Table:
+        return prompts.slice(prompts.num_rows - count)
+
+    stream(folder, language_model()).materialize()
+    for count in (3, 0):
+        again = prompt_stream(SKILLS, PROMPTS, 0, folder, CLUSTER, unfinished=last).take_all()
+        assert [row["id"] for row in again] == read_prompts(folder, SKILLS[-1].name)["id"].to_pylist()[20 - count :]
+
+
 @pytest.mark.heavy
 def test_every_training_prompt_becomes_an_image_and_a_second_start_renders_what_is_lost(
     folder: RunFolder, tiny_pipeline_dir: Path

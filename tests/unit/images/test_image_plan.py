@@ -63,6 +63,17 @@ def test_finished_images_are_left_out(model: ModelConfig) -> None:
     assert PlanImages(config, model, 0, {first})(prompts("a cat"))["id"].to_pylist() == [second]
 
 
+def test_unfinished_prompts_are_those_with_an_image_to_render(model: ModelConfig) -> None:
+    config, texts = ImagesConfig(per_prompt=2), ("done", "half", "new")
+    ids = PlanImages(config, model, 0)(prompts(*texts))["id"].to_pylist()
+    plan = PlanImages(config, model, 0, ids[:3])
+    held_out = prompts("never rendered", split="dev")
+    unfinished = plan.unfinished(pa.concat_tables([prompts(*texts), held_out]))
+    assert unfinished["prompt"].to_pylist() == ["half", "new"]
+    assert unfinished.schema == PROMPT_SCHEMA
+    assert plan(unfinished) == plan(prompts(*texts))
+
+
 BUCKETS = ImagesConfig(
     per_prompt=2, sampling=SamplingConfig(width_px=64, height_px=64), buckets_px=((48, 80), (80, 48))
 )
