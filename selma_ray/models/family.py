@@ -98,6 +98,10 @@ class Family(Protocol):
     def example_shapes(self, height_px: int, width_px: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of an encoded example, without N; of a text of any length that of the longest."""
 
+    @property
+    def unit_px(self) -> int:
+        """Return what both sides of an image must divide by."""
+
     def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
         """Return the shape, without N, of what the autoencoder turns into an image."""
 
@@ -149,6 +153,9 @@ class Predictor(Protocol):
 
     def encode(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         """Embed the texts of each image; raises DrawingError for what the model cannot draw."""
+
+    def rows_of(self, drawing: Drawing) -> int:
+        """Return how many rows of a step an image takes: as many conditions as `encode` gives it."""
 
     def start(self, drawing: Drawing) -> Course:
         """Draw the initial noise of an image; raises DrawingError for what the model cannot draw."""

@@ -34,6 +34,8 @@ from selma_ray.models.predicting import PipelinePredictor
 
 __all__ = ["FlowMatching", "FlowPredictor", "shift_of_size"]
 
+_ANY_SIZE_PX = 1024
+
 
 class FlowMatching(ABC):
     """A pipeline whose transformer was trained by rectified flow, at noise levels from a logit-normal distribution."""
@@ -70,6 +72,11 @@ class FlowMatching(ABC):
     def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
         """Return the shape, without N, of what the autoencoder turns into an image."""
         return latent_shape(self._autoencoder, height_px, width_px)
+
+    @property
+    def unit_px(self) -> int:
+        """Return what both sides of an image must divide by: they are whole patches."""
+        return _ANY_SIZE_PX // self._latent_shape(_ANY_SIZE_PX, _ANY_SIZE_PX)[1] * self.token_latents
 
     def _latent_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
         """Return the shape of an example's latents."""

@@ -83,6 +83,10 @@ class FluxPredictor(FlowPredictor):
         embedded = self._texts.embedded([drawing.prompt for drawing in drawings])
         return [Conditions({**embedded[drawing.prompt], **self._guidance(drawing)}, None) for drawing in drawings]
 
+    def rows_of(self, drawing: Drawing) -> int:
+        """Return 1: guidance takes no row."""
+        return 1
+
     def start(self, drawing: Drawing) -> Course:
         """Draw the initial noise of an image."""
         schedule: dict[str, Any] = {"mu": self._shift(drawing, _PATCH, 1.15)}

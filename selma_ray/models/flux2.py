@@ -122,6 +122,10 @@ class Flux2KleinPredictor(FlowPredictor):
             return conditions
         return [Conditions(each.positive, None) for each in conditions]
 
+    def rows_of(self, drawing: Drawing) -> int:
+        """Return how many rows of a step an image takes: one of a model that was distilled for few steps."""
+        return 1 if self._pipeline.config.is_distilled else super().rows_of(drawing)
+
     def start(self, drawing: Drawing) -> Course:
         """Draw the initial noise of an image; raises DrawingError for a size that has no whole patches."""
         position_px = self._pipeline.vae_scale_factor * _PATCH

@@ -54,6 +54,10 @@ class PipelinePredictor(ABC):
         """Embed the prompts, and the negative prompts where guidance needs them; texts seen lately are remembered."""
         return self._texts.guided(drawings, self.guides_above, self.unprompted)
 
+    def rows_of(self, drawing: Drawing) -> int:
+        """Return how many rows of a step an image takes: two with classifier-free guidance."""
+        return 2 if drawing.guidance_scale > self.guides_above else 1
+
     @abstractmethod
     def start(self, drawing: Drawing) -> Course:
         """Draw the initial noise of an image as diffusers' pipeline draws it."""

@@ -52,6 +52,7 @@ class Sana(FlowMatching):
     transformer_class = SanaTransformer2DModel
     autoencoder_class = AutoencoderDC
     tokens = 300
+    token_latents = 1
     _denoise = staticmethod(_denoise)
 
     def load_encoders(self, device: torch.device | str) -> "SanaEncoders":

@@ -36,6 +36,8 @@ from selma_ray.models.predicting import PipelinePredictor
 
 __all__ = ["StableDiffusion", "StableDiffusionEncoders", "StableDiffusionPredictor"]
 
+_ANY_SIZE_PX = 1024
+
 
 def _encode_texts(pipeline: Any, texts: list[str]) -> Condition:
     """Return the last hidden states, padded to the encoder's length: the denoiser attends to the padding at sampling time too."""
@@ -89,6 +91,11 @@ class StableDiffusion:
     def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
         """Return the shape, without N, of what the autoencoder turns into an image."""
         return latent_shape(self._autoencoder, height_px, width_px)
+
+    @property
+    def unit_px(self) -> int:
+        """Return what both sides of an image must divide by: they are whole latents."""
+        return _ANY_SIZE_PX // self.decoded_shape(_ANY_SIZE_PX, _ANY_SIZE_PX)[1]
 
     @cached_property
     def latent_scale(self) -> float:

@@ -10,7 +10,7 @@ from selma_ray.adapters.config import LoraSettings
 from selma_ray.adapters.files import CONFIG_FILE
 from selma_ray.errors import ConfigError, ModelNotFoundError
 from selma_ray.judging.config import JudgeConfig
-from selma_ray.models.config import ModelConfig
+from selma_ray.models.config import ModelConfig, SamplingConfig
 from selma_ray.run.question_source import source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
@@ -20,10 +20,14 @@ __all__ = [
     "check_adapters",
     "check_models",
     "check_schedulers",
+    "check_sizes",
     "check_trainable",
     "fetch_models",
     "named_models",
 ]
+
+_FITS_ALL_PX = 32
+"""No family needs more, so that a model's configuration is read for other sizes alone."""
 
 Kind = Literal["text-to-image", "autoencoder", "language", "judge"]
 
@@ -90,6 +94,47 @@ def check_schedulers(recipe: Recipe) -> None:
             raise
         except ConfigError as error:
             raise ConfigError(f"{section}.{error}") from None
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Raise ConfigError for a size of images that the model cannot draw."""
+    drawn_by = recipe.data.model or recipe.model
+    renders = recipe.data.images == "model" and recipe.images.engine == "diffusers"
+    sizes = {
+        "images": (drawn_by, recipe.images.sizes_px if renders else ()),
+        "evaluation": (recipe.model, (_size_px(recipe.evaluation.sampling),)),
+        "serving": (recipe.model, (_size_px(recipe.serving.sampling),)),
+    }
+    for section, (model, sizes_px) in sizes.items():
+        for width_px, height_px in sizes_px:
+            if width_px % _FITS_ALL_PX == height_px % _FITS_ALL_PX == 0:
+                continue
+            unit_px = _unit_px(model)
+            if width_px % unit_px or height_px % unit_px:
+                raise ConfigError(
+                    f"{section} must have sizes whose sides divide by {unit_px} with {model.name}, got {width_px}x{height_px}; "
+                    f"the nearest is {_nearest(width_px, unit_px)}x{_nearest(height_px, unit_px)}"
+                )
+
+
+def _size_px(sampling: SamplingConfig) -> tuple[int, int]:
+    return sampling.width_px, sampling.height_px
+
+
+def _unit_px(model: ModelConfig) -> int:
+    """Return what the sides of a model's images divide by; 1 for one that may render, but is of no family."""
+    from selma_ray.models.family import open_family
+
+    try:
+        return open_family(model).unit_px
+    except ModelNotFoundError:
+        raise
+    except ConfigError:
+        return 1
+
+
+def _nearest(side_px: int, unit_px: int) -> int:
+    return max(1, round(side_px / unit_px)) * unit_px
 
 
 def check_adapters(recipe: Recipe) -> None:

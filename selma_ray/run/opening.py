@@ -9,7 +9,7 @@ import yaml
 from selma_ray.config import first_difference, identity, validate
 from selma_ray.errors import ConfigError, RunMismatchError
 from selma_ray.models.config import ModelConfig
-from selma_ray.run.models import check_adapters, check_models, check_schedulers
+from selma_ray.run.models import check_adapters, check_models, check_schedulers, check_sizes
 from selma_ray.run.question_source import check_questions_can_be_had
 from selma_ray.run.recipe import Recipe
 from selma_ray.skills import Skill, load_skills
@@ -142,6 +142,7 @@ def _check(recipe: Recipe, skills: tuple[Skill, ...]) -> None:
     check_adapters(recipe)
     check_models(recipe)
     check_schedulers(recipe)
+    check_sizes(recipe)
     check_trackers(recipe.experts.trackers, RunFolder(recipe.run_dir))
     check_llm(recipe.prompts.llm)
     check_questions_can_be_had(recipe)

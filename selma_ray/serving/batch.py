@@ -20,7 +20,7 @@ from selma_ray.models.course import Course
 from selma_ray.serving.decoding import Latents
 from selma_ray.serving.denoiser import Denoiser, RequestRows, Row
 from selma_ray.serving.errors import too_large_for_memory
-from selma_ray.serving.pace import Pace, rows_of
+from selma_ray.serving.pace import Pace
 from selma_ray.serving.requests import MERGED, ImageRequest
 from selma_ray.serving.timing import StepTimer
 
@@ -126,15 +126,19 @@ class StepBatch:
         """Return the share of the time that a lane of a size has, relative to the others'."""
         return self._size_weights.get(size_px, 1.0)
 
+    def steps_s(self, request: ImageRequest, steps: int) -> float:
+        """Return the seconds of some steps of a request, as far as steps were measured."""
+        return self.pace.steps_s(request.size_px, steps * self._denoiser_for(request).rows_of(request))
+
     def backlog_s(self) -> dict[LaneKey, float]:
         """Return the seconds of work left in each lane, as far as steps were measured."""
         return {
             key: sum(
-                [self.pace.steps_s(each.request, each.course.steps_in_all - each.course.steps_done) or 0.0 for each in lane.running]
-                + [self.pace.steps_s(request, request.steps_to_take) or 0.0 for _, request in lane.waiting]
+                [self.steps_s(each.request, each.course.steps_in_all - each.course.steps_done) for each in lane.running]
+                + [self.steps_s(request, request.steps_to_take) for _, request in lane.waiting]
             )
             for key, lane in self._lanes.items()
-        }  # fmt: skip
+        }
 
     def replace_merged(self, merged: Denoiser) -> None:
         """Draw requests that come from now on with other merged weights; those in the lanes keep the ones they have."""
@@ -240,7 +244,7 @@ class StepBatch:
         """Move every request of a lane by one step; where that fails, all of them end."""
         if not lane.running:
             return []
-        rows = sum(rows_of(running.request) for running in lane.running)
+        rows = sum(1 if running.rows.negative is None else 2 for running in lane.running)
         try:
             with self._timer.timing(lambda seconds: self._note(lane, rows, seconds)):
                 _take_step(lane.denoiser, lane.running, lane.rows)

@@ -107,6 +107,10 @@ class Denoiser:
             for request, conditions in zip(requests, encoded, strict=True)
         ]
 
+    def rows_of(self, request: ImageRequest) -> int:
+        """Return how many rows of a step a request takes."""
+        return self._predictor.rows_of(request)
+
     def start(self, request: ImageRequest) -> Course:
         """Draw the initial noise of a request; raises RequestError (400) for what the model cannot draw."""
         with _refused():

@@ -172,7 +172,7 @@ class Engine:
         decoding_s = sum(self._batch.pace.decoding_s(request.size_px) for request in requests)
         for request in requests:
             lane = self._batch.lane_of(request)
-            own_s[lane] = own_s.get(lane, 0.0) + (self._batch.pace.steps_s(request, request.steps_to_take) or 0.0)
+            own_s[lane] = own_s.get(lane, 0.0) + self._batch.steps_s(request, request.steps_to_take)
         alone_s = sum(own_s.values()) + decoding_s
         together_s = self._backlog_s | {lane: self._backlog_s.get(lane, 0.0) + own for lane, own in own_s.items()}
         if self._timeout_s is not None:

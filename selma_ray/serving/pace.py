@@ -4,9 +4,7 @@ import threading
 from collections import deque
 from statistics import median
 
-from selma_ray.serving.requests import ImageRequest
-
-__all__ = ["Pace", "rows_of"]
+__all__ = ["Pace"]
 
 _REMEMBERED = 9  # the median of as many is not moved by the first of a size, for which libraries prepare their kernels
 
@@ -34,10 +32,9 @@ class Pace:
         """Note the decoding of some images."""
         self._note(self._decoding_s, size_px, seconds / images)
 
-    def steps_s(self, request: ImageRequest, steps: int) -> float | None:
-        """Return the seconds of `steps` steps of an image, as its share of the batches it is in; None before the first step."""
-        row_step_s = self._of(self._row_step_s, request.size_px)
-        return None if row_step_s is None else steps * rows_of(request) * row_step_s
+    def steps_s(self, size_px: Size, row_steps: int) -> float:
+        """Return the seconds of so many steps of one row, as its share of the batches it is in; 0 before the first step."""
+        return row_steps * (self._of(self._row_step_s, size_px) or 0.0)
 
     def row_step_s(self) -> float:
         """Return the seconds of a step of one row of the size that was measured last; 0 before the first step."""
@@ -58,8 +55,3 @@ class Pace:
             area = size_px[0] * size_px[1]
             nearest = min(measured, key=lambda size: abs(size[0] * size[1] - area))
             return median(measured[nearest]) * area / (nearest[0] * nearest[1])
-
-
-def rows_of(request: ImageRequest) -> int:
-    """Return how many rows of the denoiser's batch an image takes; of a model with built-in guidance this is relative."""
-    return 2 if request.guidance_scale > 1 else 1

@@ -1,6 +1,7 @@
 """What every family keeps, a row each: it draws by the conditioning it is trained with, and says what it cannot draw."""
 
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def test_it_draws_by_what_it_is_trained_with(family: Family, predictor: Predicto
     }
     assert predictor.start(DRAWING).latents_NCHW.shape[1:] == shapes["latent_mean"]
     assert (conditions.negative is not None) == (family.predictions_per_step == 2)
+
+
+@torch.inference_mode()
+def test_it_says_what_the_sides_of_an_image_divide_by(
+    family: Family, pipeline: DiffusionPipeline, predictor: Predictor
+) -> None:
+    unit_px = family.unit_px
+    assert predictor.start(replace(DRAWING, width_px=unit_px, height_px=3 * unit_px)).latents_NCHW.numel()
+    latent_px = pipeline.vae_scale_factor
+    if unit_px > latent_px:
+        with pytest.raises(DrawingError, match=f"multiples of {unit_px}"):
+            predictor.start(replace(DRAWING, width_px=unit_px + latent_px, height_px=unit_px))
+    else:
+        assert unit_px == latent_px
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 1.5])
+def test_it_says_how_many_rows_of_a_step_an_image_takes(predictor: Predictor, guidance_scale: float) -> None:
+    drawing = replace(DRAWING, guidance_scale=guidance_scale)
+    (conditions,) = predictor.encode([drawing])
+    assert predictor.rows_of(drawing) == (1 if conditions.negative is None else 2)
 
 
 @torch.inference_mode()

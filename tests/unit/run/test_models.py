@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from selma_ray.errors import ConfigError, ModelNotFoundError
-from selma_ray.run.models import check_models, check_trainable, fetch_models, named_models
+from selma_ray.models.config import ModelConfig
+from selma_ray.models.published import configured
+from selma_ray.run.models import check_models, check_sizes, check_trainable, fetch_models, named_models
 from selma_ray.run.opening import open_run
 from selma_ray.run.recipe import load_recipe
 
@@ -69,6 +71,25 @@ def test_a_pipeline_that_only_renders_is_refused_where_experts_are_to_be_fitted(
         ConfigError, match=r"model\.name must be a family that experts can be fitted to .*KandinskyPipeline"
     ):
         check_trainable(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        (
+            ["images.buckets_px=[[520, 512]]"],
+            r"images must .* divide by 16 with .*, got 520x512; the nearest is 512x512",
+        ),
+        (["evaluation.sampling.height_px=40"], r"evaluation must .* divide by 16 .*, got 64x40; the nearest is 64x32"),
+        (["serving.sampling.width_px=8"], r"serving must .* divide by 16 .*, got 8x64; the nearest is 16x64"),
+    ],
+)
+def test_sizes_that_the_model_cannot_draw_are_refused(overrides: list[str], refusal: str) -> None:
+    with configured(ModelConfig(name="black-forest-labs/FLUX.1-dev")) as flux:
+        drawn_by_flux = [f"model.name={flux.name}", "images.buckets_px=[[48, 16]]", *overrides]
+        with pytest.raises(ConfigError, match=refusal):
+            check_sizes(load_recipe(RECIPES / "demo.yaml", drawn_by_flux))
+    check_sizes(load_recipe(RECIPES / "demo.yaml", overrides))
 
 
 def test_what_is_on_this_machine_needs_no_fetching() -> None:
