@@ -4,13 +4,14 @@ Every figure is traced or counted from the configurations of the recipe's models
 text encoders, the language model and the judge are left out of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from selma_ray.errors import SelmaError
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.plan import plan_experts
 from selma_ray.models.config import SamplingConfig
+from selma_ray.plan.beyond import Work, distilled, drawn_in_rounds, render_flops
 from selma_ray.prompts.splits import train_count
 from selma_ray.run.demands import SERVE
 from selma_ray.run.memory import Need, memory_needs, pipeline_weights, traced_training, training_memory_parts
@@ -30,6 +31,8 @@ SUSTAINED_TFLOPS = 28.0
 
 Its 12 hours for SDXL come to 114, so larger models take less than the plan says.
 """
+
+_EVERY_ROUND = ("images", "cache", "experts", "merging")
 
 _BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
 
@@ -72,35 +75,53 @@ def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
     images, encoded = prompts * recipe.images.per_prompt, prompts * _encoded_per_prompt(recipe)
     planned = plan_experts([str(number) for number in range(num_skills)], recipe.experts)
     ranks = [max(1, len(expert.experts)) * expert.config.lora.rank / lora.rank for expert in planned]
-    examples = sum(expert.config.steps * expert.config.batch_size for expert in planned)
+    learning = sum(each.config.steps * each.config.batch_size * _example_flops(cost, each.config) for each in planned)
+    rounds = drawn_in_rounds([each.config for each in planned], cost, sampling)
+    distils = recipe.merging.method == "distil"
+    student = distilled(recipe.merging.distil, num_skills, cost, sampling) if distils else Work()
     tested = _models_tested(recipe, len(planned))
     weights = sum(parameters.values()) * _BYTES[recipe.model.dtype]
     stages = (
         StagePlan(
-            "images", weights, images * _render_flops(cost, sampling) / 1e15,
+            "images", weights, images * render_flops(cost, sampling) / 1e15,
             images * _pixel_bytes(sampling), f"{images:,} images",
         ),
         StagePlan(
             "cache", weights - cost.parameters * _BYTES[recipe.model.dtype], None, encoded * cost.cached_bytes, "encoders alone"
         ),
         StagePlan(
-            "experts", training_memory_bytes(cost, recipe.experts), examples * _example_flops(cost, recipe.experts) / 1e15,
-            4 * cost.lora_parameters * (sum(ranks) + 3 * max(ranks) * len(planned)),
-            f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints",
+            "experts", training_memory_bytes(cost, recipe.experts), (learning + rounds.flops) / 1e15,
+            4 * cost.lora_parameters * (sum(ranks) + 3 * max(ranks) * len(planned) + rounds.adapters)
+            + rounds.images * _pixel_bytes(sampling),
+            f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints"
+            + (f"; {rounds.images:,} images in rounds" if rounds.images else ""),
         ),
         StagePlan(
-            "merging", None, None, weights + _adapter_bytes(recipe) * cost.lora_parameters * num_skills,
-            "adapter, its exports and the baked pipeline",
+            "merging", None, student.flops / 1e15 if distils else None,
+            weights + _adapter_bytes(recipe) * cost.lora_parameters * num_skills,
+            "adapter, its exports and the baked pipeline" + (f"; {student.images:,} images of a student" if distils else ""),
         ),
         StagePlan(
-            "evaluation", weights, tested * _render_flops(cost, recipe.evaluation.sampling) / 1e15 if tested else None,
+            "evaluation", weights, tested * render_flops(cost, recipe.evaluation.sampling) / 1e15 if tested else None,
             tested * _pixel_bytes(recipe.evaluation.sampling) if tested else None,
             f"{tested:,} images" if tested else f"suite {recipe.evaluation.suite} cannot be read",
         ),
         StagePlan("serving", weights, None, None),
     )  # fmt: skip
     needs = memory_needs(recipe, [*STAGES, SERVE], gpu_bytes)
+    if recipe.rounds > 1:
+        stages = tuple(_in_rounds(stage, recipe.rounds) if stage.name in _EVERY_ROUND else stage for stage in stages)
     return Plan(parameters, cost.lora_parameters, stages, tuple(needs))
+
+
+def _in_rounds(stage: StagePlan, rounds: int) -> StagePlan:
+    """Return what a stage takes in all rounds, if none of them is the last one early."""
+    return replace(
+        stage,
+        pflop=None if stage.pflop is None else rounds * stage.pflop,
+        storage_bytes=None if stage.storage_bytes is None else rounds * stage.storage_bytes,
+        note=f"{stage.note}; {rounds} times in all rounds",
+    )
 
 
 def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
@@ -127,8 +148,10 @@ def _encoded_per_prompt(recipe: Recipe) -> int:
 
 
 def _example_flops(cost: "TrainingCost", config: ExpertsConfig) -> float:
-    """Return what an example of a step takes: of a pair, both images, each under the base model too."""
-    return 2 * (cost.step_flops + cost.forward_flops) if config.dpo else cost.step_flops
+    """Return what an example of a step takes: of a pair, both images, each under the base model too; in rounds the old adapter's too."""
+    if config.dpo:
+        return 2 * (cost.step_flops + cost.forward_flops)
+    return cost.step_flops + cost.forward_flops if config.nft else cost.step_flops
 
 
 def study_hours(study: Study, tflops: float) -> float:
@@ -136,8 +159,10 @@ def study_hours(study: Study, tflops: float) -> float:
     made, recipe = plan_study(study), study.recipe
     sampling, lora = recipe.images.largest_sampling, recipe.experts.lora
     cost = traced_training(recipe.model, sampling.height_px, sampling.width_px, lora.rank, lora.targets)
-    flops = sum(count * _render_flops(cost, sampled) for count, sampled in (*made.images, *(made.scored or ())))
+    flops = sum(count * render_flops(cost, sampled) for count, sampled in (*made.images, *(made.scored or ())))
     flops += sum(each.steps * each.batch_size * _example_flops(cost, each) for each in made.experts)
+    flops += drawn_in_rounds(made.experts, cost, sampling).flops
+    flops += sum(distilled(each, made.skills, cost, sampling).flops for each in made.distilled)
     return flops / tflops / 1e12 / 3600
 
 
@@ -151,10 +176,6 @@ def _models_tested(recipe: Recipe, num_experts: int) -> int | None:
         return None
     models = 2 + (num_experts if recipe.evaluation.experts else 0) + len(recipe.evaluation.models)
     return models * prompts * len(recipe.evaluation.seeds)
-
-
-def _render_flops(cost: "TrainingCost", sampling: SamplingConfig) -> float:
-    return cost.forward_flops * sampling.steps * cost.predictions(sampling.guidance_scale)
 
 
 def _pixel_bytes(sampling: SamplingConfig) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 from selma_ray.config import identity
 from selma_ray.errors import SelmaError
 from selma_ray.experts.config import ExpertsConfig
-from selma_ray.experts.plan import plan_experts
+from selma_ray.experts.plan import PlannedExpert, plan_experts
+from selma_ray.merging.config import DistilConfig
 from selma_ray.models.config import SamplingConfig
 from selma_ray.prompts.splits import train_count
 from selma_ray.run.recipe import Recipe
@@ -21,7 +22,7 @@ __all__ = ["StudyPlan", "plan_study"]
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Counts over all seeds."""
+    """Counts over all seeds; of experiments of several rounds, as if none ended early."""
 
     runs: int
     prompts: int
@@ -30,6 +31,9 @@ class StudyPlan:
     """Training images that a model renders, and how."""
     experts: tuple[ExpertsConfig, ...]
     """Settings of each LoRA and mixture that is fitted."""
+    skills: int
+    distilled: tuple[DistilConfig, ...]
+    """Settings of each student."""
     scored: tuple[tuple[int, SamplingConfig], ...] | None
     """Images that are scored, and how; None where the suite cannot be read."""
 
@@ -46,15 +50,27 @@ def plan_study(study: Study) -> StudyPlan:
     fitted = {
         json.dumps([shared_values(each, "experts"), planned.name, _settings(planned.config)]): planned.config
         for each in made
-        for planned in plan_experts([str(number) for number in range(skills)], each.experts)
+        for planned in _planned(each, skills)
     }
+    again = [each for each in made for _ in range(each.rounds - 1)]
+    students = tuple(
+        each.merging.distil for each, arm in arms if each.merging.method == "distil" and "merged" in arm.models
+    )
     return StudyPlan(
         runs=seeds * len(arms),
         prompts=seeds * skills * sum(each.prompts.per_skill for each in written),
-        images=tuple((seeds * skills * _images_per_skill(each), each.images.largest_sampling) for each in rendered),
-        experts=tuple(fitted.values()) * seeds,
+        images=tuple(
+            (seeds * skills * _images_per_skill(each), each.images.largest_sampling) for each in (*rendered, *again)
+        ),
+        experts=(*fitted.values(), *(planned.config for each in again for planned in _planned(each, skills))) * seeds,
+        skills=skills,
+        distilled=students * seeds,
         scored=_scored(study, seeds, 1 + sum(_models(each, arm) for each, arm in arms)),
     )
+
+
+def _planned(recipe: Recipe, skills: int) -> list[PlannedExpert]:
+    return plan_experts([str(number) for number in range(skills)], recipe.experts)
 
 
 def _different(recipes: Iterable[Recipe], part: str) -> list[Recipe]:

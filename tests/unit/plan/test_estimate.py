@@ -133,3 +133,50 @@ def test_the_plan_of_a_study_counts_what_it_makes(tiny_pipeline_dir: Path, capsy
         main(["plan", "jobs/recipes/miniature_study.yaml", f"model.name={tiny_pipeline_dir}", "study.seeds=[0]"]) == 0
     )
     assert "The study: 9 runs in all, what they share made once: " in capsys.readouterr().out
+
+
+def stages_of(recipe: Any) -> dict[str, Any]:
+    return {stage.name: stage for stage in plan_recipe(recipe).stages}
+
+
+def test_rounds_of_an_expert_draw_learn_and_keep(tiny_pipeline_dir: Path) -> None:
+    words = [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl", *ONE_IMAGE, "experts.batch_size=6"]
+    nft = "rounds: 4, prompts_per_round: 3, images_per_prompt: 2"
+    plain = stages_of(load_recipe(DEMO, [*words, "experts.steps=4"]))["experts"]
+    drawn, guided, twice = (
+        stages_of(load_recipe(DEMO, [*words, f"experts.nft={{{nft}, {more}}}"]))["experts"]
+        for more in ("sampling_steps: 10", "sampling_steps: 10, guidance_scale: 2", "sampling_steps: 20")
+    )
+    images = 5 * 4 * 3 * 2
+    assert f"{images} images in rounds" in drawn.note
+    # The second prediction of a guided step takes what ten steps more take.
+    assert guided.pflop == twice.pflop > drawn.pflop > plain.pflop
+    an_image = (twice.pflop - drawn.pflop) / images / 10
+    assert drawn.pflop - plain.pflop == pytest.approx(images * (10 + 1) * an_image), "ten steps, and the old adapter's"
+    kept = drawn.storage_bytes - plain.storage_bytes - images * 3 * 64 * 64
+    assert kept == 5 * 4 * 4 * plan_recipe(load_recipe(DEMO, words)).lora_parameters
+
+
+def test_a_student_draws_and_is_taught(tiny_pipeline_dir: Path) -> None:
+    def merging(**distil: Any) -> float:
+        settings = {"steps": 2, "prompts_per_skill": 3, "states_per_image": 4, "sampling_steps": 10} | distil
+        words = [f"merging.distil.{key}={value}" for key, value in settings.items()]
+        stage = stages_of(load_recipe(DEMO, [*common, "merging.method=distil", *words]))["merging"]
+        assert f"{2 * 5 * 3} images of a student" in stage.note
+        return float(stage.pflop)
+
+    common = [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl", *ONE_IMAGE]
+    an_image = (merging(sampling_steps=11) - merging()) / 30
+    assert merging(anchor=0.5) - merging() == pytest.approx(30 * 4 * an_image)
+    assert merging(teacher_guidance_scale=2) - merging() == pytest.approx(30 * 4 * an_image)
+    assert merging(states_per_image=5) - merging() > 2 * 30 * an_image, "a loss with its gradient, and the teacher"
+    assert stages_of(load_recipe(DEMO, common))["merging"].pflop is None
+
+
+def test_rounds_of_the_loop_take_its_stages_again(tiny_pipeline_dir: Path) -> None:
+    words = [f"model.name={tiny_pipeline_dir}", "evaluation.suite=nowhere.jsonl", "prompts.dev_fraction=0.1"]
+    once, thrice = (stages_of(load_recipe(DEMO, [*words, f"rounds={rounds}"])) for rounds in (1, 3))
+    for name in ("images", "experts"):
+        assert thrice[name].pflop == pytest.approx(3 * once[name].pflop)
+        assert thrice[name].storage_bytes == pytest.approx(3 * once[name].storage_bytes)
+    assert thrice["evaluation"] == once["evaluation"]

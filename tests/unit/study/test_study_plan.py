@@ -43,6 +43,21 @@ def test_what_experiments_share_is_counted_once() -> None:
     ]
 
 
+def test_rounds_and_students_are_counted() -> None:
+    made = study(prompts={"per_skill": 40, "dev_fraction": 0.05})
+    arms = {
+        "once": {"title": "once"},
+        "rounds": {"title": "rounds", "changes": {"rounds": 3}},
+        "student": {"title": "student", "changes": {"merging.method": "distil", "merging.distil.steps": 7}},
+    }
+    config = made.config.model_dump(mode="json") | {"arms": arms, "reference": "once"}
+    plan = plan_study(Study(validate(StudyConfig, config, "test"), made.recipe))
+    assert [each.steps for each in plan.distilled] == [7] * 3
+    assert len(plan.experts) % (3 * 2) == 0
+    assert len(plan.experts) >= 3 * 2 * 3, "the first round's, and those of two more"
+    assert sum(count for count, _ in plan.images) >= 3 * 2 * 38 * 3
+
+
 def test_a_suite_that_cannot_be_read_is_left_open() -> None:
     assert plan_study(study(evaluation={"suite": "nowhere.jsonl"})).scored is None
 
