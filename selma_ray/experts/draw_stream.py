@@ -29,7 +29,7 @@ __all__ = ["DrawChunks", "RoundBoard", "RoundsDrawing"]
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.05
+_POLL_S = 0.2
 _REMOTE_POLL_S = 1.0
 _CHUNK_SCHEMA = pa.schema([("plan", pa.int64()), ("round", pa.int64()), ("chunk", pa.int64())])
 _READS_AT_ONCE = 2

@@ -145,16 +145,15 @@ class Round:
         """Return the place of a chunk's encoded images."""
         return f"{self.directory}/examples/{chunk:04d}.safetensors"
 
+    def is_drawn(self, chunk: int) -> bool:
+        """Tell whether a chunk's images and examples are there."""
+        return self.plan.folder.exists(self.images(chunk)) and self.plan.folder.exists(self.examples(chunk))
+
     def missing_chunks(self) -> list[int]:
         """Return the chunks whose images are not there, or whose examples no longer are while the round is not learnt from."""
-        folder = self.plan.folder
         if self.is_learnt():
             return []
-        return [
-            chunk
-            for chunk in range(self.plan.chunks_per_round)
-            if not (folder.exists(self.images(chunk)) and folder.exists(self.examples(chunk)))
-        ]
+        return [chunk for chunk in range(self.plan.chunks_per_round) if not self.is_drawn(chunk)]
 
     def is_learnt(self) -> bool:
         """Tell whether the examples were given up, as a checkpoint holds what they taught."""

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,39 +31,74 @@ _STAGE_S = 900
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Yield the environment of a driver: two nodes, each with a home that the other does not have, and a store of objects."""
-    folder = tmp_path_factory.mktemp("nodes")
-    homes = [folder / name for name in ("head-home", "worker-home")]
-    for home in homes:
-        home.mkdir()
-    host, port = own_address(), free_port()
+def store() -> Iterator[dict[str, str]]:
+    """Yield the environment that leads to a store of objects with an empty bucket."""
     logging.getLogger("werkzeug").setLevel("ERROR")  # a line per request
     with object_store() as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.items():
             patch.setenv(name, value)
         filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
         filesystem.create_dir(BUCKET)
-        of_nodes = [{**ENVIRONMENT, **store, "HOME": str(home)} for home in homes]
-        for each in of_nodes:
-            each.pop("XDG_CACHE_HOME", None)
-        head = RayNode(
-            "--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=2", "--include-dashboard=false", _STORE,
-            log=folder / "head.log", environment=of_nodes[0], hidden=homes[1],
+        yield store
+
+
+@contextmanager
+def two_nodes(folder: Path, store: dict[str, str]) -> Iterator[tuple[RayNode, dict[str, str]]]:
+    """Yield the head of two nodes, each with a home that the other does not have, and the environment of a driver beside it."""
+    homes = [folder / name for name in ("head-home", "worker-home")]
+    for home in homes:
+        home.mkdir(parents=True)
+    host, port = own_address(), free_port()
+    of_nodes = [{**ENVIRONMENT, **store, "HOME": str(home)} for home in homes]
+    for each in of_nodes:
+        each.pop("XDG_CACHE_HOME", None)
+    head = RayNode(
+        "--head", f"--port={port}", f"--node-ip-address={host}", "--num-cpus=2", "--include-dashboard=false", _STORE,
+        log=folder / "head.log", environment=of_nodes[0], hidden=homes[1],
+    )  # fmt: skip
+    nodes = [head]
+    try:
+        wait_until(lambda: head.started, folder / "head.log", head.process)
+        worker = RayNode(
+            f"--address={host}:{port}", "--num-cpus=2", _STORE,
+            log=folder / "worker.log", environment=of_nodes[1], hidden=homes[0],
         )  # fmt: skip
-        nodes = [head]
-        try:
-            wait_until(lambda: head.started, folder / "head.log", head.process)
-            worker = RayNode(
-                f"--address={host}:{port}", "--num-cpus=2", _STORE,
-                log=folder / "worker.log", environment=of_nodes[1], hidden=homes[0],
-            )  # fmt: skip
-            nodes.append(worker)
-            wait_until(lambda: worker.started, folder / "worker.log", worker.process)
-            yield {**of_nodes[0], "RAY_ADDRESS": f"{host}:{port}"}
-        finally:
-            for node in reversed(nodes):
-                node.stop()
+        nodes.append(worker)
+        wait_until(lambda: worker.started, folder / "worker.log", worker.process)
+        yield head, {**of_nodes[0], "RAY_ADDRESS": f"{host}:{port}"}
+    finally:
+        for node in reversed(nodes):
+            node.stop()
+
+
+@pytest.fixture(scope="module")
+def environment(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with two_nodes(tmp_path_factory.mktemp("nodes"), store) as (_, environment):
+        yield environment
+
+
+def test_a_new_cluster_goes_on_where_a_head_was_lost(store: dict[str, str], tmp_path: Path) -> None:
+    folder = RunFolder(f"s3://{BUCKET}/lost-head")
+    words = [*_command(folder, "generate"), "prompts.llm.engine=free", "prompts.per_skill=40"]
+    with two_nodes(tmp_path / "first", store) as (head, environment):
+        driver = subprocess.Popen(
+            words, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        wait_until(lambda: bool(_shards(folder)), tmp_path / "first" / "head.log", driver, timeout_s=_STAGE_S)
+        before = _ids(folder)
+        head.kill()
+        _, said = driver.communicate(timeout=300)  # it ends by itself
+        assert driver.returncode != 0
+        assert said.strip()
+    assert len(before) < 2 * 36 * 2
+    with two_nodes(tmp_path / "second", store) as (_, environment):
+        done = subprocess.run(
+            words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=_STAGE_S, check=False
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids = _ids(folder)
+    assert len(ids) == len(set(ids)) == 2 * 36 * 2
+    assert set(before) <= set(ids), "nothing that was finished is lost or made anew"
 
 
 def test_every_stage_goes_on_where_it_was_killed(environment: dict[str, str]) -> None:
@@ -112,10 +149,15 @@ def _killed_when(holds: Callable[[], bool], stage: str, folder: RunFolder, envir
         process.stderr.close()
 
 
-def _command(folder: RunFolder) -> list[str]:
-    return [sys.executable, "-m", "selma_ray.cli", "run", str(DEMO), f"run_dir={folder.uri}", *SMALL]
+def _command(folder: RunFolder, command: str = "run") -> list[str]:
+    return [sys.executable, "-m", "selma_ray.cli", command, str(DEMO), f"run_dir={folder.uri}", *SMALL]
+
+
+def _shards(folder: RunFolder) -> list[str]:
+    return folder.files("images", suffix=".parquet")
 
 
 def _ids(folder: RunFolder) -> list[str]:
-    shards = folder.files("images", suffix=".parquet")
-    return [row for path in shards for row in pq.read_table(io.BytesIO(folder.read_bytes(path)))["id"].to_pylist()]
+    return [
+        row for path in _shards(folder) for row in pq.read_table(io.BytesIO(folder.read_bytes(path)))["id"].to_pylist()
+    ]
