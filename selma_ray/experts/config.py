@@ -242,8 +242,8 @@ class ExpertsConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _fused_learns_by_denoising(self) -> "ExpertsConfig":
-        other = next((name for name in ("dpo", "nft", "ema", "early_stop") if getattr(self, name) is not None), None)
+    def _fused_learns_from_images_apart(self) -> "ExpertsConfig":
+        other = next((name for name in ("dpo", "ema", "early_stop") if getattr(self, name) is not None), None)
         if self.fused and other:
             raise ValueError(f"fused must be false with {other}, whose experts are fitted one by one")
         if self.fused and self.optimizer != "adamw":

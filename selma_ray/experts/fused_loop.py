@@ -11,7 +11,7 @@ import torch
 
 from selma_ray.cluster.metrics import count
 from selma_ray.experts.curves import CurveLog
-from selma_ray.experts.fused_trainer import FusedTrainer
+from selma_ray.experts.fused_trainer import FusedTrainer, fused_trainer_of
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.progress_file import ProgressFile
 
@@ -28,7 +28,7 @@ def fit_fused(jobs: Sequence[ExpertJob]) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    trainer = FusedTrainer(jobs, rank, context.get_world_size())
+    trainer = fused_trainer_of(jobs, rank, context.get_world_size())
     _restore(trainer)
     watched = [(ProgressFile(job), CurveLog(job, trainer.steps_done)) for job in jobs] if rank == 0 else []
     while trainer.steps_done < config.steps:

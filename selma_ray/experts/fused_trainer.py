@@ -33,7 +33,7 @@ from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
 from selma_ray.records import seed_of
 
-__all__ = ["FusedTrainer"]
+__all__ = ["FusedTrainer", "fused_trainer_of"]
 
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
 
@@ -48,7 +48,7 @@ class FusedTrainer:
         self._rank, self._world_size = rank, world_size
         self._seeds = [seed_of(job.seed, expert=job.name) for job in jobs]
         self._family = open_family(first.model)
-        self._examples = [EncodedExamples(job.folder, job.caches) for job in jobs]
+        self._examples = [self._open_examples(job) for job in jobs]
         self._device = device_of(self.config.gpus_per_worker, "experts.gpus_per_worker")
         self._precision = resolve_precision(self.config.precision, self._device)
         self._loss = LossSettings(self.config.min_snr_gamma, self.config.guidance_scale)
@@ -102,7 +102,7 @@ class FusedTrainer:
             tensors |= {
                 f"{index}.{name}": torch.as_tensor(value).cpu().clone() for name, value in states[parameter].items()
             }
-        save_file(tensors, Path(directory, _STATE))
+        save_file({**tensors, **self._further_tensors()}, Path(directory, _STATE))
         state = {"curves": [vars(curve) for curve in self.curves], "schedule": self._schedule.state_dict()}
         Path(directory, _PROGRESS).write_text(json.dumps(state))
 
@@ -115,6 +115,7 @@ class FusedTrainer:
             self._optimizer.state[parameter] = {
                 name: tensors[f"{index}.{name}"].to("cpu" if name == "step" else self._device) for name in names
             }
+        self._restore_further(tensors)
         saved = json.loads(Path(directory, _PROGRESS).read_text())
         known = [each.name for each in fields(Curve)]
         self.curves = [Curve(**{name: curve.get(name, []) for name in known}) for curve in saved["curves"]]
@@ -134,15 +135,28 @@ class FusedTrainer:
         if self._rank:
             return
         for k, (job, curve) in enumerate(zip(self.jobs, self.curves, strict=True)):
-            examples = len(self._examples[k])
             result = ExpertResult(
-                job.name, job.key, mean_of_tail(curve.loss), len(curve.loss), examples, self._precision, round(seconds, 2)
+                job.name, job.key, mean_of_tail(curve.loss), len(curve.loss), self._examples_seen(k), self._precision,
+                round(seconds, 2),
             )  # fmt: skip
             job.folder.delete(job.directory, CONFIG_FILE)  # whose return means that all files belong together
             job.folder.write_json(curve.rows(), job.directory, "curve.json")
             job.folder.write_json(result.as_dict(), job.directory, "result.json")
             if not job.candidate_steps:
                 self._write_adapter(k, job.directory)
+
+    def _open_examples(self, job: ExpertJob) -> Any:
+        return EncodedExamples(job.folder, job.caches)
+
+    def _examples_seen(self, k: int) -> int:
+        return len(self._examples[k])
+
+    def _further_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint keeps beside weights and optimiser, under names that begin with no number."""
+        return {}
+
+    def _restore_further(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `_further_tensors` gave."""
 
     def _base(self) -> Any:
         config, dtype = self.config, DTYPES[self._precision]
@@ -206,3 +220,12 @@ class FusedTrainer:
             write_adapter(target, self._adapters.adapter(k), shapes, self._adapters.rank, job.model.name, revision)
             for name in ADAPTER_FILES:
                 job.folder.write_bytes((target / name).read_bytes(), directory, name)
+
+
+def fused_trainer_of(jobs: Sequence[ExpertJob], rank: int = 0, world_size: int = 1) -> FusedTrainer:
+    """Return what fits experts as one: to images that are there, or to those of rounds that their own adapters draw."""
+    if jobs[0].rounds is None:
+        return FusedTrainer(jobs, rank, world_size)
+    from selma_ray.experts.fused_nft_trainer import FusedNftTrainer
+
+    return FusedNftTrainer(jobs, rank, world_size)

@@ -113,7 +113,7 @@ def test_a_wave_is_one_lane_of_what_is_alike_and_lanes_of_the_rest(make_jobs: An
     assert lanes[0].checkpoints != lanes_of(make_jobs(), slots=1)[0].checkpoints
 
 
-@pytest.mark.parametrize("settings", [{"fused": True, "dpo": {}}, {"fused": True, "nft": {}}])
-def test_what_is_not_fitted_by_denoising_cannot_be_fused(settings: Any) -> None:
+@pytest.mark.parametrize("settings", [{"fused": True, "dpo": {}}, {"fused": True, "ema": 0.9}])
+def test_what_learns_from_pairs_or_is_averaged_cannot_be_fused(settings: Any) -> None:
     with pytest.raises(ValueError, match="fused must be false with"):
         ExpertsConfig.model_validate(settings)

@@ -58,7 +58,7 @@ class Drawn:
 
     def fit(self, stop_at: int | None = None, start_from: str | None = None, save_to: str | None = None) -> NftTrainer:
         trainer = NftTrainer(self.job)
-        trainer._wait_for_images = self.draw  # type: ignore[method-assign]
+        trainer.rounds.wait_for_images = self.draw  # type: ignore[method-assign]
         if start_from:
             trainer.load(start_from)
         while trainer.steps_done < (stop_at or self.job.config.steps):
