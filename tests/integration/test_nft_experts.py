@@ -61,10 +61,11 @@ def train(folder: RunFolder, model: ModelConfig, config: ExpertsConfig, rounds: 
     return results, told
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "as one"])
 def test_all_experts_learn_in_rounds_at_once_and_a_rerun_does_nothing(
-    ray_cluster: Any, model: ModelConfig, tmp_path: Path
+    ray_cluster: Any, model: ModelConfig, tmp_path: Path, fused: bool
 ) -> None:
-    folder, config = RunFolder(str(tmp_path)), CONFIG.model_copy(update={"nft": NFT})
+    folder, config = RunFolder(str(tmp_path)), CONFIG.model_copy(update={"nft": NFT, "fused": fused})
     results, told = train(folder, model, config, source())
     assert [(result.steps, result.examples) for result in results.values()] == [(3, 12), (3, 12)]
     for skill in SKILLS:
