@@ -105,11 +105,14 @@ def _convert(source: Path, target: Path) -> None:
     A process of its own does it: what tqdm and DeepSpeed, which saving a model imports, say of themselves is decided by the environment
     that they are imported in, and what this process uses DeepSpeed for, if anything, it is to decide itself.
     """
-    logger.info("miniature: converting %s for first use", source.name)
+    # A warning, as nothing else is said before the first stage, and this takes a while.
+    logger.warning("miniature: its language model is unpacked into %s, once", target)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     environment = {**os.environ, "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
-        subprocess.run([sys.executable, "-m", f"{__package__}.unpack_llm", source, partial], env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-m", f"{__package__}.unpack_llm", source, partial], env=environment, check=True
+        )
         shutil.rmtree(target, ignore_errors=True)  # what is there without a config.json is no model
         partial.chmod(0o755)
         partial.replace(target)
