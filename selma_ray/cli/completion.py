@@ -28,17 +28,15 @@ def complete(parser: argparse.ArgumentParser) -> None:
 def complete_recipe(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Return the published recipes that a command takes, studies for `study`, both for `plan`, and files."""
     command = parsed_args.command
-    names = [
-        name
-        for name, path in published_recipes().items()
-        if command == "plan" or (_STUDY_MARK in path.read_text(encoding="utf-8")) == (command == "study")
-    ]
+    names = list(published_recipes()) if command == "plan" else _published(studies=command == "study")
     return [*names, *_files(prefix)]
 
 
 def complete_published(prefix: str, parsed_args: argparse.Namespace, action: argparse.Action, **_: Any) -> list[str]:
-    """Return all published recipes; nothing for a name that `selma init` is to give."""
-    return [] if action.dest == "name" and parsed_args.command == "init" else list(published_recipes())
+    """Return all published recipes, those that are no studies for `selma init --extends`; nothing for the name it is to give."""
+    if parsed_args.command != "init":
+        return list(published_recipes())
+    return [] if action.dest == "name" else _published(studies=False)
 
 
 def complete_override(prefix: str, **_: Any) -> list[str]:
@@ -63,6 +61,12 @@ def complete_skill(prefix: str, **_: Any) -> list[str]:
     from selma_ray.skills import packaged_skills
 
     return [*packaged_skills(), *_files(prefix)]
+
+
+def _published(*, studies: bool) -> list[str]:
+    """Return the names of the studies, or of all other recipes; no YAML is parsed for that."""
+    paths = published_recipes()
+    return [name for name, path in paths.items() if (_STUDY_MARK in path.read_text(encoding="utf-8")) == studies]
 
 
 def _files(prefix: str) -> list[str]:

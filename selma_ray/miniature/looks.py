@@ -1,6 +1,6 @@
 """Small LoRAs for the miniature, each fitted to one look of its scenes by diffusers and PEFT alone: something to merge, serve and compare.
 
-`python -m selma_ray.miniature.looks sepia night negative --out loras` writes loras/sepia/pytorch_lora_weights.safetensors and so on, each
+`python -m selma_ray.miniature.looks sepia night negative --out loras` writes loras/sepia.safetensors and so on, each
 within half a minute on two CPU cores.
 """
 
@@ -45,8 +45,8 @@ LOOKS: Mapping[str, Callable[[Image.Image], Image.Image]] = {
 """What each look makes of a scene."""
 
 
-def fit_look(look: str, target: Path, steps: int = 60, seed: int = 0) -> Path:
-    """Fit a LoRA to scenes in one of LOOKS and return the file, which diffusers, ComfyUI and `selma merge-adapters` read."""
+def fit_look(look: str, folder: Path, steps: int = 60, seed: int = 0) -> Path:
+    """Fit a LoRA to scenes in one of LOOKS and return its file in the folder, which diffusers, ComfyUI and `selma merge-adapters` read."""
     pipeline = StableDiffusionPipeline.from_pretrained(text_to_image_dir())
     pipeline.unet.requires_grad_(False)
     torch.manual_seed(seed)
@@ -54,8 +54,9 @@ def fit_look(look: str, target: Path, steps: int = 60, seed: int = 0) -> Path:
     latents_NCHW, texts_NTD = _encoded(pipeline, LOOKS[look], seed)
     _fit(pipeline, latents_NCHW, texts_NTD, steps)
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    StableDiffusionPipeline.save_lora_weights(target, unet_lora_layers=weights)
-    return target / "pytorch_lora_weights.safetensors"
+    name = f"{look}.safetensors"
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, weight_name=name)
+    return folder / name
 
 
 @torch.no_grad()
@@ -92,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fit the looks that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m selma_ray.miniature.looks", description=__doc__)
     parser.add_argument("looks", nargs="+", choices=list(LOOKS), help="the looks to fit")
-    parser.add_argument("--out", type=Path, default=Path("loras"), help="a folder for each lies in it (default: loras)")
+    parser.add_argument("--out", type=Path, default=Path("loras"), help="the folder of their files (default: loras)")
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of each (default: 60)")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     for look in options.looks:
-        sys.stdout.write(f"{fit_look(look, options.out / look, options.steps)}\n")
+        sys.stdout.write(f"{fit_look(look, options.out, options.steps)}\n")
 
 
 if __name__ == "__main__":
