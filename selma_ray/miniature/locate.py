@@ -116,5 +116,9 @@ def _convert(source: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)  # what is there without a config.json is no model
         partial.chmod(0o755)
         partial.replace(target)
+    except subprocess.CalledProcessError:
+        raise ModelNotFoundError(
+            f"miniature: the language model could not be unpacked into {target}, the lines above say why; fix that and try again"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
