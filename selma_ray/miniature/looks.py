@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers, logging
+from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
@@ -53,7 +53,7 @@ def fit_look(look: str, folder: Path, steps: int = 60, seed: int = 0) -> Path:
     pipeline.unet.add_adapter(LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_TARGETS))
     latents_NCHW, texts_NTD = _encoded(pipeline, LOOKS[look], seed)
     _fit(pipeline, latents_NCHW, texts_NTD, steps)
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    weights = get_peft_model_state_dict(pipeline.unet)
     name = f"{look}.safetensors"
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, weight_name=name)
     return folder / name
