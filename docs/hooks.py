@@ -1,15 +1,39 @@
-"""What MkDocs puts into the pages that are made from the code: recipes, their keys, commands, and the service's API."""
+"""What MkDocs puts into the pages that are made: of recipes, their keys, commands and the service's API, and of notebooks."""
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 from selma_ray.cli.commands import build_parser
 from selma_ray.cli.explain import keys_by_section
 from selma_ray.run.published import about, published_recipes
 
 _TEST = re.compile(r"\[(?P<words>[^\]]+)\]\((?:\.\./)+tests/\S+ \"(?P<test>\w+)\"\)")
+
+
+def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
+    """Add a page for each notebook, which lies beside it to be downloaded."""
+    for file in list(files):
+        if file.src_uri.endswith(".ipynb"):
+            page = file.src_uri.removesuffix(".ipynb") + ".md"
+            files.append(File.generated(config, page, content=notebook_page(Path(config.docs_dir, file.src_uri))))
+    return files
+
+
+def notebook_page(path: Path) -> str:
+    """Return a notebook as a page: its text as it stands, its code in blocks, and a link to the file."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text.replace(".ipynb)", ".md)"))
+    parts.insert(1, f"[Download the notebook]({path.name}); a test runs it from its first cell to its last.")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

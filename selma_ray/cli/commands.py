@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from selma_ray import __version__
+from selma_ray.cli.completion import complete
 from selma_ray.cli.merge_adapters import add_merge_adapters, execute_merge_adapters
 from selma_ray.cluster.errors import known_error
 from selma_ray.errors import first_line
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
+    complete(parser)
     # argparse ends the list of overrides at the first option; those after it belong to the list too.
     options, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:

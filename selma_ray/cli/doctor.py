@@ -122,7 +122,10 @@ def _memory() -> Iterator[Finding]:
     yield Finding("CPUs and memory", "fine", f"{len(os.sched_getaffinity(0))} cores, {total / 1e9:.0f} GB")
     shared = shutil.disk_usage("/dev/shm").free
     wanted = ClusterConfig().object_store_memory_gb * 1e9
-    if shared < wanted:
+    if shared >= wanted:
+        detail = f"/dev/shm has {shared / 1e9:.1f} GB, Ray's object store takes {wanted / 1e9:g} of it (cluster.object_store_memory_gb)"
+        yield Finding("shared memory", "fine", detail)
+    else:
         yield Finding(
             "shared memory", "note", f"/dev/shm has {shared / 1e9:.1f} GB, Ray's object store is to have {wanted / 1e9:g}: it will be slow",
             "give the container --shm-size, or set cluster.object_store_memory_gb",

@@ -1,6 +1,5 @@
 """What a recipe may say, told by the code that reads it: the keys with their types, bounds, defaults and meanings."""
 
-import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from selma_ray.cli.keys import find_key, section_of
 from selma_ray.config import StrictModel, is_placement
-from selma_ray.errors import ConfigError
 from selma_ray.run.recipe import Recipe
 
 __all__ = ["explain", "keys_by_section"]
@@ -33,7 +32,7 @@ _BOUNDS = {
 def explain(key: str) -> None:
     """Print what a key of a recipe means, and the keys below it; raises ConfigError for one that there is not."""
     console = Console(highlight=False, soft_wrap=True)
-    field, section = _found(key)
+    field, section = find_key(key)
     if field is not None:
         console.print(f"[bold]{escape(key)}[/bold]: {escape(_type_words(field.annotation))}{escape(_bounds(field))}")
         if section is None:
@@ -44,7 +43,7 @@ def explain(key: str) -> None:
         for heading in ("key", "default", "meaning"):
             table.add_column(heading)
         for name, each in section.model_fields.items():
-            default = "" if _section(each.annotation) else _default(each)
+            default = "" if section_of(each.annotation) else _default(each)
             meaning = (each.description or "").partition(". ")[0].partition("; ")[0]
             table.add_row(*map(escape, (f"{key}.{name}".lstrip("."), default, " ".join(meaning.split()))))
         console.print(table, soft_wrap=False)
@@ -57,7 +56,7 @@ def keys_by_section(
     rows = []
     below: list[tuple[str, type[StrictModel]]] = []
     for name, field in section.model_fields.items():
-        inner = _section(field.annotation)
+        inner = section_of(field.annotation)
         if inner is not None:
             below.append((f"{above}{name}", inner))
         words = _type_words(field.annotation) + _bounds(field)
@@ -66,35 +65,6 @@ def keys_by_section(
     yield above.removesuffix("."), rows
     for name, inner in below:
         yield from keys_by_section(inner, f"{name}.")
-
-
-def _found(key: str) -> tuple[FieldInfo | None, type[StrictModel] | None]:
-    """Return the field that a key names, none for the whole recipe, and the section below it, if there is one."""
-    field: FieldInfo | None = None
-    section: type[StrictModel] | None = Recipe
-    parts = key.split(".") if key else []
-    for depth, part in enumerate(parts):
-        known = section.model_fields if section else {}
-        if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            meant = f"did you mean {'.'.join([*parts[:depth], *near])}; " if near else ""
-            command = f"selma explain {'.'.join(parts[:depth])}".strip()
-            raise ConfigError(f"{key} is no key of a recipe; {meant}`{command}` lists them")
-        field = known[part]
-        section = _section(field.annotation)
-    return field, section
-
-
-def _section(annotation: Any) -> type[StrictModel] | None:
-    """Return the section that stands in a field's type, the first where there are several."""
-    return next(_sections(annotation), None)
-
-
-def _sections(annotation: Any) -> Iterator[type[StrictModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _sections(argument)
 
 
 def _type_words(annotation: Any) -> str:

@@ -5,8 +5,11 @@ from pathlib import Path
 from rich.markup import escape
 
 from selma_ray.cli.show import console
+from selma_ray.config import read_yaml
 from selma_ray.errors import ConfigError
+from selma_ray.models.locate import MINIATURE
 from selma_ray.run.published import published_recipes
+from selma_ray.run.recipe import load_recipe
 
 __all__ = ["init"]
 
@@ -50,14 +53,24 @@ seeds:
   - Three mice row a boat across a pond at dawn.
   - An old tortoise plays the cello on an empty stage.
 
-# Sampling of this skill alone, where it should differ from the recipe's prompts.llm:
-# sampling: {{temperature: 0.9, top_p: 0.95}}
+# Sampling of this skill alone; what is not here is as in the recipe's prompts.llm. The demo's temperature is for its own tight grammars.
+sampling: {{temperature: 0.9, top_p: 0.95}}
+
+"""
+
+
+_GRAMMAR = """\
+# Keeps a language model as small as the demo's to one sentence a line; a larger one draws a wider net without it.
+grammar: |
+  caption ::= first (" " word){4,20} "."
+  first ::= "A" | "An" | "The" | "Some" | "Two" | "Three"
+  word ::= [a-z]+ ","?
 """
 
 
 def init(folder: str, name: str, extends: str) -> None:
     """Write NAME.yaml and NAME.skill.yaml into a folder; raises ConfigError where one is there, or no such recipe to extend."""
-    if extends not in published_recipes():
+    if extends not in published_recipes() or "arms" in read_yaml(published_recipes()[extends]):  # a study
         raise ConfigError(f"--extends must be a published recipe, got {extends!r}; `selma recipes` lists them")
     if not name.isidentifier() or not name.islower() or not name.isascii() or name.startswith("_"):
         raise ConfigError(f"the name must be small letters, digits and _, a letter first, got {name!r}")
@@ -65,7 +78,7 @@ def init(folder: str, name: str, extends: str) -> None:
     recipe, skill = place / f"{name}.yaml", place / f"{name}.skill.yaml"
     texts = {
         recipe: _RECIPE.format(name=name, extends=extends, skill=skill),
-        skill: _SKILL.format(name=name, skill=skill),
+        skill: _SKILL.format(name=name, skill=skill) + (_GRAMMAR if _writes_little(extends) else ""),
     }
     for path in texts:
         if path.exists():
@@ -77,3 +90,8 @@ def init(folder: str, name: str, extends: str) -> None:
     console.print(f"Next: selma skills check {skill}", markup=False)
     console.print(f"      selma plan {recipe}", markup=False)
     console.print(f"      selma run {recipe}", markup=False)
+
+
+def _writes_little(extends: str) -> bool:
+    """Tell whether a published recipe has the miniature's language model write, which needs a grammar to write sentences."""
+    return load_recipe(published_recipes()[extends]).prompts.llm.name == MINIATURE

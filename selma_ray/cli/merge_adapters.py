@@ -4,10 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from selma_ray.config import validate
 from selma_ray.errors import ConfigError
-from selma_ray.merging.config import MergingConfig
-from selma_ray.models.config import ModelConfig
 
 __all__ = ["add_merge_adapters", "execute_merge_adapters"]
 
@@ -41,7 +38,10 @@ def add_merge_adapters(commands: Any) -> None:
 
 def execute_merge_adapters(options: argparse.Namespace) -> None:
     """Merge and say what came out; raises ConfigError for bad settings, AdapterError for bad adapters."""
+    from selma_ray.config import validate
+    from selma_ray.merging.config import MergingConfig
     from selma_ray.merging.run import merge_adapters
+    from selma_ray.models.config import ModelConfig
 
     places, weights = _named(options.adapters)
     settings = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}

@@ -3,21 +3,17 @@
 import json
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
-from rich.text import Text
 
+from selma_ray.cli.bars import progress_display
 from selma_ray.cluster.connection import connect
 from selma_ray.errors import ConfigError, SelmaError
-from selma_ray.progress import Progress, Report
 from selma_ray.run.demands import SERVE
 from selma_ray.run.lease import held
 from selma_ray.run.models import check_trainable
@@ -38,10 +34,8 @@ __all__ = [
     "write_report",
 ]
 
-_LINE_EVERY_S = 10.0
-_DETAIL_CHARS = 80
 _SHUTDOWN_S = 3.0
-"""Seconds for Ray Serve to end; a local Ray ends with this process, whatever it still does."""
+"""Seconds for a service on a cluster to end; a local one ends with this process, whatever it still does."""
 
 _TITLES = {
     "generate": "Prompts and images: vLLM streams into the renderers",
@@ -58,6 +52,7 @@ def run_all(run: Run) -> None:
     check_trainable(run.recipe)
     started_s = time.monotonic()
     with held(run.folder):
+        console.print("[dim]Starting Ray, or joining it[/dim]")
         connect(run.recipe.cluster)
         check_before(run, [*STAGES, SERVE])
         for name in STAGES:
@@ -99,7 +94,7 @@ def run_one(run: Run, name: str) -> None:
         return
     console.print(f"[bold]{_TITLES[name]}[/bold]")
     started_s = time.monotonic()
-    with _progress_display() as report:
+    with progress_display(console) as report:
         summary = run_stage(run, name, report)
     console.print(
         f"[green]✓[/green] {_summary_line(name, summary)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]"
@@ -114,7 +109,7 @@ def run_study(study: Study) -> None:
     for number, step in enumerate(steps, start=1):
         started_s = time.monotonic()
         console.print(f"[bold]Study {number}/{len(steps)}: {escape(step.title)}[/bold]")
-        with _progress_display() as report:
+        with progress_display(console) as report:
             step.do(report)
         console.print(f"[green]✓[/green] {escape(step.title)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
     console.print(f"Tables: [bold]{escape(study.place('tables.md'))}[/bold]")
@@ -165,6 +160,7 @@ def show_ratings(run: Run, files: Sequence[str]) -> None:
 
 def serve(run: Run) -> None:
     """Serve the merged model until interrupted or terminated, then finish what was accepted."""
+    console.print("[dim]Starting Ray, or joining it; then the models and the judge load, and one image is drawn[/dim]")
     service = _start_service(run)
     try:
         console.print(f"Serving {run.recipe.merging.name} at [bold]{service.url}[/bold] (interrupt to stop)")
@@ -178,7 +174,7 @@ def serve(run: Run) -> None:
         console.print(f"Stopping; accepted requests have {run.recipe.serving.drain_s:g} s (interrupt to stop at once)")
         service.drain()
     finally:
-        service.stop(within_s=_SHUTDOWN_S)
+        service.leave(_SHUTDOWN_S)
 
 
 def _start_service(run: Run) -> Any:
@@ -200,7 +196,7 @@ def _fetch_one_image(run: Run) -> None:
             f"[green]✓[/green] POST {service.url}/v1/images/generations “{escape(prompt)}” → {escape(run.folder.path('served.png'))}"
         )
     finally:
-        service.stop()
+        service.leave(_SHUTDOWN_S)
 
 
 def _example_prompt(run: Run) -> str:
@@ -273,53 +269,6 @@ def _difference_line(difference: dict[str, Any] | None) -> str:
         return "base and merged have no scored image in common"
     low, high = difference["interval"]
     return f"merged - base: {100 * difference['mean']:+.1f} points, 95% interval [{100 * low:+.1f}, {100 * high:+.1f}] (paired)"
-
-
-@contextmanager
-def _progress_display() -> Iterator[Report]:
-    """Yield a report function that draws a bar on a terminal and prints a line now and then elsewhere."""
-    if not console.is_terminal:
-        yield _line_reporter()
-        return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-    )
-    with _BarsAndFigures(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None, detail="starting")
-
-        def report(progress: Progress) -> None:
-            bars.figures = progress.figures
-            bars.update(task, completed=progress.done, total=progress.total, detail=progress.detail[:_DETAIL_CHARS])
-
-        yield report
-
-
-class _BarsAndFigures(Bars):
-    """Bars with lines of figures below them."""
-
-    figures: Sequence[str] = ()
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """Return what is drawn, from top to bottom."""
-        yield from super().get_renderables()
-        yield from map(Text, self.figures)
-
-
-def _line_reporter() -> Report:
-    last_s = time.monotonic()
-
-    def report(progress: Progress) -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s >= _LINE_EVERY_S or progress.done == progress.total:
-            last_s = time.monotonic()
-            parts = f"{progress.done}/{progress.total}", *progress.figures, progress.detail[:_DETAIL_CHARS]
-            console.print(f"  {progress.stage} {'; '.join(filter(None, parts))}", markup=False)
-
-    return report
 
 
 def _minutes(seconds: float) -> str:

@@ -81,8 +81,17 @@ def _facts(
         "image_metrics": [folder.read_json(path) for path in folder.files("evaluation", "metrics", suffix=".json")],
         "ratings": folder.read_json("pairs", "result.json") if folder.exists("pairs", "result.json") else None,
         "command": f"selma run {folder.path('recipe.yaml')} run_dir=runs/again",
+        "commands": _commands(folder),
         "versions": _versions(),
     }
+
+
+def _commands(folder: RunFolder) -> dict[str, str]:
+    """Return the command that makes each part of the report."""
+    recipe = folder.path("recipe.yaml")
+    stages = {stage: f"selma {stage} {recipe}" for stage in ("generate", "train", "merge", "evaluate")}
+    ratings = f"selma evaluate {recipe} --export-pairs, and then --ratings FILE"
+    return {**stages, "ratings": ratings, "score_images": f"python -m jobs.score_images {folder.uri}"}
 
 
 def _of_experts(folder: RunFolder, experts: Sequence[str], name: str) -> dict[str, Any]:

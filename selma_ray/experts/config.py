@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from selma_ray.adapters.config import LoraSettings
 from selma_ray.config import Placement, StrictModel
 from selma_ray.judging.config import JudgeConfig, JudgeSetting
-from selma_ray.tracking.tracker import TrackerName
+from selma_ray.tracking.names import TrackerName
 
 __all__ = [
     "GRADIENTS_AT_ONCE",

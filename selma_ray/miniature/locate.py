@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -98,26 +100,25 @@ def _find_gguf() -> Path:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write a Hugging Face folder in bfloat16 from a quantized GGUF file, whole or not at all."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
+    """Write a Hugging Face folder in bfloat16 from a quantized GGUF file, whole or not at all.
 
-    disable_progress_bar()
-    logger.info("miniature: converting %s for first use", source.name)
+    A process of its own does it: what tqdm and DeepSpeed, which saving a model imports, say of themselves is decided by the environment
+    that they are imported in, and what this process uses DeepSpeed for, if anything, it is to decide itself.
+    """
+    # A warning, as nothing else is said before the first stage, and this takes a while.
+    logger.warning("miniature: its language model is unpacked into %s, once", target)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    environment = {**os.environ, "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     try:
-        location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-        tokenizer = AutoTokenizer.from_pretrained(**location)
-        model = AutoModelForCausalLM.from_pretrained(
-            **location, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        subprocess.run(
+            [sys.executable, "-m", f"{__package__}.unpack_llm", source, partial], env=environment, check=True
         )
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
         shutil.rmtree(target, ignore_errors=True)  # what is there without a config.json is no model
         partial.chmod(0o755)
         partial.replace(target)
+    except subprocess.CalledProcessError:
+        raise ModelNotFoundError(
+            f"miniature: the language model could not be unpacked into {target}, the lines above say why; fix that and try again"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -105,7 +105,7 @@ def _write_all_prompts(run: Run, prompts: "Dataset", report: Report) -> None:
 
     llm, wanted = run.recipe.prompts.llm, run.recipe.prompts.per_skill * len(run.skills)
     words = watch_prompts(run.folder)
-    with llm_errors(llm), _showing_prompts(run.folder, words, wanted, report):
+    with llm_errors(llm), _showing_prompts(run.folder, words, wanted, report, f"the language model {llm.name} loads"):
         for done, row in enumerate(prompts.iter_rows(), start=1):
             figures = tuple(filter(None, (words(), "renderers start when the language model is done and gone")))
             report(Progress("generate", done, wanted, f"{row['skill']}: {row['prompt']}", figures))
@@ -132,7 +132,7 @@ def _render(run: Run, prompts: "Dataset", model: ModelConfig, report: Report) ->
     with (
         questions_beside(run, report),
         llm_errors(recipe.prompts.llm),
-        _showing_prompts(run.folder, prompt_words, total, report) as images_begin,
+        _showing_prompts(run.folder, prompt_words, total, report, _loading(recipe, model)) as images_begin,
     ):
         streamed = 0
         for row, progress in follow(images, run.folder, recipe.images, total):
@@ -156,18 +156,17 @@ def _choose(run: Run, report: Report) -> None:
 
 @contextmanager
 def _showing_prompts(
-    folder: RunFolder, words: Callable[[], str | None], total: int, report: Report
+    folder: RunFolder, words: Callable[[], str | None], total: int, report: Report, loading: str
 ) -> Iterator[Callable[[], None]]:
-    """Report the prompts from a thread until the yielded function is called: before its first image the stream says nothing."""
+    """Report what loads, then the prompts, from a thread until the yielded function is called: the stream tells of images alone."""
     from selma_ray.images.progress import read_progress
 
     first_image = threading.Event()
 
     def show() -> None:
         while not first_image.wait(_SHOW_EVERY_S):
-            if said := words():
-                images = read_progress(folder)
-                report(Progress("generate", images.done if images else 0, total, "no image yet", (said,)))
+            images = read_progress(folder)
+            report(Progress("generate", images.done if images else 0, total, "no image yet", (words() or loading,)))
 
     def end() -> None:
         first_image.set()
@@ -179,6 +178,16 @@ def _showing_prompts(
         yield end
     finally:
         end()
+
+
+def _loading(recipe: Recipe, model: ModelConfig) -> str:
+    """Return what the stream waits for before its first prompt, in words."""
+    llm = recipe.prompts.llm
+    if recipe.data.prompts == "ground_truth" or llm.engine == "free":
+        return f"the model {model.name} loads"
+    waits = "loads" if llm.engine == "vllm" else "is asked"
+    patience = ", on a CPU in a minute or two" if llm.engine == "vllm" and not llm.num_gpus else ""
+    return f"the language model {llm.name} {waits}{patience}; the model {model.name} loads beside it"
 
 
 def _draw(run: Run, prompts: "Dataset", report: Report) -> dict[str, Any]:

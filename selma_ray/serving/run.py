@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ray import serve
@@ -96,13 +95,22 @@ class Service:
         if cut_off:
             logger.warning("%d requests were cut off after serving.drain_s %g; set it higher", cut_off, timeout_s)
 
-    def stop(self, within_s: float | None = None) -> None:
-        """End the service; with `within_s`, return after so many seconds whether it has ended or still does, on its own."""
-        end = serve.shutdown if self.alone else partial(serve.delete, self.name)
-        if within_s is None:
-            end()
+    def stop(self) -> None:
+        """End the service, and Ray Serve where it runs for it alone."""
+        if self.alone:
+            serve.shutdown()
+        else:
+            serve.delete(self.name)
+
+    def leave(self, within_s: float) -> None:
+        """End the service of a process that ends: return after so many seconds whether it has ended or still does, on its own.
+
+        A local Ray ends with the process, and Ray Serve in it. Told to end before, its controller would kill itself in the middle of calls
+        that wait for it, which the raylet reports as a crash.
+        """
+        if self.alone:
             return
-        thread = threading.Thread(target=end, name="shutdown", daemon=True)
+        thread = threading.Thread(target=self.stop, name="shutdown", daemon=True)
         thread.start()
         thread.join(within_s)
 

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 from selma_ray.errors import ConfigError
 from selma_ray.storage import RunFolder
-from selma_ray.tracking.tracker import TrackedRun, Tracker, TrackerName
+from selma_ray.tracking.names import TrackerName
+from selma_ray.tracking.tracker import TrackedRun, Tracker
 
 __all__ = ["check_trackers", "open_tracker"]
 

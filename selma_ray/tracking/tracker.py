@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
 from selma_ray.storage import RunFolder
 
-__all__ = ["PROJECT", "TrackedRun", "Tracker", "TrackerName"]
-
-TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+__all__ = ["PROJECT", "TrackedRun", "Tracker"]
 
 PROJECT = "selma_ray"
 """The project, or experiment, of a run where the environment names none."""

@@ -24,7 +24,7 @@ def test_this_machine_has_no_fault_and_a_folder_is_tried_and_left_as_it_was(
 ) -> None:
     assert cli.main(["doctor", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"versions", "libraries", "GPUs", "the hub", "run_dir"} <= {each["what"] for each in found}
+    assert {"versions", "libraries", "GPUs", "shared memory", "the hub", "run_dir"} <= {each["what"] for each in found}
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["doctor"]) == 0
     assert "ray 2." in capsys.readouterr().out

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from selma_ray.cli import commands as cli
-from selma_ray.cli.explain import _section
+from selma_ray.cli.keys import section_of
 from selma_ray.config import StrictModel
 from selma_ray.run.recipe import Recipe
 
@@ -13,7 +13,7 @@ from selma_ray.run.recipe import Recipe
 def keys(section: type[StrictModel] = Recipe, above: str = "", depth: int = 0) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield f"{above}{name}"
-        below = _section(field.annotation)
+        below = section_of(field.annotation)
         if below is not None and depth < 4:
             yield from keys(below, f"{above}{name}.", depth + 1)
 

@@ -70,7 +70,10 @@ def test_init_writes_files_that_are_taken_as_they_are(
     assert recipe.model == load_recipe(extends).model
     (skill,) = map(load_skill, recipe.skills)
     assert skill.name == "foxes"
-    assert "A fox in a green coat" in shown(capsys, "skills", "check", recipe.skills[0])
+    assert skill.sampling.temperature < 1  # the demo's own makes words of nothing outside its grammars
+    told = shown(capsys, "skills", "check", recipe.skills[0])
+    assert "A fox in a green coat" in told
+    assert ("Grammar: compiles" in told) == (extends == "demo")  # a tiny model writes no sentence without one
     assert "is there already" in refused(capsys, "init", "foxes", "--folder", str(tmp_path / "new"))
 
 
@@ -79,7 +82,8 @@ def test_a_name_that_no_skill_may_bear_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert "must be small letters" in refused(capsys, "init", name, "--folder", str(tmp_path))
-    assert "published recipe" in refused(capsys, "init", "--folder", str(tmp_path), "--extends", "nothing")
+    for extends in ("nothing", "beyond"):  # the second is a study
+        assert "published recipe" in refused(capsys, "init", "--folder", str(tmp_path), "--extends", extends)
     assert list(tmp_path.iterdir()) == []
 
 

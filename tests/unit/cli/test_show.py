@@ -8,6 +8,7 @@ from rich.console import Console
 
 from selma_ray.cli import commands as cli
 from selma_ray.cli import show as console
+from selma_ray.cli.bars import progress_display
 from selma_ray.errors import ConfigError
 from selma_ray.progress import Progress
 from tests.unit.evaluation.finished_runs import SKILLS, write_finished_run
@@ -57,9 +58,10 @@ FIGURES = "prompts: 3 of 9 kept, 1 rejected (1 duplicate)", "images: 2/s, 0.1 mi
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(shown: Any) -> None:
-    with console._progress_display() as report:
+    with progress_display(console.console) as report:
         report(Progress("generate", 1, 9, "style: an early one", FIGURES))
         report(Progress("generate", 9, 9, "style: a sign that says [/b]", FIGURES))
+        report(Progress("generate", 9, 9, "style: a sign that says [/b]", FIGURES))  # what stands still is said once
     assert shown() == f"  generate 9/9; {FIGURES[0]}; {FIGURES[1]}; style: a sign that says [/b]\n"
 
 
@@ -67,7 +69,7 @@ def test_progress_on_a_terminal_has_figures_below_its_bar(monkeypatch: pytest.Mo
     output = io.StringIO()
     terminal = Console(file=output, width=120, force_terminal=True, highlight=False, soft_wrap=True)
     monkeypatch.setattr(console, "console", terminal)
-    with console._progress_display() as report:
+    with progress_display(console.console) as report:
         report(Progress("generate", 3, 9, "style: a sign that says [/b]", FIGURES))
     text = output.getvalue()
     assert "3/9" in text

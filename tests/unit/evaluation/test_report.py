@@ -166,6 +166,15 @@ def test_the_command_to_reproduce_names_the_runs_own_recipe(run: Any, page: Page
     assert run.read_json("report.json")["versions"]["selma_ray"]
 
 
+def test_each_part_names_the_command_that_makes_it(run: Any) -> None:
+    html = run.read_bytes("report.html").decode()
+    made = set(re.findall(r'<a href="#reproduce">Made by</a> <code>([^<]+)</code>', html))
+    recipe = run.path("recipe.yaml")
+    assert {f"selma {stage} {recipe}" for stage in ("train", "evaluate", "generate")} <= made
+    assert 'id="reproduce"' in html
+    assert "@media print" in html
+
+
 def test_failures_other_judges_and_ratings_are_told(tmp_path: Path) -> None:
     folder = write_finished_run(tmp_path, max_prompts=5)
     summary = folder.done("evaluate")

@@ -1,3 +1,4 @@
+import os
 import random
 from itertools import chain
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_missing_models_name_their_remedy(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(locate.metadata, "files", lambda name: None)  # type: ignore[attr-defined]
     with pytest.raises(ModelNotFoundError, match="pip install"):
         locate.llm_dir()
+
+
+def test_the_language_model_is_unpacked_in_a_quiet_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(command: list[Any], env: dict[str, str], check: bool) -> None:
+        assert command[1:3] == ["-m", "selma_ray.miniature.unpack_llm"]
+        assert (env["TQDM_DISABLE"], env["DS_ACCELERATOR"], check) == ("1", "cpu", True)
+        (command[-1] / "config.json").write_text("{}")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(locate, "_find_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr("subprocess.run", run)
+    assert (locate.llm_dir() / "config.json").exists()
+    assert "DS_ACCELERATOR" not in os.environ
+    assert "unpacked into" in caplog.text  # nothing else is said before the first stage
 
 
 def test_the_language_model_is_made_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

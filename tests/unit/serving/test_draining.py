@@ -146,6 +146,12 @@ def test_a_service_that_is_dead_has_nothing_to_drain(
 
 def test_ending_is_not_waited_for_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
-    monkeypatch.setattr(serve, "shutdown", lambda: ended.wait(30))
-    Service("http://127.0.0.1:8000", ServingConfig()).stop(within_s=0.05)
+    monkeypatch.setattr(serve, "delete", lambda name: ended.wait(30))
+    Service("http://127.0.0.1:8000", ServingConfig(), alone=False).leave(within_s=0.05)
     ended.set()
+
+
+def test_ray_serve_is_not_told_to_end_where_it_ends_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its controller never answers that it ends: it kills itself, and the raylet tells of a crash."""
+    monkeypatch.setattr(serve, "shutdown", lambda: pytest.fail("Ray Serve was told to end"))
+    Service("http://127.0.0.1:8000", ServingConfig()).leave(within_s=0.05)

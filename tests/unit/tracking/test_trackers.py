@@ -11,8 +11,9 @@ from PIL import Image
 
 from selma_ray.errors import ConfigError
 from selma_ray.storage import RunFolder
+from selma_ray.tracking.names import TrackerName
 from selma_ray.tracking.opening import check_trackers, open_tracker
-from selma_ray.tracking.tracker import PROJECT, TrackedRun, TrackerName
+from selma_ray.tracking.tracker import PROJECT, TrackedRun
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what clients say to one another is not ours to change
 
