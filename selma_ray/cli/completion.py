@@ -39,7 +39,7 @@ def complete_published(prefix: str, parsed_args: argparse.Namespace, action: arg
     return [] if action.dest == "name" else _published(studies=False)
 
 
-def complete_override(prefix: str, **_: Any) -> list[str]:
+def complete_override(prefix: str, **_told: Any) -> list[str]:
     """Return `key=` for keys of a recipe that begin so, sections with a dot after them, or after `key=` the values that it allows."""
     from selma_ray.cli.keys import choices_of, next_keys
 

@@ -66,7 +66,7 @@ def _encoded(
     """Return latents of scenes in a look, and the embeddings of their captions."""
     captions = world.sample_captions(_SKILL, _SCENES, seed, set())
     images = [look(world.draw_caption(caption, number)) for number, caption in enumerate(captions)]
-    pixels_NCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels_NCHW = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
     latents_NCHW = pipeline.vae.encode(pixels_NCHW).latent_dist.mean * pipeline.vae.config.scaling_factor
     texts_NTD, _ = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
     return latents_NCHW, texts_NTD

@@ -81,7 +81,7 @@ def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
     student = distilled(recipe.merging.distil, num_skills, cost, sampling) if distils else Work()
     tested = _models_tested(recipe, len(planned))
     weights = sum(parameters.values()) * _BYTES[recipe.model.dtype]
-    stages = (
+    stages: tuple[StagePlan, ...] = (
         StagePlan(
             "images", weights, images * render_flops(cost, sampling) / 1e15,
             images * _pixel_bytes(sampling), f"{images:,} images",

@@ -39,7 +39,7 @@ def store() -> Iterator[dict[str, str]]:
             patch.setenv(name, value)
         filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
         filesystem.create_dir(BUCKET)
-        yield store
+        yield dict(store)
 
 
 @contextmanager
