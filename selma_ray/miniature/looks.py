@@ -89,7 +89,7 @@ def _fit(pipeline: StableDiffusionPipeline, latents_NCHW: torch.Tensor, texts_NT
         optimiser.zero_grad()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _main(arguments: Sequence[str] | None = None) -> None:
     """Fit the looks that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m selma_ray.miniature.looks", description=__doc__)
     parser.add_argument("looks", nargs="+", choices=list(LOOKS), help="the looks to fit")
@@ -102,4 +102,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()
