@@ -1,5 +1,6 @@
 """Start and stop the service from a program."""
 
+import asyncio
 import base64
 import errno
 import ipaddress
@@ -12,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +89,7 @@ class Service:
         """Refuse new requests, and wait for those that were accepted as long as serving.drain_s says; a service that is dead has none."""
         timeout_s = self.config.drain_s
         try:
-            answers = serve.get_deployment_handle(API, self.name).broadcast("drain", timeout_s)
-            cut_off = sum(answers.results(timeout_s=timeout_s + _ANSWER_S))
+            cut_off = sum(_ask_all(self.name, "drain", timeout_s, within_s=timeout_s + _ANSWER_S))
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("the service ends without its requests in progress: %s", first_line(error))
             return
@@ -175,12 +176,29 @@ def start_service(
                 controller_options={"runtime_env": {"env_vars": _PATIENCE}},
             )
         serve.run(app, name=name, route_prefix=config.route_prefix)
-        serve.get_deployment_handle(API, name).broadcast("ready").results(timeout_s=config.request_timeout_s)
+        _ask_all(name, "ready", within_s=config.request_timeout_s)
     except Exception as error:
         reason = _reason(name)
         service.stop()
         raise ServingError(f"the service did not start: {reason or first_line(error)}") from error
     return service
+
+
+def _ask_all(name: str, method: str, *arguments: Any, within_s: float) -> list[Any]:
+    """Call a method of every replica of an application's API; returns their answers.
+
+    In a thread of its own where this one runs an asyncio loop, as a notebook's does: Ray Serve refuses to wait there.
+    """
+
+    def ask() -> list[Any]:
+        return serve.get_deployment_handle(API, name).broadcast(method, *arguments).results(timeout_s=within_s)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return ask()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(ask).result()
 
 
 @dataclass(frozen=True)

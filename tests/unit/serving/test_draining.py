@@ -144,6 +144,33 @@ def test_a_service_that_is_dead_has_nothing_to_drain(
     assert caplog.messages == ["the service ends without its requests in progress: no application"]
 
 
+class RefusesLoops:
+    """A deployment's handle, which waits for answers as Ray Serve's does: not in an asyncio loop."""
+
+    def broadcast(self, method: str, *arguments: Any) -> "RefusesLoops":
+        self.asked = method
+        return self
+
+    def results(self, timeout_s: float) -> list[int]:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        return [2]
+
+
+@pytest.mark.parametrize("in_a_notebook", [False, True])
+def test_a_service_can_be_ended_from_a_notebook(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, in_a_notebook: bool
+) -> None:
+    async def drain_in_a_loop() -> None:
+        service.drain()
+
+    handle, service = RefusesLoops(), Service("http://127.0.0.1:8000", ServingConfig(drain_s=5))
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda deployment, application: handle)
+    asyncio.run(drain_in_a_loop()) if in_a_notebook else service.drain()
+    assert handle.asked == "drain"
+    assert caplog.messages == ["2 requests were cut off after serving.drain_s 5; set it higher"]
+
+
 def test_ending_is_not_waited_for_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr(serve, "delete", lambda name: ended.wait(30))
