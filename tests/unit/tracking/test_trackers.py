@@ -74,7 +74,7 @@ def test_tensorboard(run: TrackedRun, tmp_path: Path, capfd: Any) -> None:
 def test_wandb(run: TrackedRun, tmp_path: Path, capfd: Any) -> None:
     pytest.importorskip("wandb", reason="Weights & Biases' client is not installed: the extra `trackers`")
     track("wandb", run)
-    records = [record for path in sorted((tmp_path / "run/wandb").rglob("*.wandb")) for record in wandb_records(path)]
+    records = [record for path in finished_runs(tmp_path / "run/wandb") for record in wandb_records(path)]
     opened = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {(each.run_id, each.display_name, each.project, each.run_group) for each in opened} == {
         ("0a1b2c3dtrain", "counting", PROJECT, "run")
@@ -86,6 +86,21 @@ def test_wandb(run: TrackedRun, tmp_path: Path, capfd: Any) -> None:
     assert [row["samples/captions"] for row in rows if "samples/captions" in row] == [list(SAMPLES)]
     assert len(list((tmp_path / "run/wandb").rglob("media/images/*.png"))) == 2
     assert_no_secret(tmp_path, capfd)
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """Return the two starts' files when they are whole: the client's own process writes on for a moment after a run is finished."""
+
+    def is_whole(path: Path) -> bool:
+        return [record.WhichOneof("record_type") for record in wandb_records(path)][-1:] == ["exit"]
+
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        paths = sorted(folder.rglob("*.wandb"))
+        if len(paths) == 2 and all(map(is_whole, paths)):
+            return paths
+        time.sleep(0.1)
+    pytest.fail(f"no two whole runs in {folder}: {paths}")
 
 
 def wandb_records(path: Path) -> Any:
