@@ -38,16 +38,21 @@ def test_a_signal_ends_a_command_with_one_line(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),  # whatever these tests inherited
     )
-    for line in process.stdout or ():
-        if line.startswith("  generate 0/"):
-            break
-    assert "prompts: " in line
-    assert "no image yet" in line
-    for signal_ in sent:
-        assert process.poll() is None
-        process.send_signal(signal_)
-        time.sleep(1)
-    _, errors = process.communicate(timeout=120)
+    try:
+        shown = []
+        for line in process.stdout or ():
+            shown.append(line)
+            if "prompts: " in line:
+                break
+        assert shown[-1].startswith("  generate 0/"), shown
+        assert "no image yet" in shown[-1]
+        for signal_ in sent:
+            assert process.poll() is None
+            process.send_signal(signal_)
+            time.sleep(1)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "Interrupted; the same command goes on where this one stopped."
     assert not [word for word in ("SIGTERM", "Traceback") if word in errors], errors
