@@ -96,9 +96,10 @@ def test_mixes_in_one_batch_equal_set_adapters_one_at_a_time(
     reference = with_adapters(load_pipeline(model, "cpu"), folders)
     expected = [drawn_by_set_adapters(reference, request) for request in requests]
     for image, wanted, request in zip(drawn_together(batch, requests), expected, requests, strict=True):
-        assert np.abs(image - wanted).max() <= 2, (
-            request
-        )  # of 255: kernels round rows beside others differently, by machine
+        off = np.abs(image - wanted)
+        # Kernels round rows beside others differently: on some CPUs a pixel in thousands is off by 2 of 255.
+        assert off.max() <= 2, request
+        assert (off > 1).mean() < 1e-3, request
     # The experts change the picture: equality is not that of images without them.
     plain = [drawn_by_set_adapters(reference, ImageRequest("a red ball", 1, 4, 3.0, 64, 64, mix=mix)) for mix in MIXES]
     assert min(np.abs(plain[0] - image).max() for image in plain[2:]) > 5
