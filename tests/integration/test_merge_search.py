@@ -7,41 +7,18 @@ from typing import Any
 import pytest
 
 from selma_ray.errors import ConfigError
-from selma_ray.miniature.locate import text_to_image_dir
-from selma_ray.run.ground_truth import write_captions
-from selma_ray.run.opening import open_run
-from selma_ray.run.recipe import load_recipe
 from selma_ray.run.stages import run_stage
-from tests.unit.adapters.adapters_on_disk import save_random_adapter
+from tests.integration.trained_run import trained_run
 
-DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
-OVERRIDES = [
-    "skills=[miniature/common, miniature/counting]",
-    "prompts.per_skill=8",
-    "prompts.dev_fraction=0.25",
-    "prompts.llm.engine=free",
-    "evaluation.sampling.steps=2",
+SEARCH = (
     "merging.method=search",
     "merging.search={generations: 1, candidates: 2, max_prompts: 4, by_block: true}",
-]
-
-
-def trained_run(folder: Path, *overrides: str) -> Any:
-    """Return a run whose experts are random adapters of the miniature, as if it had been trained."""
-    run = open_run(load_recipe(DEMO, [f"run_dir={folder}", *OVERRIDES, *overrides]))
-    write_captions(run.folder, run.skill_names, run.recipe.prompts, run.recipe.seed)
-    for seed, skill in enumerate(run.skill_names):
-        save_random_adapter(text_to_image_dir(), folder / "experts" / skill, seed, rank=2, lora_alpha=1)
-        path = folder / "experts" / skill / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "miniature"}))
-    for stage in ("generate", "train"):
-        run.folder.mark_done(stage, {})
-    return run
+)
 
 
 @pytest.mark.heavy
 def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster: Any, tmp_path: Path) -> None:
-    run = trained_run(tmp_path / "run")
+    run = trained_run(tmp_path / "run", *SEARCH)
     told: list[Any] = []
     summary = run_stage(run, "merge", told.append)
     merged = tmp_path / "run" / "merged" / "merged"
@@ -69,6 +46,6 @@ def test_search_finds_weights_on_the_dev_prompts_and_goes_on(ray_cluster: Any, t
 
 
 def test_a_skill_without_dev_prompts_is_named(ray_cluster: Any, tmp_path: Path) -> None:
-    run = trained_run(tmp_path / "run", "prompts.dev_fraction=0")
+    run = trained_run(tmp_path / "run", *SEARCH, "prompts.dev_fraction=0")
     with pytest.raises(ConfigError, match=r"merging.search needs dev prompts of every skill, common has none; raise"):
         run_stage(run, "merge", lambda progress: None)

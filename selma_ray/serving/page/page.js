@@ -302,9 +302,12 @@ function read(file) {
   });
 }
 
-async function scoreOwn() {
-  const [file] = element("own").files;
-  if (!file || running) return;
+async function scoreOwn(file) {
+  if (!file) return;
+  if (running) {
+    element("judge-note").textContent = `${file.name} is not scored: wait until the images are finished, or stop them.`;
+    return;
+  }
   element("error").hidden = true;
   element("status").textContent = "Asking the judge";
   try {
@@ -317,9 +320,33 @@ async function scoreOwn() {
     if (error.code === "unsupported_caption") element("judge-note").textContent = whyNoScore(error);
     else fail(error);
     element("status").textContent = "Not scored";
-  } finally {
-    element("own").value = ""; // the same file can be chosen again
   }
+}
+
+// Text that is dragged into a field goes its own way.
+function holdsFiles(event) {
+  return event.dataTransfer?.types.includes("Files") ?? false;
+}
+
+function showDropping(shown) {
+  document.body.classList.toggle("dropping", shown);
+}
+
+function dragOver(event) {
+  if (!holdsFiles(event)) return;
+  event.preventDefault(); // or the browser opens the file in the place of the page
+  event.dataTransfer.dropEffect = "copy";
+  showDropping(true);
+}
+
+function drop(event) {
+  showDropping(false);
+  if (!holdsFiles(event)) return;
+  event.preventDefault();
+  const [file] = event.dataTransfer.files;
+  const accepted = element("own").accept.split(",");
+  if (!file || accepted.includes(file.type)) scoreOwn(file);
+  else element("judge-note").textContent = `${file.name} is not scored: it must be a PNG, JPEG or WebP image.`;
 }
 
 function showVerdict(frame, scored) {
@@ -432,7 +459,13 @@ element("form").addEventListener("submit", (event) => {
 });
 element("form").addEventListener("input", showRequest);
 element("reseed").addEventListener("click", reseed);
-element("own").addEventListener("change", scoreOwn);
+element("own").addEventListener("change", () => {
+  scoreOwn(element("own").files[0]);
+  element("own").value = ""; // the same file can be chosen again
+});
+document.addEventListener("dragover", dragOver);
+document.addEventListener("dragleave", (event) => showDropping(event.relatedTarget !== null && holdsFiles(event)));
+document.addEventListener("drop", drop);
 window.addEventListener("hashchange", () => restore(fromHash(location.hash)));
 element("stop").addEventListener("click", () => running?.abort());
 element("key").addEventListener("change", connect);

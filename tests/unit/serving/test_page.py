@@ -1,5 +1,6 @@
 """The page: its files, its settings as a request, a link, curl and Python, run by Node, and what a browser makes of it."""
 
+import base64
 import json
 import re
 import shlex
@@ -182,3 +183,41 @@ def test_the_best_are_shown_and_an_own_image_is_scored(shown: Page, backend: Rec
     own = {"name": "mine.png", "mimeType": "image/png", "buffer": encode(picture(51), PNG)}
     shown.set_input_files("#own", own)  # type: ignore[arg-type]
     expect(shown.locator("#judge-note")).to_have_text("mine.png: 20% by red.")
+
+
+_TRANSFER = """([name, type, data]) => {
+    const transfer = new DataTransfer();
+    const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+    if (type) transfer.items.add(new File([bytes], name, { type }));
+    else transfer.items.add(name, "text/plain");
+    return transfer;
+}"""
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "note"),
+    [
+        ("mine.png", "image/png", "mine.png: 20% by red."),
+        ("mine.pdf", "application/pdf", "mine.pdf is not scored: it must be a PNG, JPEG or WebP image."),
+        ("words", "", "Generate to see the answers."),
+    ],
+)
+def test_an_image_dropped_anywhere_is_scored_and_nothing_else_is(shown: Page, name: str, type_: str, note: str) -> None:
+    data = base64.b64encode(encode(picture(51), PNG)).decode()
+    dragged = {"dataTransfer": shown.evaluate_handle(_TRANSFER, [name, type_, data])}
+    shown.dispatch_event("header", "dragover", dragged)
+    assert shown.locator("body.dropping").count() == (1 if type_ else 0)
+    shown.dispatch_event("header", "drop", dragged)
+    expect(shown.locator("#judge-note")).to_have_text(note)
+    assert shown.locator("body.dropping").count() == 0
+
+
+def test_an_image_dropped_while_others_are_drawn_is_refused_by_name(shown: Page, backend: Recorder) -> None:
+    shown.evaluate("running = new AbortController()")
+    data = base64.b64encode(encode(picture(51), PNG)).decode()
+    shown.dispatch_event(
+        "main", "drop", {"dataTransfer": shown.evaluate_handle(_TRANSFER, ["mine.png", "image/png", data])}
+    )
+    expect(shown.locator("#judge-note")).to_have_text(
+        "mine.png is not scored: wait until the images are finished, or stop them."
+    )
