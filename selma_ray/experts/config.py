@@ -101,8 +101,7 @@ class NftConfig(StrictModel):
     judge: JudgeSetting = JudgeConfig()
     """The judge whose score in [0, 1] is the reward: its name, or its settings as those of evaluation.judge."""
     prompts_per_call: int = Field(default=8, ge=1)
-    """Prompts whose images a renderer draws before it hands them on. On CPUs rows are denoised by sixteens: with 8 prompts of 6 images
-    none is left empty."""
+    """Prompts whose images a renderer draws together, as far as its memory holds them, before it hands them on."""
     renderers: Placement[int] = Field(default=1, ge=1)
     """Renderers that draw for all experts; they stay for all rounds."""
     cpus_per_renderer: Placement[float] = Field(default=1, gt=0)

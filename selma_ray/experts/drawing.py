@@ -1,21 +1,22 @@
-"""Drawing the images of rounds: one pipeline, into which the adapters of experts are folded in turn, a judge, and encoders."""
+"""Drawing the images of rounds: one pipeline, into which the adapters of experts are folded in turn, and a judge."""
 
 import io
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from selma_ray.errors import RenderError, named_line
 from selma_ray.experts.rounds import DrawnPrompt, Round, RoundsPlan
-from selma_ray.models.batches import render_each
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.device import device_of
 from selma_ray.models.locate import locate_text_to_image
 from selma_ray.records import IMAGE_SCHEMA
+
+if TYPE_CHECKING:
+    from selma_ray.models.row_drawing import DrawnRow
 
 __all__ = ["PROMPT_PREFIX", "DrawRounds", "OpenScorer", "ScoreImages"]
 
@@ -30,7 +31,10 @@ _NOTHING_FOLDED = ""
 
 
 class DrawRounds:
-    """Draws, scores and encodes chunks of rounds; whatever is written already is not drawn again."""
+    """Draws and scores chunks of rounds; whatever is written already is not drawn again.
+
+    What is learnt from are the latents that were drawn, as published, not those of images that were decoded and encoded again.
+    """
 
     def __init__(
         self, plans: Sequence[RoundsPlan], model: ModelConfig, open_scorer: OpenScorer, num_gpus: float = 0
@@ -38,15 +42,15 @@ class DrawRounds:
         from selma_ray.adapters.folding import FoldedAdapter
         from selma_ray.models.family import open_family
         from selma_ray.models.parts import denoiser_of
-        from selma_ray.models.rendering import Renderer, load_pipeline
+        from selma_ray.models.rendering import load_pipeline
+        from selma_ray.models.row_drawing import RowDrawer
 
-        device = device_of(num_gpus, "experts.nft.gpus_per_renderer")
-        pipeline: Any = load_pipeline(model, device)
+        pipeline: Any = load_pipeline(model, device_of(num_gpus, "experts.nft.gpus_per_renderer"))
         self._plans = plans
         self._model = model
-        self._renderer = Renderer(pipeline, plans[0].sampling)
+        self._family = open_family(model)
+        self._drawer = RowDrawer(pipeline, plans[0].sampling)
         self._folded = FoldedAdapter(denoiser_of(pipeline))
-        self._encoders = open_family(model).load_encoders(device)
         self._score = open_scorer()
         self._adapter = _NOTHING_FOLDED
 
@@ -60,74 +64,77 @@ class DrawRounds:
             self._folded.fold(adapter)
             self._adapter = adapter
         prompts = round_.chunk(chunk)
-        rows, images = self._drawn(round_, prompts)
+        drawn = self._drawer.draw(*zip(*((each.prompt, seed) for each in prompts for seed in each.seeds), strict=True))
+        scores = self._scores(prompts, drawn)
+        rows = self._rows(round_, prompts, drawn, scores)
         if all(row["error"] for row in rows):
             raise RenderError(f"no image of {len(rows)} could be drawn: {rows[0]['error']}")
-        self._write_examples(round_, chunk, prompts, rows, images)
-        table = pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA)
-        round_.plan.folder.write_table(table, round_.images(chunk))
+        self._write_examples(round_, chunk, rows, drawn)
+        round_.plan.folder.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), round_.images(chunk))
         return len(rows)
 
-    def _drawn(self, round_: Round, prompts: Sequence[DrawnPrompt]) -> tuple[list[dict[str, Any]], list[Any]]:
+    def _scores(self, prompts: Sequence[DrawnPrompt], drawn: Sequence["DrawnRow | Exception"]) -> list[float | None]:
+        """Return the score of each image; None for what was not drawn, and what could not be judged."""
         texts = [each.prompt for each in prompts for _ in each.seeds]
-        seeds = [seed for each in prompts for seed in each.seeds]
-        images = render_each(self._renderer.render, texts, seeds)
-        there = [(place, image) for place, image in enumerate(images) if isinstance(image, Image.Image)]
-        scores: list[float | None] = [None] * len(images)
-        for (place, _), score in zip(
-            there, self._score([image for _, image in there], [texts[place] for place, _ in there]), strict=True
-        ):
-            scores[place] = score
-        pairs = [(each, index) for each in prompts for index in range(len(each.seeds))]
-        rows = [
-            self._row(round_, each, index, image, score)
-            for (each, index), image, score in zip(pairs, images, scores, strict=True)
-        ]
-        return rows, images
+        judged = [(row.image, text) for row, text in zip(drawn, texts, strict=True) if not isinstance(row, Exception)]
+        scores = iter(self._score([image for image, _ in judged], [text for _, text in judged]))
+        return [None if isinstance(row, Exception) else next(scores) for row in drawn]
 
-    def _row(
-        self, round_: Round, drawn: DrawnPrompt, index: int, image: Image.Image | Exception, score: float | None
-    ) -> dict[str, Any]:
-        sampling, row_id = round_.plan.sampling, round_.row_id(drawn, index)
-        failed = isinstance(image, Exception)
-        return {
-            "id": row_id, "skill": drawn.skill, "prompt": drawn.prompt, "split": "train",
-            "image_index": drawn.place * round_.plan.images_per_prompt + index, "seed": drawn.seeds[index],
-            "image": None if failed else {"bytes": _png(image), "path": f"{row_id}.png"}, "model": self._model.name,
-            "revision": locate_text_to_image(self._model.name, self._model.revision).revision,
-            "scheduler": self._renderer.scheduler, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
-            "width": sampling.width_px, "height": sampling.height_px, "score": score,
-            "error": named_line(image) if isinstance(image, Exception) else None,
-        }  # fmt: skip
-
-    def _write_examples(
+    def _rows(
         self,
         round_: Round,
-        chunk: int,
         prompts: Sequence[DrawnPrompt],
-        rows: Sequence[dict[str, Any]],
-        images: Sequence[Any],
+        drawn: Sequence["DrawnRow | Exception"],
+        scores: Sequence[float | None],
+    ) -> list[dict[str, Any]]:
+        """Return the images as rows of IMAGE_SCHEMA."""
+        plan, sampling = round_.plan, round_.plan.sampling
+        alike = {
+            "split": "train", "model": self._model.name,
+            "revision": locate_text_to_image(self._model.name, self._model.revision).revision,
+            "scheduler": self._drawer.scheduler, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
+            "width": sampling.width_px, "height": sampling.height_px,
+        }  # fmt: skip
+        pairs = [(each, index) for each in prompts for index in range(plan.images_per_prompt)]
+        rows = []
+        for (prompt, index), row, score in zip(pairs, drawn, scores, strict=True):
+            row_id = round_.row_id(prompt, index)
+            failed = isinstance(row, Exception)
+            rows.append({
+                **alike, "id": row_id, "skill": prompt.skill, "prompt": prompt.prompt, "seed": prompt.seeds[index],
+                "image_index": prompt.place * plan.images_per_prompt + index, "score": score,
+                "image": None if failed else {"bytes": _png(row.image), "path": f"{row_id}.png"},
+                "error": named_line(row) if failed else None,
+            })  # fmt: skip
+        return rows
+
+    def _write_examples(
+        self, round_: Round, chunk: int, rows: Sequence[dict[str, Any]], drawn: Sequence["DrawnRow | Exception"]
     ) -> None:
-        """Write the latents of the scored images, and the conditioning of each prompt once."""
+        """Write the latents of the scored images, and the conditioning of each of their prompts once."""
+        import torch
         from safetensors.torch import save
 
-        used = [place for place, row in enumerate(rows) if row["score"] is not None]
-        sampling = round_.plan.sampling
-        encoded = self._encoders.encode_prompts(
-            [each.prompt for each in prompts], sampling.height_px, sampling.width_px
-        )
-        tensors = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in encoded.items()}
-        if used:
-            tensors |= self._encoders.encode_images(np.stack([np.asarray(images[place]) for place in used]))
+        from selma_ray.models.conditions import stacked
+
         per_prompt = round_.plan.images_per_prompt
-        groups = [place // per_prompt for place in used]
+        used = [
+            (place, row) for place, row in enumerate(drawn)
+            if rows[place]["score"] is not None and not isinstance(row, Exception)
+        ]  # fmt: skip
+        conditions = {place // per_prompt: row.condition for place, row in used}
+        groups = {prompt: group for group, prompt in enumerate(conditions)}
+        tensors = {}
+        if used:
+            tensors = {f"{PROMPT_PREFIX}{name}": tensor for name, tensor in stacked(list(conditions.values())).items()}
+            tensors |= self._family.drawn_example(torch.cat([row.latents for _, row in used]))
         known = {
-            "ids": [rows[place]["id"] for place in used],
-            "prompts": groups,
-            "scores": [rows[place]["score"] for place in used],
+            "ids": [rows[place]["id"] for place, _ in used],
+            "prompts": [groups[place // per_prompt] for place, _ in used],
+            "scores": [rows[place]["score"] for place, _ in used],
         }
         metadata = {name: json.dumps(values) for name, values in known.items()}
-        content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata)
         round_.plan.folder.write_bytes(content, round_.examples(chunk))
 
 

@@ -2,7 +2,7 @@
 
 experts/<name>/rounds-<key>/0001/adapter/            the adapter that draws the round's images; there before anything of the round is
                                 /images/<k>.parquet  images of some of its prompts with their scores, written whole
-                                /examples/<k>.safetensors   their latents, until a checkpoint no longer needs them
+                                /examples/<k>.safetensors   the latents they were decoded from, until a checkpoint no longer needs them
                                 /round.json          what the round taught: scores, groups without spread
                                 /../stopped.json     why drawing ended, for whoever waits for images
 """
@@ -22,6 +22,7 @@ from selma_ray.storage import RunFolder
 __all__ = ["DrawnData", "DrawnPrompt", "Round", "RoundsPlan", "RoundsSource", "summary_of"]
 
 _STOPPED = "stopped.json"
+_FORMAT = 2  # of what is drawn: 1 had the latents of decoded images, encoded again
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class DrawnData:
     def identity(self) -> dict[str, Any]:
         """Return what decides the images and their scores, as plain values."""
         return {
+            "format": _FORMAT,
             "prompts": [list(pair) for pair in self.prompts],
             "sampling": identity(self.sampling),
             "model": self.model_identity,
@@ -142,7 +144,7 @@ class Round:
         return f"{self.directory}/images/{chunk:04d}.parquet"
 
     def examples(self, chunk: int) -> str:
-        """Return the place of a chunk's encoded images."""
+        """Return the place of a chunk's latents and conditioning."""
         return f"{self.directory}/examples/{chunk:04d}.safetensors"
 
     def is_drawn(self, chunk: int) -> bool:

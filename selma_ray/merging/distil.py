@@ -24,6 +24,7 @@ from selma_ray.models.conditions import Condition, Conditions
 from selma_ray.models.config import SamplingConfig
 from selma_ray.models.drawing import Drawing
 from selma_ray.models.family import Predictor
+from selma_ray.models.row_drawing import predict_guided
 from selma_ray.order import batch_positions
 from selma_ray.records import seed_of
 
@@ -132,19 +133,9 @@ class Distiller:
         expert: str | None = None,
     ) -> torch.Tensor:
         """Return the guided prediction of each row (NChw), by an expert, by the student where it is present, else by the base."""
-        conditions = self._encoded(drawings)
-        rows = [each.positive for each in conditions]
-        negatives = [each.negative for each in conditions if each.negative is not None]
-        guided = len(negatives) == len(rows)
-        repeats = 2 if guided else 1
-        self._experts.weigh([((expert, 1.0),) if expert else ()] * (repeats * len(rows)))
-        predicted = self._predictor.predict(
-            torch.cat([inputs_NChw] * repeats), torch.cat([timesteps_N] * repeats), [*rows, *negatives]
-        )
-        if not guided:
-            return self._predictor.guide(drawings[0], predicted, None)
-        positive_NChw, negative_NChw = predicted.chunk(2)
-        return self._predictor.guide(drawings[0], positive_NChw, negative_NChw)
+        rows_of_step = self._predictor.rows_of(drawings[0]) * len(drawings)
+        self._experts.weigh([((expert, 1.0),) if expert else ()] * rows_of_step)
+        return predict_guided(self._predictor, inputs_NChw, timesteps_N, drawings[0], self._encoded(drawings))
 
     def _encoded(self, drawings: Sequence[Drawing]) -> list[Conditions]:
         with torch.no_grad():

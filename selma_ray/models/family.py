@@ -105,6 +105,9 @@ class Family(Protocol):
     def decoded_shape(self, height_px: int, width_px: int) -> tuple[int, ...]:
         """Return the shape, without N, of what the autoencoder turns into an image."""
 
+    def drawn_example(self, latents_NChw: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `latent_mean` and `latent_std` (NChw, fp32, on the CPU) of latents that were drawn: those, without a spread."""
+
     def errors(
         self,
         denoiser: torch.nn.Module,

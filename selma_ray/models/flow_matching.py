@@ -29,6 +29,7 @@ from selma_ray.models.parts import (
     noise_like,
     sample_latents,
     squared_errors,
+    without_spread,
 )
 from selma_ray.models.predicting import PipelinePredictor
 
@@ -101,6 +102,10 @@ class FlowMatching(ABC):
     def latent_scale_and_shift(self) -> tuple[float, float]:
         """What turns the autoencoder's latents into the denoiser's: (z - shift) * scale."""
         return float(self._autoencoder["scaling_factor"]), float(self._autoencoder.get("shift_factor") or 0.0)
+
+    def drawn_example(self, latents_NChw: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `latent_mean` and `latent_std` (NChw, fp32, on the CPU) of latents that were drawn: those, without a spread."""
+        return without_spread(latents_NChw, *self.latent_scale_and_shift)
 
     @cached_property
     def schedule(self) -> FlowMatchEulerDiscreteScheduler:

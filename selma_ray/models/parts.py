@@ -34,6 +34,7 @@ __all__ = [
     "replaced_autoencoder",
     "sample_latents",
     "squared_errors",
+    "without_spread",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,6 +129,12 @@ def sample_latents(
     """Draw from each example's posterior and return the denoiser's latents (NChw, fp32), (z - shift) * scale."""
     mean_NChw = batch["latent_mean"].float()
     return (mean_NChw + batch["latent_std"].float() * noise_like(mean_NChw, generators) - shift) * scale
+
+
+def without_spread(latents_NChw: torch.Tensor, scale: float, shift: float = 0.0) -> dict[str, torch.Tensor]:
+    """Return the posterior (NChw, fp32, on the CPU) from which `sample_latents` draws these latents and no others."""
+    mean_NChw = latents_NChw.float().cpu() / scale + shift
+    return {"latent_mean": mean_NChw, "latent_std": torch.zeros_like(mean_NChw)}
 
 
 def noise_like(tensor: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:

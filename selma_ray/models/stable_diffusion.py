@@ -31,6 +31,7 @@ from selma_ray.models.parts import (
     noise_like,
     sample_latents,
     squared_errors,
+    without_spread,
 )
 from selma_ray.models.predicting import PipelinePredictor
 
@@ -101,6 +102,10 @@ class StableDiffusion:
     def latent_scale(self) -> float:
         """Factor from the autoencoder's latents to the denoiser's."""
         return float(self._autoencoder["scaling_factor"])
+
+    def drawn_example(self, latents_NChw: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `latent_mean` and `latent_std` (NChw, fp32, on the CPU) of latents that were drawn: those, without a spread."""
+        return without_spread(latents_NChw, self.latent_scale)
 
     @cached_property
     def _autoencoder(self) -> Any:

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selma_ray.config import read_yaml
+from selma_ray.run.demands import SERVE, stage_demands
 from selma_ray.run.published import published_recipes
 from selma_ray.run.recipe import load_recipe
+from selma_ray.run.stages import STAGES
 from tests.e2e.conftest import REPOSITORY
 from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
 from tests.unit.judging.tiny_judges import save_tiny_vilt
@@ -25,8 +28,8 @@ LARGE = [
     for name, path in published_recipes().items()
     if "arms" not in read_yaml(path) and load_recipe(path).model.name != "miniature"
 ]
-QUICK = {("sdxl", 1)}
-"""The others differ from it in numbers alone; that each of them fits is in tests/unit/run/test_demands.py."""
+QUICK = {("sdxl", 1), ("sdxl", 8), ("workstation", 1)}
+"""Run at every change; each of the others places its work as one of these does, which is tested, too."""
 _STORE = "--object-store-memory=150000000"
 SIZE = "width_px: 64, height_px: 64"
 
@@ -74,6 +77,22 @@ def runs_on(recipe: str, gpus: int, stand_ins: list[str], run_dir: Path) -> None
     check_finished(done, run_dir)
     if gpus == 1:
         assert "they run one after the other" in done.stderr
+
+
+def placement(recipe: str) -> tuple[Any, ...]:
+    """Return what each stage of a recipe reserves, and how far its pools grow."""
+    made = load_recipe(published_recipes()[recipe])
+    images, llm, evaluation, experts = made.images, made.prompts.llm, made.evaluation, made.experts
+    return (
+        [stage_demands(made, stage) for stage in (*STAGES, SERVE)],
+        (images.max_renderers, llm.max_replicas, evaluation.renderers, evaluation.judges, made.cluster),
+        (experts.workers_per_expert, experts.encoders, experts.max_concurrent, experts.zero_stage, experts.fused),
+    )
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_every_recipe_places_its_work_as_one_that_is_run_at_every_change(recipe: str) -> None:
+    assert placement(recipe) in [placement(each) for each, _ in QUICK]
 
 
 @pytest.mark.timeout(1600)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from selma_ray.errors import ConfigError, DrawingError
 from selma_ray.models.config import ModelConfig
-from selma_ray.models.drawing import Drawing
+from selma_ray.models.drawing import Drawing, Source
 from selma_ray.models.family import Family, Predictor, open_family, open_predictor
 from selma_ray.models.rendering import load_pipeline
 from tests.unit.models.measuring import guidance_arguments, longest
@@ -103,6 +104,23 @@ def test_a_dropped_caption_is_what_guidance_starts_from(family: Family, predicto
     assert dropped
     for name, tensor in dropped.items():
         torch.testing.assert_close(tensor, starts_from[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@torch.inference_mode()
+def test_latents_that_were_drawn_are_examples_as_those_of_an_image_are(
+    family: Family, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    image = Image.effect_noise((DRAWING.width_px, DRAWING.height_px), 90).convert("RGB")
+    all_stays = Source(image, 1.0, Image.new("L", image.size, 0))
+    course = predictor.start(replace(DRAWING, source=all_stays))
+    while not course.finished:
+        course.advance(torch.zeros_like(course.latents_NCHW))
+    drawn = family.drawn_example(course.latents_NCHW)
+    encoded = family.load_encoders("cpu").encode_images(np.asarray(image)[None])
+    torch.testing.assert_close(drawn["latent_mean"], encoded["latent_mean"], rtol=1e-4, atol=1e-5)
+    assert drawn["latent_std"].shape == encoded["latent_std"].shape
+    assert not drawn["latent_std"].any()
 
 
 def test_what_cannot_be_drawn_is_named_also_after_being_sent(tiny_pipeline_dir: Path) -> None:
