@@ -99,7 +99,6 @@ class RoundBoard:
         self._next = [1] * len(plans)
         self._blocks: list[dict[str, int]] = []
         self._closed = False
-        self._lock = asyncio.Lock()
 
     async def blocks(self) -> int:
         """Return how many chunks all rounds have that are still to be drawn."""
@@ -112,12 +111,14 @@ class RoundBoard:
         self._closed = True
 
     async def chunk(self, position: int) -> list[dict[str, int]]:
-        """Return chunk `position` (a row of plan, round and chunk) when it may be drawn; none where no more will be."""
+        """Return chunk `position` (a row of plan, round and chunk) when it may be drawn; none where no more will be.
+
+        Whoever waits holds up nobody: a later position may be asked for before an earlier one, whose images it waits for.
+        """
         interval_s = _POLL_S if self._plans[0].folder.is_local else _REMOTE_POLL_S
-        async with self._lock:
-            while position >= len(self._blocks) and not self._closed:
-                if not self._take_next():
-                    await asyncio.sleep(interval_s)
+        while position >= len(self._blocks) and not self._closed:
+            if not self._take_next():
+                await asyncio.sleep(interval_s)
         return self._blocks[position : position + 1]
 
     def _take_next(self) -> bool:
