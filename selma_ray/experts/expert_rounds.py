@@ -3,6 +3,7 @@
 Images are drawn elsewhere, by whoever follows the rounds' folders. Knows no Ray.
 """
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -14,8 +15,11 @@ from selma_ray.experts.rounds import Round
 
 __all__ = ["ExpertRounds"]
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.2  # four trainers of five wait at any time: more often they took a sixth of a core
 _REMOTE_POLL_S = 1.0
+_TOLD_AFTER_S = 300.0  # then after twice as long, and so on
 
 
 class ExpertRounds:
@@ -50,10 +54,17 @@ class ExpertRounds:
         """Return when all images of a round are there; raises TrainingError where they will not come."""
         interval_s = _POLL_S if self._job.folder.is_local else _REMOTE_POLL_S
         missing = round_.missing_chunks()
+        started_s, told_after_s = time.monotonic(), _TOLD_AFTER_S
         while missing:
             reason = self.plan.stopped()
             if reason is not None:
                 raise TrainingError(f"images of expert {self._job.name} could not be drawn: {reason}")
+            if time.monotonic() - started_s >= told_after_s:
+                logger.warning(
+                    "expert %s has waited %.0f s for images of round %d: %d of %d chunks are still to be drawn",
+                    self._job.name, told_after_s, round_.number, len(missing), self.plan.chunks_per_round,
+                )  # fmt: skip
+                told_after_s *= 2
             time.sleep(interval_s)
             missing = [chunk for chunk in missing if not round_.is_drawn(chunk)]
 

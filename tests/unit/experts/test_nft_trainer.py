@@ -13,6 +13,7 @@ from selma_ray.adapters.config import LoraSettings
 from selma_ray.errors import TrainingError
 from selma_ray.experts.config import ExpertsConfig, NftConfig
 from selma_ray.experts.drawing import DrawRounds
+from selma_ray.experts.expert_rounds import ExpertRounds
 from selma_ray.experts.job import ExpertJob, finished_result
 from selma_ray.experts.nft_trainer import NftTrainer
 from selma_ray.experts.plan import plan_experts
@@ -173,3 +174,15 @@ def test_a_trainer_learns_that_no_images_will_come(model: ModelConfig, tmp_path:
 def test_what_cannot_be_fitted_in_rounds_is_refused(settings: Any, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ExpertsConfig.model_validate(settings)
+
+
+def test_who_waits_long_for_images_says_for_which(
+    finished: Drawn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    round_ = finished.plan.of(2)
+    drawn = iter([False, False, True, True, True])
+    monkeypatch.setattr("selma_ray.experts.expert_rounds._TOLD_AFTER_S", 0.0)
+    monkeypatch.setattr(Round, "missing_chunks", lambda self: [0, 1])
+    monkeypatch.setattr(Round, "is_drawn", lambda self, chunk: next(drawn))
+    ExpertRounds(finished.job, writes=False).wait_for_images(round_)
+    assert "expert counting has waited 0 s for images of round 2: 2 of 2 chunks are still to be drawn" in caplog.text
