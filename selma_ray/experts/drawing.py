@@ -99,12 +99,13 @@ class DrawRounds:
         rows = []
         for (prompt, index), row, score in zip(pairs, drawn, scores, strict=True):
             row_id = round_.row_id(prompt, index)
-            failed = isinstance(row, Exception)
+            if isinstance(row, Exception):
+                result: dict[str, Any] = {"image": None, "error": named_line(row)}
+            else:
+                result = {"image": {"bytes": _png(row.image), "path": f"{row_id}.png"}, "error": None}
             rows.append({
                 **alike, "id": row_id, "skill": prompt.skill, "prompt": prompt.prompt, "seed": prompt.seeds[index],
-                "image_index": prompt.place * plan.images_per_prompt + index, "score": score,
-                "image": None if failed else {"bytes": _png(row.image), "path": f"{row_id}.png"},
-                "error": named_line(row) if failed else None,
+                "image_index": prompt.place * plan.images_per_prompt + index, "score": score, **result,
             })  # fmt: skip
         return rows
 

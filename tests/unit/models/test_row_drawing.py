@@ -1,6 +1,7 @@
 """Rows that are drawn to be learnt from: the pipeline's images, with the latents that they were decoded from."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,12 +69,15 @@ def test_what_cannot_be_drawn_is_its_error_and_spares_the_others(pipeline_dir: M
 def test_large_images_are_drawn_few_at_a_time_on_a_cpu(
     pipeline_dir: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = load_pipeline(pipeline_dir, "cpu")
+    pipeline: Any = load_pipeline(pipeline_dir, "cpu")
     calls: list[int] = []
-    forward = pipeline.unet.forward  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        pipeline.unet, "forward", lambda rows, *rest, **named: (calls.append(len(rows)), forward(rows, *rest, **named))[1]  # type: ignore[attr-defined]
-    )  # fmt: skip
+    forward = pipeline.unet.forward
+
+    def counted(rows: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        calls.append(len(rows))
+        return forward(rows, *rest, **named)
+
+    monkeypatch.setattr(pipeline.unet, "forward", counted)
     large = SamplingConfig(steps=1, guidance_scale=1.0, width_px=256, height_px=256)
     RowDrawer(pipeline, large).draw(["a"] * 5, list(range(5)))
     assert calls == [4, 1]
