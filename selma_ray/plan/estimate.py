@@ -14,9 +14,10 @@ from selma_ray.models.config import SamplingConfig
 from selma_ray.plan.beyond import Work, distilled, drawn_in_rounds, render_flops
 from selma_ray.prompts.splits import train_count
 from selma_ray.run.demands import SERVE
-from selma_ray.run.memory import Need, memory_needs, pipeline_weights, traced_training, training_memory_parts
+from selma_ray.run.memory import Need, memory_needs, pipeline_weights, traced_training
 from selma_ray.run.recipe import Recipe
 from selma_ray.run.stages import STAGES
+from selma_ray.run.training_memory import VALUE_BYTES, training_memory_parts
 from selma_ray.skills import load_skills
 from selma_ray.study.plan import plan_study
 from selma_ray.study.study import Study
@@ -33,8 +34,6 @@ Its 12 hours for SDXL come to 114, so larger models take less than the plan says
 """
 
 _EVERY_ROUND = ("images", "cache", "experts", "merging")
-
-_BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,14 @@ def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
     distils = recipe.merging.method == "distil"
     student = distilled(recipe.merging.distil, num_skills, cost, sampling) if distils else Work()
     tested = _models_tested(recipe, len(planned))
-    weights = sum(parameters.values()) * _BYTES[recipe.model.dtype]
+    weights = sum(parameters.values()) * VALUE_BYTES[recipe.model.dtype]
     stages: tuple[StagePlan, ...] = (
         StagePlan(
             "images", weights, images * render_flops(cost, sampling) / 1e15,
             images * _pixel_bytes(sampling), f"{images:,} images",
         ),
         StagePlan(
-            "cache", weights - cost.parameters * _BYTES[recipe.model.dtype], None, encoded * cost.cached_bytes, "encoders alone"
+            "cache", weights - cost.parameters * VALUE_BYTES[recipe.model.dtype], None, encoded * cost.cached_bytes, "encoders alone"
         ),
         StagePlan(
             "experts", training_memory_bytes(cost, recipe.experts), (learning + rounds.flops) / 1e15,
@@ -131,7 +130,7 @@ def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
 
 def _adapter_bytes(recipe: Recipe) -> int:
     """Return the bytes of a merged weight in all files that hold it: the adapter and its exports."""
-    return _BYTES[recipe.merging.adapter_dtype] + _export_count(recipe) * _BYTES[recipe.merging.export_dtype]
+    return VALUE_BYTES[recipe.merging.adapter_dtype] + _export_count(recipe) * VALUE_BYTES[recipe.merging.export_dtype]
 
 
 def _export_count(recipe: Recipe) -> int:

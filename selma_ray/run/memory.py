@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from selma_ray.cluster.cards import smallest_gpu_bytes
 from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import ConfigError, ModelNotFoundError
-from selma_ray.experts.config import GRADIENTS_AT_ONCE, ExpertsConfig
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.writing.config import QuestionLLMConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -21,6 +20,7 @@ from selma_ray.run.demands import SERVE, stage_demands
 from selma_ray.run.question_source import is_chosen_later, source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
 from selma_ray.run.served_weights import adapter_parameters, hosted_recipes
+from selma_ray.run.training_memory import VALUE_BYTES, training_memory_parts
 from selma_ray.serving.config import ServingConfig
 
 if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
@@ -35,15 +35,11 @@ __all__ = [
     "memory_needs",
     "pipeline_weights",
     "traced_training",
-    "training_memory_parts",
 ]
 
 CUDA_BYTES = 1e9
 """What CUDA itself and the allocator's gaps take of a card in a process, roughly."""
 
-_BYTES = {"fp32": 4, "auto": 4, "bf16": 2, "fp16": 2}
-_BASE_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
-_STATE_BYTES = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "prodigy": 16, "adafactor": 0}
 _VLLM_SHARE = 0.9
 _GB = 1e9
 
@@ -103,31 +99,6 @@ def memory_needs(recipe: Recipe, stages: Sequence[str], gpu_bytes: float | None 
     return [need for stage in stages for need in parts[stage](recipe, gpu_bytes)]
 
 
-def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig) -> dict[str, float]:
-    """Return the bytes that a worker holds: frozen weights, adapter with gradients, optimiser's state, masters, average, activations.
-
-    ZeRO 1 and up exchange gradients through a buffer and split the optimiser's state over workers, 2 and up the gradients, 3 the weights.
-    """
-    width, workers = _BYTES[config.precision], config.workers_per_expert
-    micro_batch = config.micro_batch_size or config.batch_size // workers
-    masters = 0 if width == 4 else 4
-    split = [workers if config.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    in_blocks = cost.block_parameters * _BASE_BYTES.get(config.base_weights, width)
-    base = (cost.parameters - cost.block_parameters) * width + in_blocks
-    gradients = width * cost.lora_parameters / split[1]
-    if config.zero_stage:
-        gradients += width * min(cost.lora_parameters, GRADIENTS_AT_ONCE)
-    optimizer = (_STATE_BYTES[config.optimizer] + masters) * cost.lora_parameters / split[0]
-    average = 4 * cost.lora_parameters if config.ema else 0
-    activations = cost.checkpointed_bytes if config.gradient_checkpointing else cost.activation_bytes
-    images = micro_batch * (2 if config.dpo else 1)
-    return {
-        "weights": (base + width * cost.lora_parameters) / split[2],
-        "gradients and optimiser": gradients + optimizer + average,
-        "activations": images * activations * width / 4,
-    }
-
-
 def _remedy(recipe: Recipe, need: Need, gpu_bytes: float) -> str:
     """Return the fewest of a need's overrides under which it fits: one alone, or the first ones together."""
     alone = [(override,) for override in need.remedies]
@@ -164,7 +135,7 @@ def _train(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if not config.gpus_per_worker:
         return
     cost, parameters = _training_cost(recipe)
-    width = _BYTES[recipe.model.dtype]
+    width = VALUE_BYTES[recipe.model.dtype]
     encoders = sum(parameters.values()) - cost.parameters
     yield Need(
         "train", "an encoder", {"weights": encoders * width, "an image": _drawing(recipe.model, sampling).decode_bytes}
@@ -224,7 +195,7 @@ def _generator(recipe: Recipe, serving: ServingConfig, judge: JudgeConfig | None
         return need
     cost, _ = _training_cost(recipe)
     experts = len(recipe.skills) * cost.lora_parameters if serving.experts else 0
-    width = _BYTES[recipe.model.dtype]
+    width = VALUE_BYTES[recipe.model.dtype]
     parts = {**need.parts, "base and experts": (cost.parameters + experts) * width}
     if adapters:
         parts["adapters"] = adapters * width
@@ -250,7 +221,7 @@ def _renderer(
     remedies: Iterable[str],
 ) -> Need:
     """Return what a pipeline holds that draws batches, and a judge in vLLM beside it."""
-    width, cost, card = _BYTES[model.dtype], _drawing(model, sampling), model.card
+    width, cost, card = VALUE_BYTES[model.dtype], _drawing(model, sampling), model.card
     weights = pipeline_weights(model)
     resident = {"none": sum(weights.values()), "model": max(weights.values()), "sequential": 0}[card.offload] * width
     upcasts = cost.upcasts and model.dtype == "fp16"

@@ -22,7 +22,8 @@ from selma_ray.merging.run import merge_adapters
 from selma_ray.models.config import ModelConfig
 from selma_ray.models.family import open_family
 from selma_ray.models.published import write_configuration
-from selma_ray.run.memory import traced_training, training_memory_parts
+from selma_ray.run.memory import traced_training
+from selma_ray.run.training_memory import training_memory_parts
 from selma_ray.storage import RunFolder
 
 pytestmark = pytest.mark.heavy

@@ -19,7 +19,7 @@ from selma_ray.models.config import ModelConfig
 from selma_ray.models.cost import TrainingCost
 from selma_ray.models.family import open_family
 from selma_ray.records import seed_of
-from selma_ray.run.memory import training_memory_parts
+from selma_ray.run.training_memory import training_memory_parts
 from selma_ray.storage import RunFolder
 from tests.unit.experts.fitting import BASE, adapter, assert_same_bits, encoded_job, fit
 from tests.unit.experts.rendered_images import write_images
