@@ -218,6 +218,11 @@ def _explained(model_class: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{key} is required; set it"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if fault["type"] == "value_error" and isinstance(
+        fault.get("input"), Mapping
+    ):  # said of a section, about keys in it
+        of_key = message.partition(" ")[0] in _fields_at(model_class, location)
+        return ".".join([*location, message]) if of_key else f"{key} {message}"
     return f"{key} {message[:1].lower()}{message[1:]}, got {value}"
 
 

@@ -89,7 +89,8 @@ def plan_recipe(recipe: Recipe, gpu_bytes: float | None = None) -> Plan:
             "cache", weights - cost.parameters * VALUE_BYTES[recipe.model.dtype], None, encoded * cost.cached_bytes, "encoders alone"
         ),
         StagePlan(
-            "experts", training_memory_bytes(cost, recipe.experts), (learning + rounds.flops) / 1e15,
+            "experts", training_memory_bytes(cost, recipe.experts, num_skills if recipe.experts.fused else 1),
+            (learning + rounds.flops) / 1e15,
             4 * cost.lora_parameters * (sum(ranks) + 3 * max(ranks) * len(planned) + rounds.adapters)
             + rounds.images * _pixel_bytes(sampling),
             f"{len(planned)} LoRAs, {cost.lora_parameters / 1e6:,.1f} M weights at rank {lora.rank}; storage with checkpoints"
@@ -123,9 +124,9 @@ def _in_rounds(stage: StagePlan, rounds: int) -> StagePlan:
     )
 
 
-def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig) -> float:
-    """Return what a worker holds of a GPU, or of one process on CPUs."""
-    return sum(training_memory_parts(cost, config).values())
+def training_memory_bytes(cost: "TrainingCost", config: ExpertsConfig, experts: int = 1) -> float:
+    """Return what a worker holds of a GPU, or of one process on CPUs, with as many `experts` in it."""
+    return sum(training_memory_parts(cost, config, experts).values())
 
 
 def _adapter_bytes(recipe: Recipe) -> int:

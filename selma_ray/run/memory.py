@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from selma_ray.cluster.cards import smallest_gpu_bytes
 from selma_ray.config import apply_overrides, validate
 from selma_ray.errors import ConfigError, ModelNotFoundError
+from selma_ray.experts.config import NftConfig
 from selma_ray.judging.config import JudgeConfig
 from selma_ray.judging.writing.config import QuestionLLMConfig
 from selma_ray.models.config import ModelConfig, SamplingConfig
@@ -20,7 +21,7 @@ from selma_ray.run.demands import SERVE, stage_demands
 from selma_ray.run.question_source import is_chosen_later, source_name, splits_judged, writer_of
 from selma_ray.run.recipe import Recipe
 from selma_ray.run.served_weights import adapter_parameters, hosted_recipes
-from selma_ray.run.training_memory import VALUE_BYTES, training_memory_parts
+from selma_ray.run.training_memory import VALUE_BYTES, student_memory_parts, training_memory_parts
 from selma_ray.serving.config import ServingConfig
 
 if TYPE_CHECKING:  # what it needs loads torch, which the command line does not
@@ -132,6 +133,8 @@ def _generate(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
 
 def _train(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     config, sampling = recipe.experts, recipe.images.largest_sampling
+    if config.nft and config.nft.gpus_per_renderer:
+        yield _rounds_renderer(recipe, config.nft, gpu_bytes)
     if not config.gpus_per_worker:
         return
     cost, parameters = _training_cost(recipe)
@@ -142,17 +145,34 @@ def _train(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     )
     yield Need(
         "train",
-        "an expert's worker",
-        training_memory_parts(cost, config),
+        "the experts' worker" if config.fused else "an expert's worker",
+        training_memory_parts(cost, config, len(recipe.skills) if config.fused else 1),
         ("experts.gradient_checkpointing=true", "experts.micro_batch_size=1", "experts.base_weights=nf4"),
     )
     if config.selection and config.selection.num_gpus:
         yield _scoring("train", recipe, gpu_bytes)
 
 
+def _rounds_renderer(recipe: Recipe, nft: NftConfig, gpu_bytes: float | None) -> Need:
+    """Return what a renderer of the experts' rounds holds, with the judge that scores for it."""
+    sampling = recipe.images.largest_sampling.model_copy(update={"guidance_scale": nft.guidance_scale})
+    remedies = ("experts.nft.prompts_per_call=1", "model.card.offload=model")
+    batch_size = nft.prompts_per_call * nft.images_per_prompt
+    return _renderer("train", recipe.model, sampling, batch_size, nft.judge, gpu_bytes, remedies)
+
+
 def _merge(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
     if recipe.merging.method == "search" and recipe.evaluation.num_gpus:
         yield _scoring("merge", recipe, gpu_bytes)
+    distil = recipe.merging.distil
+    if recipe.merging.method == "distil" and distil.num_gpus:
+        cost, parameters = _training_cost(recipe)
+        width = VALUE_BYTES[recipe.model.dtype]
+        parts = student_memory_parts(
+            cost, distil, len(recipe.skills), recipe.experts.lora.rank, sum(parameters.values()) * width, width
+        )
+        remedies = ("merging.distil.states_per_image=1", "merging.distil.prompts_per_skill=1")
+        yield Need("merge", "the student", parts, remedies)
 
 
 def _evaluate(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:

@@ -34,6 +34,25 @@ class Outer(StrictModel):
     maybe: Inner | None = None
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"experts": {"batch_size": 3, "workers_per_expert": 2}},
+            "r.yaml: experts.batch_size must divide by workers_per_expert, got 3 and 2",
+        ),
+        (
+            {"rounds": 2, "experts": {"nft": {}}},
+            "r.yaml: rounds must be 1 with experts.nft, whose experts draw rounds of their own, got 2",
+        ),
+    ],
+)
+def test_a_rule_of_several_keys_is_said_of_the_key_and_shows_no_whole_section(settings: Any, line: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        validate(Recipe, {"run_dir": "runs/a", "skills": ["miniature/counting"], **settings}, source="r.yaml")
+    assert str(refusal.value) == line
+
+
 def test_a_typo_is_answered_with_the_nearest_key() -> None:
     with pytest.raises(
         ConfigError, match=r"r\.yaml: inner\.learning_rte is not a known key; did you mean 'learning_rate'\?"

@@ -94,6 +94,54 @@ def test_the_paper_s_autoencoder_decodes_in_half_the_memory_of_the_one_that_over
     assert overflowing.parts["drawing"] > fixed
 
 
+def test_experts_that_are_fused_share_the_base_alone() -> None:
+    bf16 = "experts.precision=bf16"
+    apart = needs(memory_needs(recipe("sdxl", bf16), ["train"]))["train", "an expert's worker"].parts
+    fused = needs(memory_needs(recipe("sdxl", bf16, "experts.fused=true"), ["train"]))[
+        "train", "the experts' worker"
+    ].parts
+    experts = len(recipe("sdxl").skills)
+    assert fused["activations"] == pytest.approx(experts * apart["activations"])
+    one = (fused["weights"] - apart["weights"]) / (experts - 1)
+    assert 0 < one < 0.1 * apart["weights"]
+
+
+def test_renderers_of_rounds_are_counted_with_the_images_of_a_call() -> None:
+    rounds = [
+        "experts.nft={gpus_per_renderer: 1, prompts_per_call: 2, images_per_prompt: 8}",
+        "model.card.vae_slicing=true",
+    ]
+    drawn = needs(memory_needs(recipe("sdxl", *rounds), ["train"]))["train", "a renderer"]
+    unguided = ["images.batch_size=16", "images.sampling.guidance_scale=1"]
+    generated = needs(memory_needs(recipe("sdxl", *unguided), ["generate"]))["generate", "a renderer"]
+    assert drawn.parts["drawing"] == pytest.approx(generated.parts["drawing"])
+    learning = needs(memory_needs(recipe("sdxl", *rounds), ["train"]))["train", "an expert's worker"].parts
+    plain = needs(memory_needs(recipe("sdxl"), ["train"]))["train", "an expert's worker"].parts
+    assert learning["gradients and optimiser"] > plain["gradients and optimiser"]
+    with pytest.raises(ConfigError, match=r"train: a renderer needs .*; set .*experts.nft.prompts_per_call=1"):
+        check_memory(
+            recipe("sdxl", *rounds, "experts.nft.images_per_prompt=4", "experts.nft.prompts_per_call=400"),
+            ["train"],
+            80e9,
+        )
+
+
+def test_a_student_is_counted_with_its_teachers() -> None:
+    distil = ["merging.method=distil", "merging.distil={num_gpus: 1, prompts_per_skill: 4, states_per_image: 4}"]
+    student = needs(memory_needs(recipe("sdxl", *distil), ["merge"]))["merge", "the student"].parts
+    guided = needs(memory_needs(recipe("sdxl", *distil, "merging.distil.guidance_scale=4"), ["merge"]))[
+        "merge", "the student"
+    ].parts
+    assert guided["activations"] == pytest.approx(2 * student["activations"])
+    ranked = needs(memory_needs(recipe("sdxl", *distil, "merging.distil.rank=4"), ["merge"]))[
+        "merge", "the student"
+    ].parts
+    assert ranked["student and optimiser"] < student["student and optimiser"]
+    assert student["experts"] > 0
+    with pytest.raises(ConfigError, match=r"merge: the student needs .*; set merging.distil.states_per_image=1"):
+        check_memory(recipe("sdxl", *distil), ["merge"], 48e9)
+
+
 def test_the_miniature_on_the_cpu_takes_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_needs(recipe("demo"), ALL) == []
     monkeypatch.setattr("selma_ray.run.memory.smallest_gpu_bytes", lambda config: pytest.fail("nobody is asked"))
