@@ -26,6 +26,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FREE_TIMEOUT_S = 120.0
+_POOLS_END_S = 10.0
+_POOL_CLASS = "MapWorker("
 _POLL_S = 0.2
 
 
@@ -117,7 +119,7 @@ def _fits_pool(demands: Sequence[Demand], config: ClusterConfig, take_turns: boo
 def wait_until_free(demands: Sequence[Demand], config: ClusterConfig, timeout_s: float = _FREE_TIMEOUT_S) -> None:
     """Wait until a local cluster has what `demands` need free: Ray ends the processes of a finished stage a little later.
 
-    Raises ConfigError where something else keeps it.
+    Raises ConfigError where something else keeps it. Meant for between stages: pools of this process that do not end are ended.
     """
     import ray
 
@@ -126,7 +128,8 @@ def wait_until_free(demands: Sequence[Demand], config: ClusterConfig, timeout_s:
     needed = Counter[str]()
     for demand in demands:
         needed.update(demand.resources)
-    deadline_s = time.monotonic() + timeout_s
+    started_s = time.monotonic()
+    pools_end_s, deadline_s = started_s + _POOLS_END_S, started_s + timeout_s
     while True:
         free = ray.available_resources()
         missing = {key for key, amount in needed.items() if free.get(key, 0) < amount}
@@ -138,8 +141,28 @@ def wait_until_free(demands: Sequence[Demand], config: ClusterConfig, timeout_s:
                 f"{demands[0].key} needs {names}, which something else on this cluster kept for {timeout_s:g} s; end it and run the same "
                 "command again"
             )
+        if time.monotonic() > pools_end_s:
+            _end_pools()
+            pools_end_s = deadline_s
         gc.collect()  # an actor lives while a handle does, and handles of a finished pool stay in cycles until Python looks for them
         time.sleep(_POLL_S)
+
+
+def _end_pools() -> None:
+    """Kill the actors of Ray Data's pools: one whose stream ended before its last answer was taken may never be told to end."""
+    from ray._private.state import actors
+
+    for actor in actors(actor_state_name="ALIVE").values():
+        if actor["ActorClassName"].startswith(_POOL_CLASS):
+            logger.info("%s did not end by itself and is ended", actor["ActorClassName"])
+            _kill(actor["ActorID"])
+
+
+def _kill(actor_id: str) -> None:
+    """Kill an actor whose handle this process may no longer have, which `ray.kill` asks for."""
+    import ray
+
+    ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID(bytes.fromhex(actor_id)), True)
 
 
 def role_options(role: Role, config: ClusterConfig) -> dict[str, Any]:

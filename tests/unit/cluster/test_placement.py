@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import ray
 
+from selma_ray.cluster import placement
 from selma_ray.cluster.config import ClusterConfig
 from selma_ray.cluster.placement import Demand, available_resources, check_fit, shared_resources, wait_until_free
 from selma_ray.errors import ConfigError
@@ -108,3 +109,16 @@ def test_what_a_finished_stage_still_holds_is_waited_for_and_what_another_keeps_
         ConfigError, match=r"images\.min_renderers needs CPU, which something else on this cluster kept for 0\.1 s"
     ):
         wait_until_free([renderers(CPU=2)], ClusterConfig(), timeout_s=0.1)
+
+
+def test_a_pool_that_does_not_end_by_itself_is_ended_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = {"a": "MapWorker(MapBatches(AnswerAtNoCost))", "b": "PromptFeed"}
+    monkeypatch.setattr(
+        "ray._private.state.actors",
+        lambda actor_state_name: {key: {"ActorID": key, "ActorClassName": name} for key, name in alive.items()},
+    )
+    monkeypatch.setattr(placement, "_kill", alive.pop)
+    monkeypatch.setattr(placement, "_POOLS_END_S", 0.0)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0 if "a" in alive else 2.0})
+    wait_until_free([renderers(CPU=2)], ClusterConfig(), timeout_s=10)
+    assert list(alive) == ["b"]
