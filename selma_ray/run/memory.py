@@ -169,8 +169,9 @@ def _merge(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
         cost, parameters = _training_cost(recipe)
         width = VALUE_BYTES[recipe.model.dtype]
         parts = student_memory_parts(
-            cost, distil, len(recipe.skills), recipe.experts.lora.rank, sum(parameters.values()) * width, width
-        )
+            cost, distil, len(recipe.skills), recipe.experts.lora.rank, sum(parameters.values()) * width, width,
+            _drawing(recipe.model, recipe.images.largest_sampling).rows(distil.guidance_scale),
+        )  # fmt: skip
         remedies = ("merging.distil.states_per_image=1", "merging.distil.prompts_per_skill=1")
         yield Need("merge", "the student", parts, remedies)
 

@@ -46,19 +46,24 @@ def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig, experts: 
 
 
 def student_memory_parts(
-    cost: "TrainingCost", config: DistilConfig, experts: int, expert_rank: int, model_bytes: float, width: int
+    cost: "TrainingCost",
+    config: DistilConfig,
+    experts: int,
+    expert_rank: int,
+    model_bytes: float,
+    width: int,
+    rows_per_state: int,
 ) -> dict[str, float]:
     """Return the bytes that the process of `merging.method: distil` holds: a pipeline, its experts, a student, a skill's activations.
 
     A student without a rank of its own has that of all experts together. Values are of `width` bytes, the student's of 4 with its
-    gradients and AdamW's state.
+    gradients and AdamW's state. A guided state may take two rows of a prediction.
     """
     student = cost.lora_parameters * (config.rank or experts * expert_rank) / expert_rank
     states = config.prompts_per_skill * config.states_per_image
-    guided = 2 if config.guidance_scale > 1 else 1
     return {
         "weights": model_bytes,
         "experts": width * experts * cost.lora_parameters,
         "student and optimiser": 16 * student,
-        "activations": states * guided * cost.activation_bytes * width / 4,
+        "activations": states * rows_per_state * cost.activation_bytes * width / 4,
     }
