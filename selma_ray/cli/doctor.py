@@ -1,5 +1,6 @@
 """What this machine has for a run, and what of it would not work: looked at, with nothing started."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -43,7 +44,7 @@ class Finding:
 
 def examine(run_dir: str | None = None) -> list[Finding]:
     """Return what was found; where a `run_dir` is named, whether it can be written and read from here, too."""
-    findings = [*_versions(), _gpus(), *_memory(), *_disks(), _token(), _files()]
+    findings = [*_versions(), *_bytecode(), _gpus(), *_memory(), *_disks(), _token(), _files()]
     return findings if run_dir is None else [*findings, _storage(run_dir)]
 
 
@@ -81,6 +82,17 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _bytecode() -> Iterator[Finding]:
+    """Yield a note where every process of a run, dozens of them, would compile all that it imports anew."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or not sys.dont_write_bytecode or not package.cached or Path(package.cached).exists():
+        return
+    yield Finding(
+        "bytecode", "note", "PYTHONDONTWRITEBYTECODE is set and packages were installed without: each process takes half a minute to start",
+        f"unset it, or `python -m compileall -q -j 0 {Path(package.cached).parents[2]}`",
+    )  # fmt: skip
 
 
 def _gpus() -> Finding:

@@ -3,10 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from diffusers.optimization import get_scheduler
 
 from selma_ray.adapters.files import CONFIG_FILE, is_adapter, local_adapter
@@ -20,11 +17,17 @@ from selma_ray.experts.job import ExpertJob, ExpertResult, mean_of_tail
 from selma_ray.experts.optimizers import open_optimizer
 from selma_ray.experts.precision import deepspeed_config, resolve_precision
 from selma_ray.experts.preferences import preference_loss
+from selma_ray.imports import as_if_absent
 from selma_ray.models.device import device_of
 from selma_ray.models.family import Batch, LossSettings, open_family
 from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
 from selma_ray.records import seed_of
+
+with as_if_absent("mlflow"):  # DeepSpeed's autotuner would import it, which is a sixth of a trainer's start.
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import safe_get_full_fp32_param
 
 __all__ = ["ExpertTrainer", "trainer_of"]
 

@@ -11,10 +11,15 @@ from tests.e2e.conftest import REPOSITORY
 from tests.kernels import own_kernel
 
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+QUICK = "evaluate_your_own_images"
+"""Executed at every change."""
 CELL_TIMEOUT_S = 400
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=() if path.stem == QUICK else pytest.mark.heavy) for path in NOTEBOOKS],
+)
 def test_a_notebook_runs_and_shows_a_picture(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in own_kernel(tmp_path / "kernels").items():
         monkeypatch.setenv(name, value)

@@ -1,9 +1,12 @@
 """What `selma doctor` finds on machines that lack something."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections import namedtuple
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,23 @@ def test_a_library_that_is_not_there_is_a_fault(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(metadata, "version", without_vllm)
     (fault,) = [each for each in doctor.examine() if each.state == "fault"]
     assert fault.detail == "vllm not installed"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_packages_that_each_process_would_compile_anew_are_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled: bool
+) -> None:
+    package = tmp_path / "site-packages" / "transformers"
+    (package / "__pycache__").mkdir(parents=True)
+    if compiled:
+        (package / "__pycache__" / "__init__.pyc").touch()
+    spec = ModuleSpec("transformers", None)
+    spec.cached = str(package / "__pycache__" / "__init__.pyc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    notes = [each for each in doctor.examine() if each.what == "bytecode"]
+    assert [each.state for each in notes] == ([] if compiled else ["note"])
+    assert all(each.remedy.endswith(f"{tmp_path / 'site-packages'}`") for each in notes)
 
 
 @pytest.mark.parametrize(
