@@ -28,18 +28,19 @@ def picture_grid(
 ) -> Image.Image:
     """Return images in rows of square cells, on paper or on a transparent ground.
 
-    A row may have a label to its left or a title above it, an image a caption of up to three short lines below it.
+    A row may have a label to its left or a title above it, an image a caption of up to three short lines below it; a row without captions
+    takes no place for them.
     """
-    left_px = _LABEL_PX if labels else margin_px
-    above_px, below_px = _TITLE_PX if titles else 0, _CAPTION_PX if captions else 0
-    step_x, step_y = cell_px + gap_px, above_px + cell_px + below_px + gap_px
+    left_px, above_px = _LABEL_PX if labels else margin_px, _TITLE_PX if titles else 0
+    below_px = [_CAPTION_PX if captions and any(captions[row]) else 0 for row in range(len(rows))]
+    step_x, heights = cell_px + gap_px, [above_px + cell_px + below + gap_px for below in below_px]
     width = left_px + max(map(len, rows), default=0) * step_x - gap_px + margin_px
-    height = 2 * margin_px + len(rows) * step_y - gap_px
+    height = 2 * margin_px + sum(heights) - gap_px
     ground = ("RGBA", (0, 0, 0, 0)) if transparent else ("RGB", _PAPER)
     sheet = Image.new(ground[0], (max(1, width), max(1, height)), ground[1])
     draw = ImageDraw.Draw(sheet)
     for row, images in enumerate(rows):
-        top = margin_px + row * step_y + above_px
+        top = margin_px + sum(heights[:row]) + above_px
         if labels:
             middle = (gap_px, top + cell_px / 2)
             draw.text(middle, labels[row], fill=_INK, font=ImageFont.load_default(size=17), anchor="lm")
@@ -48,7 +49,7 @@ def picture_grid(
         for column, image in enumerate(images):
             left = left_px + column * step_x
             sheet.paste(thumbnail(image, cell_px), (left, top))
-            if captions:
+            if below_px[row]:
                 draw.multiline_text((left, top + cell_px), captions[row][column], fill=_INK, spacing=0, font_size=10)
     return sheet
 

@@ -15,8 +15,9 @@ from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse
 from selma_ray.study.config import ArmConfig, Kind
 from selma_ray.study.costs import timed
+from selma_ray.study.pictures import write_pictures
 from selma_ray.study.study import Study
-from selma_ray.study.tables import StudyScores, write_tables
+from selma_ray.study.tables import StudyScores, model_titles, write_tables
 
 __all__ = ["StudyStep", "study_steps"]
 
@@ -59,7 +60,7 @@ def _make(arm: Run, earlier: tuple[Run, ...], config: ArmConfig, report: Report)
 
 
 def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float, report: Report) -> None:
-    """Score base and every model of a seed's experiments at one guidance scale, then write the tables so far."""
+    """Score base and all models of a seed at one guidance scale, then write the tables so far, and the first seed's pictures."""
     from selma_ray.evaluation.config import SECOND_ANSWERS
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
     from selma_ray.judging.suites import open_suite
@@ -79,13 +80,13 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
         models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.config.arms[name]).items()}
     folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
     connect(study.recipe.cluster)
-    evaluate_models(
-        folder, models, suite, config, seed, study.recipe.cluster,
-        report,
-    )  # fmt: skip
+    evaluate_models(folder, models, suite, config, seed, study.recipe.cluster, report)
     folder.mark_done("scores", {"models": list(models)})
     second = StudyScores.read(study, suite, config, SECOND_ANSWERS) if config.second_judge else None
     write_tables(study, StudyScores.read(study, suite, config), second)
+    if seed == study.config.seeds[0]:
+        shown = [name for name in models if name == BASE or _kind(name.partition(".")[2]) != "experts"]
+        write_pictures(study, seed, guidance_scale, model_titles(study.config, shown))
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:

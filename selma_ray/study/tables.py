@@ -16,7 +16,7 @@ from selma_ray.study.config import StudyConfig
 from selma_ray.study.costs import cost_rows
 from selma_ray.study.study import Study
 
-__all__ = ["StudyScores", "write_tables"]
+__all__ = ["StudyScores", "model_titles", "write_tables"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def write_tables(study: Study, scores: StudyScores, second: StudyScores | None =
         scale: scores.summary(models, reference) for scale, models in scores.pooled.items() if reference in models
     }
     best = scores.summary(at_best)
-    titles = _titles(study.config, _names(by_scale))
+    titles = model_titles(study.config, _names(by_scale))
     values = {
         "seeds": list(scores.seeds),
         "prompts": len(scores.suite),
@@ -168,7 +168,7 @@ def _joined(one: ModelScores, other: ModelScores) -> ModelScores:
     )
 
 
-def _titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:
+def model_titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:
     """Return what the tables call each model: an experiment's merged or mixture model by the experiment's title alone."""
     titles = {}
     for name in names:

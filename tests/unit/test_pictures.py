@@ -32,6 +32,9 @@ def test_words_stand_beside_above_and_below_their_images() -> None:
     below = picture_grid(ROWS, 40, captions=(("one",), ("two", "three")))
     assert has_ink(below, (6, 46, 46, 80))
     assert below.getpixel((6, 6 + 40 + 34 + 6)) == BLUE
+    last = picture_grid(ROWS, 40, captions=((), ("two", "three")))
+    assert last.height == below.height - 34
+    assert last.getpixel((6, 6 + 40 + 6)) == BLUE
 
 
 def test_small_images_are_enlarged_by_whole_pixels_and_keep_their_shape() -> None:
