@@ -85,7 +85,8 @@ def build_app(
     catalogue = Catalogue({"": Entry(names, config), **(others or {})})
     app = FastAPI(title="selma_ray", version=__version__, docs_url=None, redoc_url=None)
     _add_probes(app, backend, peers)
-    _add_routes(app, backend, catalogue, peers, sign)
+    _add_image_routes(app, backend, catalogue, peers, sign)
+    _add_score_route(app, backend, config, metrics)
     add_page(app)
     _add_error_handlers(app)
     describe(app, config)
@@ -155,7 +156,7 @@ def _add_model_routes(app: FastAPI, live_names: LiveNames, started_s: int) -> No
         return Model(id=name, created=started_s, kind=known.kind(name))
 
 
-def _add_routes(app: FastAPI, backend: Backend, catalogue: Catalogue, peers: Peers, sign: Sign | None) -> None:
+def _add_image_routes(app: FastAPI, backend: Backend, catalogue: Catalogue, peers: Peers, sign: Sign | None) -> None:
     config, metrics = catalogue.own.config, peers.metrics
     live_names = LiveNames(catalogue, backend)
     _add_model_routes(app, live_names, peers.started_s)
@@ -203,6 +204,8 @@ def _add_routes(app: FastAPI, backend: Backend, catalogue: Catalogue, peers: Pee
             request, body, replace(wanted, event="image_edit", warnings=[*warnings, *wanted.warnings])
         )
 
+
+def _add_score_route(app: FastAPI, backend: Backend, config: ServingConfig, metrics: Metrics) -> None:
     @app.post("/v1/scores", openapi_extra=request_body_of(ScoreBody))
     async def scores(request: Request) -> Scores:
         """Score images against a prompt."""
