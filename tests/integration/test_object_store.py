@@ -9,11 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from selma_ray.config import validate
 from selma_ray.errors import ConfigError, StorageError
 from selma_ray.images.shards import existing_ids, forget_failures, read_images, write_shards
 from selma_ray.local_copies import local_copy, upload_folder, whole_folder
 from selma_ray.models.config import ModelConfig
+from selma_ray.run.opening import open_run
+from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
+from selma_ray.study.arms import arm_recipe, reuse
+from selma_ray.study.config import StudyConfig
+from selma_ray.study.study import Study
 from tests.object_store import BUCKET, object_store
 from tests.unit.images.test_crashes import ids as rendered_ids
 from tests.unit.images.test_crashes import run as render_all
@@ -222,3 +228,31 @@ def test_rendering_that_loses_its_server_stops_and_resumes(
     assert render_all(again, model) <= 4  # a batch
     assert rendered_ids(again) == rendered_ids(undisturbed)
     assert before <= existing_ids(again)
+
+
+def test_a_study_s_experiments_share_what_one_of_them_has_made(folder: RunFolder) -> None:
+    arms = {
+        "selma": {"title": "SELMA"},
+        "factors": {"title": "factors", "changes": {"merging.method": "average_factors"}},
+    }
+    recipe = {"run_dir": folder.uri, "skills": ["miniature/common"], "model": {"name": "miniature"}}
+    llm = {
+        "prompts": {"llm": {"name": "miniature", "engine": "free", "chat": False}},
+        "evaluation": {"suite": "miniature"},
+    }
+    study = Study(
+        validate(StudyConfig, {"recipe": "recipe.yaml", "arms": arms}, "test"), validate(Recipe, recipe | llm, "test")
+    )
+    first, second = (open_run(arm_recipe(study, name, 0)) for name in arms)
+    made = {f"{part}/common/{number}" for part in ("prompts", "images", "cache", "experts") for number in range(3)}
+    for path in made:
+        first.folder.write_bytes(path.encode(), path)
+    for stage in ("generate", "train"):
+        first.folder.mark_done(stage, {"made": stage})
+    # An earlier start was killed while it copied the images.
+    second.folder.write_bytes(b"", "sharing", "images")
+    second.folder.write_bytes(b"half", "images/common/0")
+    reuse(second, [first])
+    assert {path: second.folder.read_bytes(path) for path in made} == {path: path.encode() for path in made}
+    assert [second.folder.done(stage) for stage in ("generate", "train")] == [{"made": "generate"}, {"made": "train"}]
+    assert not second.folder.files("sharing")
