@@ -32,6 +32,8 @@ from selma_ray.storage import RunFolder
 from tests.e2e.conftest import DEMO, REPOSITORY
 from tests.local_ray import ENVIRONMENT, RayNode, free_port, own_address, wait_until
 
+SEEDS = int(os.environ.get("FAULT_SEEDS", "2"))
+"""Orders and moments of ten kills; ten of them kill the driver, an engine and a node twenty times each."""
 BATCH, RENDERERS = 4, 2
 SMALL_JOB = [
     "skills=[miniature/common, miniature/counting]",
@@ -245,7 +247,7 @@ def kill_and_finish(job: Job, kinds: Sequence[str], rng: random.Random, record_p
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_kills_at_random_moments_leave_exactly_the_planned_images(
     tmp_path: Path, two_nodes: TwoNodes, planned_ids: list[str], seed: int, record_property: Any
 ) -> None:
