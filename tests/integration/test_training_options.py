@@ -32,6 +32,7 @@ class LikesTheFirst:
         return {"dsg": 1 / int(adapter_dir.rsplit("-", 1)[1]), "images": 1}
 
 
+@pytest.mark.filterwarnings("ignore")  # what MLflow's client and its database say to one another is not ours to change
 def test_two_sizes_averaged_weights_an_early_stop_and_a_tracker_together(
     ray_cluster: Any, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
