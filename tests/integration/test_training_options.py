@@ -58,7 +58,10 @@ def test_two_sizes_averaged_weights_an_early_stop_and_a_tracker_together(
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/run/mlflow/mlflow.db")
-    (tracked,) = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
-    assert (tracked.info.run_name, tracked.info.status) == ("counting", "FINISHED")
-    shown = {each.step: each.value for each in client.get_metric_history(tracked.info.run_id, "train/loss")}
+    runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    curves = {name: run.info.run_id for run in runs for name in ("train/loss", "dev/dsg") if name in run.data.metrics}
+    shown = {each.step: each.value for each in client.get_metric_history(curves["train/loss"], "train/loss")}
     assert {step: shown[step] for step in losses} == pytest.approx(losses)
+    scored = {each.step: each.value for each in client.get_metric_history(curves["dev/dsg"], "dev/dsg")}
+    assert {step: scored[step] for step in (5, 10, 15)} == pytest.approx({5: 1 / 5, 10: 1 / 10, 15: 1 / 15})
