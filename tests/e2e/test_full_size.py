@@ -1,6 +1,6 @@
 """The whole loop on Stable Diffusion 1.x at full size: published configurations, random weights, 256 px, a few steps, real vLLM.
 
-Takes about 6 GB of memory, 10 GB of disk and, on two cores, the better part of an hour:
+Takes about 6 GB of memory, 10 GB of disk and seven minutes of two cores:
 `python -m pytest -m heavy tests/e2e/test_full_size.py`.
 """
 
