@@ -72,6 +72,7 @@ def test_a_study_makes_each_thing_once_and_writes_one_table(selma: Any, tmp_path
     }  # fmt: skip
     table = (study / "tables.md").read_text()
     assert all(f"| {title} |" in table for title in ("SELMA", "DPO", "MoE-LoRA", "images of another model"))
+    assert [path.read_bytes()[:4] for path in study.glob("pictures-guidance=*.png")] == [b"\x89PNG"]
 
     def file_of(arm: str, *parts: str) -> Any:
         return study.joinpath(arm, "seed=0", *parts)
