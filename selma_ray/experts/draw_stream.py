@@ -44,6 +44,7 @@ class RoundsDrawing:
         config: NftConfig,
         model: ModelConfig,
         open_scorer: OpenScorer,
+        precision: str,
         cluster: ClusterConfig,
     ) -> None:
         for plan in plans:
@@ -57,7 +58,14 @@ class RoundsDrawing:
         ) if blocks else None  # fmt: skip
         self._drawn = chunks and chunks.map_batches(
             DrawChunks,
-            fn_constructor_args=(tuple(plans), model, open_scorer, config.cpus_per_renderer, config.gpus_per_renderer),
+            fn_constructor_args=(
+                tuple(plans),
+                model,
+                open_scorer,
+                precision,
+                config.cpus_per_renderer,
+                config.gpus_per_renderer,
+            ),
             batch_size=None,
             compute=ActorPoolStrategy(size=config.renderers),
             num_cpus=config.cpus_per_renderer,
@@ -145,6 +153,7 @@ class DrawChunks:
         plans: Sequence[RoundsPlan],
         model: ModelConfig,
         open_scorer: OpenScorer,
+        precision: str,
         num_cpus: float,
         num_gpus: float,
     ) -> None:
@@ -154,7 +163,7 @@ class DrawChunks:
         from selma_ray.experts.drawing import DrawRounds
 
         torch.set_num_threads(max(1, int(num_cpus)))
-        self._draw = DrawRounds(plans, model, open_scorer, num_gpus)
+        self._draw = DrawRounds(plans, model, open_scorer, precision, num_gpus)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Draw each chunk; an error is passed on as a row, because Ray passes on nothing but its traceback."""

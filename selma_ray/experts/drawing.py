@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,19 +34,32 @@ _NOTHING_FOLDED = ""
 class DrawRounds:
     """Draws and scores chunks of rounds; whatever is written already is not drawn again.
 
-    What is learnt from are the latents that were drawn, as published, not those of images that were decoded and encoded again.
+    What is learnt from are the latents that were drawn, as published, not those of images that were decoded and encoded again. A model in
+    fp32 is drawn with the experts' `precision`: its weights stay as they are, so that what an adapter adds to them is not rounded away.
     """
 
     def __init__(
-        self, plans: Sequence[RoundsPlan], model: ModelConfig, open_scorer: OpenScorer, num_gpus: float = 0
+        self,
+        plans: Sequence[RoundsPlan],
+        model: ModelConfig,
+        open_scorer: OpenScorer,
+        precision: str,
+        num_gpus: float = 0,
     ) -> None:
+        import torch
+
         from selma_ray.adapters.folding import FoldedAdapter
+        from selma_ray.experts.precision import resolve_precision
         from selma_ray.models.family import open_family
-        from selma_ray.models.parts import denoiser_of
+        from selma_ray.models.parts import DTYPES, denoiser_of
         from selma_ray.models.rendering import load_pipeline
         from selma_ray.models.row_drawing import RowDrawer
 
-        pipeline: Any = load_pipeline(model, device_of(num_gpus, "experts.nft.gpus_per_renderer"))
+        device = device_of(num_gpus, "experts.nft.gpus_per_renderer")
+        pipeline: Any = load_pipeline(model, device)
+        drawn_in = resolve_precision(precision, device)
+        lowered = model.dtype == "fp32" and drawn_in != "fp32"
+        self._in_precision = partial(torch.autocast, device.type, DTYPES[drawn_in], enabled=lowered)
         self._plans = plans
         self._model = model
         self._family = open_family(model)
@@ -64,7 +78,9 @@ class DrawRounds:
             self._folded.fold(adapter)
             self._adapter = adapter
         prompts = round_.chunk(chunk)
-        drawn = self._drawer.draw(*zip(*((each.prompt, seed) for each in prompts for seed in each.seeds), strict=True))
+        texts, seeds = zip(*((each.prompt, seed) for each in prompts for seed in each.seeds), strict=True)
+        with self._in_precision():
+            drawn = self._drawer.draw(texts, seeds)
         scores = self._scores(prompts, drawn)
         rows = self._rows(round_, prompts, drawn, scores)
         if all(row["error"] for row in rows):

@@ -92,7 +92,7 @@ def _train_in_rounds(
         slots = _slots(config, cluster, {"CPU": nft.cpus_per_renderer, "GPU": nft.gpus_per_renderer}, nft.renderers)
         scores = CandidateScores(jobs, None, None, cluster)
         plans = [plan for job in unfinished if (plan := job.rounds)]
-        with RoundsDrawing(plans, nft, model, source.open_scorer, cluster):
+        with RoundsDrawing(plans, nft, model, source.open_scorer, config.precision, cluster):
             _raise_for(_fit_wave(jobs, slots, cluster, _Reporter(jobs, report, scores), scores))
     return {job.name: _result_of(job) for job in jobs}
 

@@ -47,7 +47,7 @@ class DrawnExperts:
         ]  # fmt: skip
         self.plans = [plan for job in self.jobs if (plan := job.rounds)]
         self.images = 0
-        self._draw = DrawRounds(self.plans, model, lambda: score)
+        self._draw = DrawRounds(self.plans, model, lambda: score, config.precision)
 
     def draw(self, round_: Round) -> None:
         for chunk in round_.missing_chunks():

@@ -1,8 +1,11 @@
 """Rounds of drawing and training in one process, on a tiny model: the renderer draws where Ray's would."""
 
+import io
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -37,10 +40,17 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
 class Drawn:
     """An expert whose rounds are drawn in this process, and a count of what was."""
 
-    def __init__(self, folder: RunFolder, model: ModelConfig, score: Any = brightness, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        model: ModelConfig,
+        score: Any = brightness,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        **changes: Any,
+    ) -> None:
         nft = NFT.model_copy(update=changes)
         config = ExpertsConfig(
-            lora=LoraSettings(rank=2, alpha=2), batch_size=3, learning_rate=1e-2, precision="fp32", nft=nft
+            lora=LoraSettings(rank=2, alpha=2), batch_size=3, learning_rate=1e-2, precision=precision, nft=nft
         )
         planned = plan_experts(["counting"], config)[0]
         sampling = SamplingConfig(steps=1, guidance_scale=1.0, width_px=32, height_px=32)
@@ -51,7 +61,7 @@ class Drawn:
         assert self.job.rounds is not None
         self.plan = self.job.rounds
         self.images = 0
-        self._draw = DrawRounds([self.plan], model, lambda: score)
+        self._draw = DrawRounds([self.plan], model, lambda: score, config.precision)
 
     def draw(self, round_: Round) -> None:
         for chunk in round_.missing_chunks():
@@ -114,6 +124,35 @@ def test_the_first_round_is_drawn_by_the_base_and_later_ones_by_what_was_learnt(
     assert deltas[0] == 0
     assert deltas[1] > 0
     assert not torch.equal(*(next(t for name, t in each.items() if "lora_B" in name) for each in adapters[1:]))
+
+
+def test_a_model_in_fp32_is_drawn_in_the_precision_that_its_expert_is_fitted_in(
+    finished: Drawn, model: ModelConfig, tmp_path: Path
+) -> None:
+    lowered = Drawn(RunFolder(str(tmp_path / "run")), model, precision="bf16")
+    lowered.fit()
+    assert finished_result(lowered.job) is not None
+
+    again = replace(finished.plan, folder=RunFolder(str(tmp_path / "again")))
+    before, after = finished.plan.of(1), again.of(1)
+    shutil.copytree(before.plan.folder.path(before.adapter), again.folder.path(after.adapter))
+    draw = DrawRounds([again], model, lambda: brightness, "bf16")
+    assert sum(draw(0, 1, chunk) for chunk in after.missing_chunks()) == 6
+    in_fp32, in_bf16 = pixels_of(before), pixels_of(after)
+    assert in_fp32.keys() == in_bf16.keys()
+    for row_id, pixels in in_fp32.items():
+        assert not torch.equal(in_bf16[row_id], pixels)
+        assert (in_bf16[row_id] - pixels).abs().mean() < 0.02
+
+
+def pixels_of(round_: Round) -> dict[str, torch.Tensor]:
+    """Return a round's images by their ids, in [0, 1]."""
+    folder = round_.plan.folder
+    rows = folder.read_table(folder.files(round_.directory, "images", suffix=".parquet")).to_pylist()
+    images = {row["id"]: Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows}
+    return {
+        name: torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) / 255 for name, image in images.items()
+    }
 
 
 def test_a_resumed_job_draws_nothing_twice_and_gives_the_same_bits(
