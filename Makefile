@@ -33,9 +33,9 @@ $(READY): requirements/cpu.txt pyproject.toml
 demo: $(READY) ## Run the whole loop on the miniature and serve its merged model
 	@$(BIN)/selma run jobs/recipes/demo.yaml
 
-# Unit tests and the GPU kit's, which run without Ray, on every core; what starts Ray, one after another.
+# Unit tests and the GPU kit's, which run without Ray, on every core, the kit's few and long ones first; what starts Ray, one after another.
 test: $(READY) ## Run the test suite
-	@$(BIN)/python -m pytest tests/gpu tests/unit -m "not heavy and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest tests/gpu tests/unit -m "not heavy and not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest tests/integration tests/e2e -m "not heavy and not gpu" --durations 25
 
 test-heavy: $(READY) ## Run the tests that take minutes
