@@ -8,7 +8,7 @@ FIND_LINKS := $(foreach source,$(PIP_FIND_LINKS),--find-links $(source))
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --no-deps $(FIND_LINKS)
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
-# Dozens of processes import the same packages: where none keeps its bytecode, each takes half a minute to start.
+# Dozens of processes import the same packages: where none keeps its bytecode, each compiles them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-heavy lint format docs lock gpu-kit setup clean help

@@ -90,7 +90,7 @@ def _bytecode() -> Iterator[Finding]:
     if package is None or not sys.dont_write_bytecode or not package.cached or Path(package.cached).exists():
         return
     yield Finding(
-        "bytecode", "note", "PYTHONDONTWRITEBYTECODE is set and packages were installed without: each process takes half a minute to start",
+        "bytecode", "note", "PYTHONDONTWRITEBYTECODE is set and packages have no bytecode: every process compiles them anew",
         f"unset it, or `python -m compileall -q -j 0 {Path(package.cached).parents[2]}`",
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ __all__ = [
     "Example",
     "GivenAnswer",
     "choose_examples",
+    "drawn_seeds",
     "paired_examples",
     "read_images",
     "training_images",
@@ -101,16 +102,25 @@ def choose_examples(examples: Sequence[Example], per_skill: int, extremes: int) 
 
 
 def read_images(folder: RunFolder, paths: Sequence[str], wanted: set[ImageKey]) -> dict[ImageKey, Image.Image]:
-    """Return the wanted images of one model; files are read one at a time."""
+    """Return the wanted images of one model that could be drawn; files are read one at a time."""
     found: dict[ImageKey, Image.Image] = {}
     for path in paths:
         if wanted <= found.keys():
             break
         table = folder.read_table([path], columns=["prompt", "seed", "image"])
         for index, key in enumerate(zip(table["prompt"].to_pylist(), table["seed"].to_pylist(), strict=True)):
-            if key in wanted:
-                found[key] = _decoded(table["image"][index].as_py())
+            if key in wanted and (image := table["image"][index].as_py()) and image["bytes"]:
+                found[key] = _decoded(image)
     return found
+
+
+def drawn_seeds(folder: RunFolder, paths: Sequence[str]) -> dict[str, int]:
+    """Return by prompt the smallest seed that one model drew it from."""
+    table = folder.read_table(paths, columns=["prompt", "seed"])
+    seeds: dict[str, int] = {}
+    for prompt, seed in zip(table["prompt"].to_pylist(), table["seed"].to_pylist(), strict=True):
+        seeds[prompt] = min(seed, seeds.get(prompt, seed))
+    return seeds
 
 
 def training_images(folder: RunFolder, skill: str, count: int) -> list[Image.Image]:

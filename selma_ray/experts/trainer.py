@@ -24,7 +24,7 @@ from selma_ray.models.parts import DTYPES
 from selma_ray.models.quantised import quantise
 from selma_ray.records import seed_of
 
-with as_if_absent("mlflow"):  # DeepSpeed's autotuner would import it, which is a sixth of a trainer's start.
+with as_if_absent("mlflow"):  # DeepSpeed's autotuner would import it, at seconds of every trainer's start.
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import safe_get_full_fp32_param

@@ -86,7 +86,7 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
     write_tables(study, StudyScores.read(study, suite, config), second)
     if seed == study.config.seeds[0]:
         shown = [name for name in models if name == BASE or _kind(name.partition(".")[2]) != "experts"]
-        write_pictures(study, seed, guidance_scale, model_titles(study.config, shown))
+        write_pictures(study, suite, seed, guidance_scale, model_titles(study.config, shown))
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:

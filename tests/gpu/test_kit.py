@@ -39,7 +39,8 @@ def test_every_part_runs_without_ray(tmp_path: Path) -> None:
 def test_what_a_card_needs_is_imported_without_ray() -> None:
     parts = sorted(path.stem for path in (ROOT / "benchmarks" / "gpu_parts").glob("*.py"))
     imported = ", ".join(f"benchmarks.gpu_parts.{name}" for name in parts if name != "__init__")
-    code = f"import sys; sys.modules.update(ray=None, vllm=None); import benchmarks.gpu, {imported}"
+    code = f"import sys; sys.modules.update(ray=None, vllm=None); import benchmarks.gpu, {imported}, selma_ray.experts.trainer"
+    code += "; assert 'mlflow' not in sys.modules, 'no trainer needs it, and each would pay for it'"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
