@@ -35,8 +35,8 @@ def write_pictures(
     for model in titles:
         images = read_images(scored, files[model], set(chosen))
         rows.append([images.get(key, _NOT_DRAWN) for key in chosen])
-    below = [textwrap.shorten(prompt, _LINE_LETTERS * _LINES, placeholder="…") for prompt, _ in chosen]
-    captions = [()] * (len(rows) - 1) + [tuple(textwrap.fill(caption, _LINE_LETTERS) for caption in below)]
+    below = tuple(textwrap.fill(prompt, _LINE_LETTERS, max_lines=_LINES, placeholder="…") for prompt, _ in chosen)
+    captions = [()] * (len(rows) - 1) + [below]
     picture = picture_grid(rows, _CELL_PX, titles=list(titles.values()), captions=captions)
     folder, name = RunFolder(study.place()), f"pictures-guidance={guidance_scale:g}.png"
     folder.write_bytes(png_bytes(picture), name)
