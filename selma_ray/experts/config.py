@@ -150,7 +150,7 @@ class ExpertsConfig(StrictModel):
     """Decay of a moving average of the adapter's weights, such as 0.999, which is what is kept; default: the last step's weights are."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Training precision, and that of drawing for `nft` where the model is in fp32; auto takes bf16 where the hardware computes faster in
-    it, else fp32. fp16 needs a GPU."""
+    it, else fp32 (a CPU with AVX512-BF16 alone draws in bf16 and fits in fp32). fp16 needs a GPU."""
     base_weights: Literal["full", "int8", "nf4"] = "full"
     """What the frozen base is kept in: `full` is the training precision; `int8` and `nf4` (QLoRA) take a half and a quarter of what
     bf16 takes, and round the weights that the expert is fitted on."""

@@ -35,7 +35,7 @@ class DrawRounds:
     """Draws and scores chunks of rounds; whatever is written already is not drawn again.
 
     What is learnt from are the latents that were drawn, as published, not those of images that were decoded and encoded again. A model in
-    fp32 is drawn with the experts' `precision`: its weights stay as they are, so that what an adapter adds to them is not rounded away.
+    fp32 is drawn in what `precision` resolves to: its weights stay as they are, so that what an adapter adds to them is not rounded away.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DrawRounds:
         import torch
 
         from selma_ray.adapters.folding import FoldedAdapter
-        from selma_ray.experts.precision import resolve_precision
+        from selma_ray.experts.precision import resolve_drawing_precision
         from selma_ray.models.family import open_family
         from selma_ray.models.parts import DTYPES, denoiser_of
         from selma_ray.models.rendering import load_pipeline
@@ -57,7 +57,7 @@ class DrawRounds:
 
         device = device_of(num_gpus, "experts.nft.gpus_per_renderer")
         pipeline: Any = load_pipeline(model, device)
-        drawn_in = resolve_precision(precision, device)
+        drawn_in = resolve_drawing_precision(precision, device)
         lowered = model.dtype == "fp32" and drawn_in != "fp32"
         self._in_precision = partial(torch.autocast, device.type, DTYPES[drawn_in], enabled=lowered)
         self._plans = plans

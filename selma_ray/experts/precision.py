@@ -6,7 +6,7 @@ import torch
 
 from selma_ray.experts.config import GRADIENTS_AT_ONCE, ExpertsConfig
 
-__all__ = ["deepspeed_config", "resolve_precision"]
+__all__ = ["deepspeed_config", "resolve_drawing_precision", "resolve_precision"]
 
 
 def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
@@ -20,6 +20,16 @@ def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
+def resolve_drawing_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """Return the precision that `auto` stands for where images of rounds are drawn; any other is returned as it is.
+
+    It is that of training, and bf16 on a CPU with AVX512-BF16 too: drawing has no backward pass, and gains there what fitting does not.
+    """
+    if precision == "auto" and device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "bf16"
+    return resolve_precision(precision, device)
 
 
 def deepspeed_config(config: ExpertsConfig, precision: str, trainable: int) -> dict[str, Any]:

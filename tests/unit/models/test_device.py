@@ -14,7 +14,7 @@ from selma_ray.errors import ConfigError
 from selma_ray.evaluation.chunks import ModelUnderTest, RenderChunk, plan_chunks
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.experts.cache import EncodeExamples
-from selma_ray.experts.precision import resolve_precision
+from selma_ray.experts.precision import resolve_drawing_precision, resolve_precision
 from selma_ray.images.config import ImagesConfig
 from selma_ray.images.engines import open_engine
 from selma_ray.judging.config import JudgeConfig
@@ -97,6 +97,20 @@ def test_precision_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("auto", torch.device("cuda")) == "bf16"
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
     assert resolve_precision("fp16", torch.device("cuda")) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("unit", "fitted_in", "drawn_in"),
+    [("amx_bf16", "bf16", "bf16"), ("avx512_bf16", "fp32", "bf16"), ("avx2", "fp32", "fp32")],
+)
+def test_a_cpu_fits_and_draws_in_what_it_gains_from(
+    monkeypatch: pytest.MonkeyPatch, unit: str, fitted_in: str, drawn_in: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == fitted_in
+    assert resolve_drawing_precision("auto", cpu) == drawn_in
+    assert resolve_drawing_precision("fp32", cpu) == "fp32"
 
 
 def test_a_worker_hides_gpus_before_anything_looks_for_them() -> None:
