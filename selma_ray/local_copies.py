@@ -41,6 +41,7 @@ def local_copy(place: str | Path, only: Sequence[str] = ()) -> Path:
     source = RunFolder(str(place))
     if source.is_local:
         return source.local_path()
+    source.wait_out_outages()
     found = {name: file for name, file in source.listing().items() if not only or name in ("", *only)}
     if not found:
         raise StorageError(f"{place} must hold {' and '.join(only) or 'an object'}, nothing is there")

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from selma_ray.errors import StorageError
+from selma_ray.outages import patient
 
 __all__ = ["READERS", "ROW_GROUP_ROWS", "RunFolder", "StoredFile", "storage_errors"]
 
@@ -43,7 +44,11 @@ class StoredFile:
 
 
 class RunFolder:
-    """One run's folder; every path given to it is relative to its root. Pickles, so that actors on any node can hold it."""
+    """One run's folder; every path given to it is relative to its root. Pickles, so that actors on any node can hold it.
+
+    A store that does not answer is an error within seconds, so that a wrong address is. Once work has begun, and in every process that the
+    folder travels to, S3 is waited for (`wait_out_outages`); GCS is waited for by pyarrow.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
@@ -52,6 +57,13 @@ class RunFolder:
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"run folder {uri!r} cannot be opened ({error}); use a path, s3://… or gs://…") from None
         self.is_local = isinstance(self._filesystem, fs.LocalFileSystem)
+
+    def wait_out_outages(self) -> None:
+        """From now on, ask S3 again for a minute and a half where it answers 503, or not in time."""
+        self._filesystem = patient(self._filesystem)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_filesystem": patient(self._filesystem)}
 
     @property
     def name(self) -> str:

@@ -39,7 +39,8 @@ def held(folder: RunFolder) -> Iterator[None]:
         yield
         return
     _refuse_holder(folder)
-    lease = _Heartbeat(folder)
+    lease = _Heartbeat(RunFolder(folder.uri))  # one that does not wait, as beats are soon of no use
+    folder.wait_out_outages()
     _held_here.add(folder.uri)
     try:
         yield

@@ -79,6 +79,7 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
     for name, arm in arms.items():
         models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.config.arms[name]).items()}
     folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    folder.wait_out_outages()
     connect(study.recipe.cluster)
     evaluate_models(folder, models, suite, config, seed, study.recipe.cluster, report)
     folder.mark_done("scores", {"models": list(models)})

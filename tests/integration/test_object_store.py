@@ -1,8 +1,10 @@
 """A run's folder on a server that speaks S3, on loopback."""
 
 import os
+import pickle
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from selma_ray.errors import ConfigError, StorageError
 from selma_ray.images.shards import existing_ids, forget_failures, read_images, write_shards
 from selma_ray.local_copies import local_copy, upload_folder, whole_folder
 from selma_ray.models.config import ModelConfig
+from selma_ray.run.lease import held
 from selma_ray.run.opening import open_run
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, reuse
 from selma_ray.study.config import StudyConfig
 from selma_ray.study.study import Study
-from tests.object_store import BUCKET, object_store
+from tests.object_store import BUCKET, Outage, object_store
 from tests.unit.images.test_crashes import ids as rendered_ids
 from tests.unit.images.test_crashes import run as render_all
 from tests.unit.images.test_shards import row, table
@@ -34,6 +37,11 @@ def server() -> Iterator[Mapping[str, str]]:
 
 @pytest.fixture
 def folder(server: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    return folder_on(server, monkeypatch)
+
+
+def folder_on(server: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """Return a run's folder in a bucket of its own."""
     from pyarrow import fs
 
     for name, value in server.items():
@@ -97,6 +105,32 @@ def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_one_li
         with pytest.raises(StorageError) as caught:
             touch()
         assert len(str(caught.value).splitlines()) == 1
+
+
+@contextmanager
+def of_a_driver(folder: RunFolder) -> Iterator[RunFolder]:
+    with held(folder):
+        yield folder
+
+
+@contextmanager
+def of_a_worker(folder: RunFolder) -> Iterator[RunFolder]:
+    yield pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(folder))))
+
+
+@pytest.mark.parametrize(("of", "late_s", "outage_s"), [(of_a_driver, 0, 8), (of_a_worker, 0, 3), (of_a_worker, 4, 12)])
+def test_a_store_that_answers_503_or_late_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+    of: Callable[[RunFolder], AbstractContextManager[RunFolder]],
+    late_s: float,
+    outage_s: float,
+) -> None:
+    outage = Outage(late_s)
+    with object_store(outage) as server, of(folder_on(server, monkeypatch)) as folder:
+        outage.begin(outage_s)  # longer than pyarrow waits by itself
+        folder.write_bytes(b"x", "a")
+        assert folder.read_bytes("a") == b"x"
+    assert outage.met > 1
 
 
 def test_a_folder_appears_when_its_last_file_does_and_replaces_what_was_there(folder: RunFolder) -> None:
