@@ -12,8 +12,9 @@ from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores
 from selma_ray.experts.plan import MIXTURE
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.storage import RunFolder
-from selma_ray.study.config import StudyConfig
+from selma_ray.study.config import ArmConfig, StudyConfig
 from selma_ray.study.costs import cost_rows
+from selma_ray.study.own_skills import joined, on_own_skills
 from selma_ray.study.study import Study
 
 __all__ = ["StudyScores", "model_titles", "write_tables"]
@@ -27,6 +28,7 @@ class StudyScores:
     config: EvaluationConfig
     seeds: tuple[int, ...]
     pooled: Mapping[float, Mapping[str, ModelScores]]
+    arms: Mapping[str, ArmConfig]
     judge: str = ""
 
     @classmethod
@@ -53,8 +55,8 @@ class StudyScores:
                     answers = folder.read_table(files).to_pylist()
                     judge = answers[0]["judge"]
                     scores = model_scores(answers, config.dsg_scorer)
-                    of_scale[model] = _joined(of_scale[model], scores) if model in of_scale else scores
-        return cls(suite, config, tuple(sorted(seeds)), pooled, judge)
+                    of_scale[model] = joined(of_scale[model], scores) if model in of_scale else scores
+        return cls(suite, config, tuple(sorted(seeds)), pooled, names.arms, judge)
 
     def summary(self, scores: Mapping[str, ModelScores], reference: str | ModelScores = BASE) -> dict[str, Any]:
         """Return the figures of models and their differences to a reference, which takes the place of base."""
@@ -113,6 +115,7 @@ def write_tables(study: Study, scores: StudyScores, second: StudyScores | None =
             "",
             *_against_rows(against, reference, titles),
             "",
+            *_own_skill_tables(scores, titles),
             *(_second_judge_tables(second, titles) if second else []),
             *_cost_table(study),
         ]
@@ -135,7 +138,29 @@ def _second_judge_tables(second: StudyScores, titles: Mapping[str, str]) -> list
         "",
         *_difference_rows(by_scale, best, best_scale, titles),
         "",
+        *_own_skill_tables(second, titles),
     ]
+
+
+def _own_skill_tables(scores: StudyScores, titles: Mapping[str, str]) -> list[str]:
+    """Return how far models of all skills are ahead of experts that each draw their own skill's captions alone."""
+    lines = []
+    for arm, config in scores.arms.items():
+        own = {scale: on_own_skills(models, arm, scores.suite) for scale, models in scores.pooled.items()}
+        against = {
+            scale: scores.summary(_of_all_skills(scores.pooled[scale], scores.suite), each)
+            for scale, each in own.items()
+            if each is not None
+        }
+        if against:
+            about = f"Models of all skills minus “{config.title}”, each expert on the captions of its own skill:"
+            lines += [about, "", *_against_rows(against, BASE, titles), ""]
+    return lines
+
+
+def _of_all_skills(models: Mapping[str, ModelScores], suite: Sequence[PromptWithQuestions]) -> dict[str, ModelScores]:
+    skills = {prompt.skill for prompt in suite}
+    return {name: each for name, each in models.items() if name != BASE and name.partition(".")[2] not in skills}
 
 
 def _cost_table(study: Study) -> list[str]:
@@ -156,16 +181,6 @@ def _seed_words(seeds: Sequence[int]) -> str:
 
 def _is_wanted(model: str, study: StudyConfig) -> bool:
     return model == BASE or model.partition(".")[0] in study.arms
-
-
-def _joined(one: ModelScores, other: ModelScores) -> ModelScores:
-    """Return the scores of two seeds' images as those of one model."""
-    return ModelScores(
-        one.scorer,
-        one.images | other.images,
-        one.unreadable_answers + other.unreadable_answers,
-        one.unscored | other.unscored,
-    )
 
 
 def model_titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:

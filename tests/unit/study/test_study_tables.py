@@ -1,3 +1,4 @@
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,18 +32,23 @@ def study(tmp_path: Path) -> Study:
 
 def score(study: Study, seed: int, guidance_scale: float, right: dict[str, int]) -> None:
     """Write answers: the first `right[model]` prompts of each model have every answer yes, the others none."""
+    answer(study, seed, guidance_scale, {model: {prompt.id for prompt in SUITE[: right[model]]} for model in MODELS})
+
+
+def answer(study: Study, seed: int, guidance_scale: float, right: Mapping[str, Collection[str]]) -> None:
+    """Write answers: the prompts `right[model]` of each model have every answer yes, the others none."""
     folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
-    for model in MODELS:
+    for model in right:
         rows = [
             {
                 "model": model, "skill": prompt.skill, "prompt_id": prompt.id, "prompt": prompt.prompt, "seed": 100 * seed + row,
                 "question_id": each.id, "category": each.category, "question": each.question, "parents": list(each.parents),
-                "answer": "yes" if row < right[model] else "no", "p_yes": 0.5, "reason": None, "judge": "judge", "gold": None,
+                "answer": "yes" if prompt.id in right[model] else "no", "p_yes": 0.5, "reason": None, "judge": "judge", "gold": None,
             }
             for row, prompt in enumerate(SUITE) for each in prompt.questions
         ]  # fmt: skip
         folder.write_table(pa.Table.from_pylist(rows, ANSWER_SCHEMA), "evaluation", model, "answers", "0.parquet")
-    folder.mark_done("scores", {"models": list(MODELS)})
+    folder.mark_done("scores", {"models": list(right)})
 
 
 def test_scores_of_all_seeds_are_pooled_and_compared_at_the_same_and_at_each_best_guidance(study: Study) -> None:
@@ -99,3 +105,23 @@ def test_models_of_an_experiment_that_the_recipe_no_longer_names_are_left_out(st
     folder.mark_done("scores", {"models": [*MODELS, "gone.merged"]})
     write_tables(study, StudyScores.read(study, SUITE, CONFIG))
     assert "gone" not in study.folder.read_bytes("study", "study.json").decode()
+
+
+def test_models_of_all_skills_are_held_against_each_expert_on_its_own_skill(study: Study) -> None:
+    skills = sorted({prompt.skill for prompt in SUITE})
+    of_skill = {skill: [prompt.id for prompt in SUITE if prompt.skill == skill] for skill in skills}
+    # Every expert is right on one of two captions of its skill and on all others; the merged model on those of the first skill.
+    every = [prompt.id for prompt in SUITE]
+    experts = {f"selma.{skill}": [each for each in every if each != of_skill[skill][0]] for skill in skills}
+    answer(study, 0, 1.0, {"base": [], "selma.merged": of_skill[skills[0]], **experts})
+    write_tables(study, StudyScores.read(study, SUITE, CONFIG))
+    text = RunFolder(study.folder.uri).read_bytes("study", "tables.md").decode()
+    table = text.partition("“SELMA”, each expert on the captions of its own skill:")[2]
+    assert "| SELMA | -30.0 [" in table
+    assert "| SELMA: common |" not in table
+
+
+def test_without_an_expert_for_every_skill_of_the_suite_nothing_is_held_against_them(study: Study) -> None:
+    score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    write_tables(study, StudyScores.read(study, SUITE, CONFIG))
+    assert b"of its own skill" not in RunFolder(study.folder.uri).read_bytes("study", "tables.md")
