@@ -1,12 +1,16 @@
 """Whether the nodes of a cluster see the run's folder as the driver does: asked of each of them before work is paid for."""
 
+import logging
 import time
 import uuid
+from typing import Any
 
-from selma_ray.errors import StorageError
+from selma_ray.errors import StorageError, first_line
 from selma_ray.storage import RunFolder
 
 __all__ = ["check_shared"]
+
+logger = logging.getLogger(__name__)
 
 _PROBES = "probes"
 _PATIENCE_S = 10.0  # network filesystems show a new file a little later
@@ -19,7 +23,6 @@ def check_shared(folder: RunFolder) -> None:
     Nodes that an autoscaler starts later are asked before the next stage.
     """
     import ray
-    import ray.exceptions
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -36,11 +39,38 @@ def check_shared(folder: RunFolder) -> None:
     }
     try:
         for node, answer in asked.items():
-            _check_answer(folder, marker, node, nodes[node], ray.get(answer, timeout=_TIMEOUT_S))
-    except ray.exceptions.NodeDiedError:
-        return  # a node that has left since; those that stay were asked, or will be before the next stage
+            seen = _answered(folder, nodes[node], answer)
+            if seen is not None:
+                _check_answer(folder, marker, node, nodes[node], seen)
     finally:
         folder.delete(_PROBES)
+
+
+def _answered(folder: RunFolder, address: str, answer: Any) -> bool | None:
+    """Return what a node answered, or None where it has left the cluster: Ray lists a dead node for some seconds.
+
+    Raises StorageError where it neither answers nor leaves.
+    """
+    import ray
+    from ray import exceptions
+
+    try:
+        return ray.get(answer, timeout=_TIMEOUT_S)
+    except (
+        exceptions.NodeDiedError, exceptions.LocalRayletDiedError, exceptions.TaskUnschedulableError, exceptions.WorkerCrashedError,
+    ) as error:  # fmt: skip
+        logger.warning(
+            "node %s has left the cluster and is not asked whether it sees %s: %s",
+            address,
+            folder.uri,
+            first_line(error),
+        )
+        return None
+    except exceptions.GetTimeoutError:
+        raise StorageError(
+            f"node {address} did not say within {_TIMEOUT_S:g} s whether it sees run_dir {folder.uri}; end that node, or look at the "
+            "storage there, and run the same command again"
+        ) from None
 
 
 def _answer(folder: RunFolder, marker: str, node: str) -> bool:
