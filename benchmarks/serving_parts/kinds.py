@@ -57,13 +57,16 @@ def cost_of_kinds(
 
 
 def kinds_together(url: str, body: Body, rounds: int) -> dict[str, float]:
-    """Print what kinds of rows cost, alone and in one batch; returns the worst ratio."""
+    """Print what kinds of rows cost, alone and in one batch; returns the worst ratio, and that of images/s without guidance and with it."""
     rates, shares = cost_of_kinds(partial(closed_loop, url, clients=_CLIENTS), body, 2 * _CLIENTS, rounds)
     print_table(("kind alone", "images/s"), [(kind, f"{rate:.2f}") for kind, rate in rates.items()])
     print_table(
         ("in one batch", "time over both halves alone"), [(pair, f"{share:.2f}") for pair, share in shares.items()]
     )
-    return {"mixed_over_apart": max(shares.values())}
+    return {
+        "mixed_over_apart": max(shares.values()),
+        "unguided_over_guided": rates["unguided"] / rates["guided"],
+    }
 
 
 def write_experts(pipeline: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:

