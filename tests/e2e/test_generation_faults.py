@@ -173,7 +173,7 @@ class Job:
         time.sleep(rng.uniform(0.0, 3.0))
         found = [pid for pid, words in self._workers() if kind in words]
         self.lost.append(kind if found or kind == "node" else "driver")
-        self.finished = set(ids_of(self.run_dir))
+        self.finished = self._finished()
         if kind == "node":
             assert self._cluster
             self._cluster.lose_worker()
@@ -192,6 +192,14 @@ class Job:
             self._words, cwd=REPOSITORY, env=self._environment, capture_output=True, text=True, timeout=100
         )
         return done.stdout
+
+    def _finished(self) -> set[str]:
+        """Return the ids of finished images; a shard that has just been put into a larger one is looked for there."""
+        while True:
+            try:
+                return set(ids_of(self.run_dir))
+            except FileNotFoundError:
+                continue
 
     def _has_images(self) -> bool:
         progress = self.progress()
