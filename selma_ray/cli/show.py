@@ -71,15 +71,11 @@ def _next_steps(run: Run) -> list[str]:
     """Return what to look at and what to try next."""
     recipe = run.folder.path("recipe.yaml")
     is_first_look = run.recipe.model.name == "miniature" and run.recipe.experts.nft is None
-    more = (
-        ["Let experts learn from images of their own, for twice the gain in a good half hour: selma run miniature_nft"]
-        if is_first_look
-        else []
-    )
+    learn_on = "Let experts learn from images of their own, for half as much gain again: selma run miniature_nft"
     return [
         f"Look at {run.folder.path('report.html')} and at what it learnt from: selma data sheet {run.folder.uri}",
         f"Serve it, with a page to compare models on: selma serve {recipe}",
-        *more,
+        *([learn_on] if is_first_look else []),
         "Teach it a skill of your own: selma init; other models and machines: selma recipes",
     ]
 

@@ -33,4 +33,4 @@ def _share(scores: ModelScores, skill: str, skill_of: Mapping[str, str]) -> Mode
     """Return the scores of the images of one skill's captions."""
     images = {key: parts for key, parts in scores.images.items() if skill_of.get(key[0]) == skill}
     unscored = {key: reason for key, reason in scores.unscored.items() if skill_of.get(key[0]) == skill}
-    return ModelScores(scores.scorer, images, scores.unreadable_answers, unscored)
+    return ModelScores(scores.scorer, images, 0, unscored)  # unreadable answers are not told apart by caption
