@@ -1,8 +1,10 @@
-"""A node that dies while an expert is fitted on it: another takes over from the last checkpoint, and the weights are the same."""
+"""A node, a trainer or Ray Train's controller that dies while an expert is fitted: training goes on from the last checkpoint, and the weights are
+the same."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,7 +41,7 @@ ADAPTER = "experts/counting/adapter_model.safetensors"
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Any]:
-    """Start a head without CPUs; yields its address and a function that starts a node for training."""
+    """Start a head without CPUs; yields its address, a function that starts a node for training, and all nodes."""
     port, temp_dir, log = free_port(), Path(f"/tmp/ray_train_{os.getpid()}"), tmp_path / "nodes.log"
     memory = "--object-store-memory=100000000"
     words = ("--head", "--num-cpus=0", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temp_dir}", memory)
@@ -51,7 +53,7 @@ def cluster(tmp_path: Path) -> Iterator[Any]:
         return nodes[-1]
 
     try:
-        yield address, add_node
+        yield address, add_node, nodes
     finally:
         for node in reversed(nodes):
             node.stop()
@@ -62,7 +64,7 @@ def cluster(tmp_path: Path) -> Iterator[Any]:
 def test_an_expert_whose_node_dies_ends_with_the_same_weights(
     cluster: Any, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
-    address, add_node = cluster
+    address, add_node, _ = cluster
     struck, spared = (tmp_path / name for name in ("struck", "spared"))
     write_images(RunFolder(str(struck)), "counting", 7)
     shutil.copytree(struck, spared)
@@ -81,6 +83,31 @@ def test_an_expert_whose_node_dies_ends_with_the_same_weights(
     curves = [json.loads((run / "experts/counting/curve.json").read_text()) for run in (struck, spared)]
     assert curves[0] == curves[1]
     assert len(curves[0]) == 60
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("process", ["ray::RayTrainWorker", "ray::TrainController"])
+def test_an_expert_whose_trainer_or_controller_is_killed_ends_with_the_same_weights(
+    cluster: Any, tiny_pipeline_dir: Path, tmp_path: Path, process: str
+) -> None:
+    address, add_node, nodes = cluster
+    struck, spared = (tmp_path / name for name in ("struck", "spared"))
+    write_images(RunFolder(str(struck)), "counting", 7)
+    shutil.copytree(struck, spared)
+    add_node()
+
+    driver = start(struck, tiny_pipeline_dir, address)
+    wait_until(lambda: steps_done(struck) >= 25, struck.with_suffix(".log"), driver)
+    (victim,) = {
+        each.pid for node in nodes for each in node.processes() if " ".join(each.cmdline()).startswith(process)
+    }
+    os.kill(victim, signal.SIGKILL)
+    if driver.wait(timeout=300):  # a driver without its controller ends, and the same command goes on
+        assert process == "ray::TrainController", log_of(struck)[-3000:]
+        assert start(struck, tiny_pipeline_dir, address).wait(timeout=300) == 0, log_of(struck)[-3000:]
+
+    assert start(spared, tiny_pipeline_dir, address).wait(timeout=300) == 0, log_of(spared)[-3000:]
+    assert (struck / ADAPTER).read_bytes() == (spared / ADAPTER).read_bytes()
 
 
 def start(run: Path, model: Path, address: str) -> subprocess.Popen:
