@@ -1,5 +1,4 @@
-"""A node, a trainer or Ray Train's controller that dies while an expert is fitted: training goes on from the last checkpoint, and the weights are
-the same."""
+"""A node, a trainer or Ray Train's controller that dies while an expert is fitted: the weights are those of an expert left alone."""
 
 import json
 import os
