@@ -18,7 +18,7 @@ from pyarrow import fs
 from selma_ray.storage import RunFolder
 from tests.e2e.conftest import DEMO, REPOSITORY, SMALL
 from tests.local_ray import ENVIRONMENT, NEEDS_MOUNT_NAMESPACE, RayNode, free_port, own_address, wait_until
-from tests.object_store import BUCKET, object_store
+from tests.object_store import BUCKET, Outage, object_store
 
 pytestmark = [
     pytest.mark.heavy,
@@ -31,10 +31,16 @@ _STAGE_S = 900
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[dict[str, str]]:
+def outage() -> Outage:
+    """Return how the store comes to have outages."""
+    return Outage()
+
+
+@pytest.fixture(scope="module")
+def store(outage: Outage) -> Iterator[dict[str, str]]:
     """Yield the environment that leads to a store of objects with an empty bucket."""
     logging.getLogger("werkzeug").setLevel("ERROR")  # a line per request
-    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+    with object_store(outage) as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.items():
             patch.setenv(name, value)
         filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
@@ -99,6 +105,27 @@ def test_a_new_cluster_goes_on_where_a_head_was_lost(store: dict[str, str], tmp_
     ids = _ids(folder)
     assert len(ids) == len(set(ids)) == 2 * 36 * 2
     assert set(before) <= set(ids), "nothing that was finished is lost or made anew"
+
+
+@pytest.mark.parametrize("late_s", [0, 4], ids=["503", "slow"])
+def test_a_minute_in_which_the_store_does_not_serve_is_waited_for(
+    store: dict[str, str], outage: Outage, tmp_path: Path, late_s: float
+) -> None:
+    folder = RunFolder(f"s3://{BUCKET}/late-{late_s}")
+    words = [*_command(folder, "generate"), "prompts.llm.engine=free", "prompts.per_skill=40"]
+    with two_nodes(tmp_path, store) as (_, environment):
+        driver = subprocess.Popen(
+            words, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        wait_until(lambda: bool(_shards(folder)), tmp_path / "head.log", driver, timeout_s=_STAGE_S)
+        assert len(_ids(folder)) < 2 * 36 * 2
+        outage.late_s, outage.met = late_s, 0
+        outage.begin(60)
+        _, said = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said[-3000:]
+    assert outage.met > 0
+    ids = _ids(folder)
+    assert len(ids) == len(set(ids)) == 2 * 36 * 2
 
 
 def test_every_stage_goes_on_where_it_was_killed(environment: dict[str, str]) -> None:
