@@ -41,8 +41,7 @@ def local_copy(place: str | Path, only: Sequence[str] = ()) -> Path:
     source = RunFolder(str(place))
     if source.is_local:
         return source.local_path()
-    source.wait_out_outages()
-    found = {name: file for name, file in source.listing().items() if not only or name in ("", *only)}
+    found = {name: file for name, file in _listing(source).items() if not only or name in ("", *only)}
     if not found:
         raise StorageError(f"{place} must hold {' and '.join(only) or 'an object'}, nothing is there")
     cache, bound_bytes = _cache(), _bound_bytes()
@@ -56,6 +55,18 @@ def local_copy(place: str | Path, only: Sequence[str] = ()) -> Path:
             _fetch(source, found, target)
             _evict(cache, bound_bytes)
     return target / source.name
+
+
+def _listing(source: RunFolder) -> dict[str, StoredFile]:
+    """Return the files of a folder, and say so where the store has to be waited for."""
+    try:
+        files = source.listing()
+    except StorageError as error:
+        logger.warning("%s; asking for up to a minute and a half more", error)
+        source.wait_out_outages()
+        return source.listing()
+    source.wait_out_outages()
+    return files
 
 
 def scratch_folder(folder: RunFolder, *parts: str) -> Path:

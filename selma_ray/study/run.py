@@ -6,18 +6,17 @@ from functools import partial
 from typing import Any
 
 from selma_ray.cluster.connection import connect
-from selma_ray.experts.plan import MIXED_PREFIX, MIXTURE
 from selma_ray.progress import Report
 from selma_ray.run.evaluate import models_under_test
 from selma_ray.run.opening import Run, open_run
 from selma_ray.run.stages import run_stage
 from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse
-from selma_ray.study.config import ArmConfig, Kind
+from selma_ray.study.config import ArmConfig
 from selma_ray.study.costs import timed
 from selma_ray.study.pictures import write_pictures
 from selma_ray.study.study import Study
-from selma_ray.study.tables import StudyScores, model_titles, write_tables
+from selma_ray.study.tables import StudyScores, model_kind, model_titles, write_tables
 
 __all__ = ["StudyStep", "study_steps"]
 
@@ -86,20 +85,14 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
     second = StudyScores.read(study, suite, config, SECOND_ANSWERS) if config.second_judge else None
     write_tables(study, StudyScores.read(study, suite, config), second)
     if seed == study.config.seeds[0]:
-        shown = [name for name in models if name == BASE or _kind(name.partition(".")[2]) != "experts"]
+        shown = [name for name in models if name == BASE or model_kind(name.partition(".")[2]) != "experts"]
         write_pictures(study, suite, seed, guidance_scale, model_titles(study.config, shown))
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:
     """Return an experiment's models that are to be scored."""
     return {
-        name: tested for name, tested in models_under_test(arm).items() if name != BASE and _kind(name) in config.models
+        name: tested
+        for name, tested in models_under_test(arm).items()
+        if name != BASE and model_kind(name) in config.models
     }
-
-
-def _kind(model: str) -> Kind:
-    if model == "merged" or model.startswith("round-"):
-        return "merged"
-    if model == MIXTURE:
-        return "moe"
-    return "mixed" if model.startswith(MIXED_PREFIX) else "experts"

@@ -9,15 +9,15 @@ from typing import Any
 
 from selma_ray.evaluation.config import ANSWERS, EvaluationConfig
 from selma_ray.evaluation.summary import BASE, MERGED, ModelScores, model_scores, summarise
-from selma_ray.experts.plan import MIXTURE
+from selma_ray.experts.plan import MIXED_PREFIX, MIXTURE
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.storage import RunFolder
-from selma_ray.study.config import ArmConfig, StudyConfig
+from selma_ray.study.config import ArmConfig, Kind, StudyConfig
 from selma_ray.study.costs import cost_rows
 from selma_ray.study.own_skills import joined, on_own_skills
 from selma_ray.study.study import Study
 
-__all__ = ["StudyScores", "model_titles", "write_tables"]
+__all__ = ["StudyScores", "model_kind", "model_titles", "write_tables"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _own_skill_tables(scores: StudyScores, titles: Mapping[str, str]) -> list[st
     for arm, config in scores.arms.items():
         own = {scale: on_own_skills(models, arm, scores.suite) for scale, models in scores.pooled.items()}
         against = {
-            scale: scores.summary(_of_all_skills(scores.pooled[scale], scores.suite), each)
+            scale: scores.summary(_of_all_skills(scores.pooled[scale]), each)
             for scale, each in own.items()
             if each is not None
         }
@@ -158,9 +158,10 @@ def _own_skill_tables(scores: StudyScores, titles: Mapping[str, str]) -> list[st
     return lines
 
 
-def _of_all_skills(models: Mapping[str, ModelScores], suite: Sequence[PromptWithQuestions]) -> dict[str, ModelScores]:
-    skills = {prompt.skill for prompt in suite}
-    return {name: each for name, each in models.items() if name != BASE and name.partition(".")[2] not in skills}
+def _of_all_skills(models: Mapping[str, ModelScores]) -> dict[str, ModelScores]:
+    return {
+        name: each for name, each in models.items() if name != BASE and model_kind(name.partition(".")[2]) != "experts"
+    }
 
 
 def _cost_table(study: Study) -> list[str]:
@@ -181,6 +182,15 @@ def _seed_words(seeds: Sequence[int]) -> str:
 
 def _is_wanted(model: str, study: StudyConfig) -> bool:
     return model == BASE or model.partition(".")[0] in study.arms
+
+
+def model_kind(model: str) -> Kind:
+    """Return which of an experiment's models a name says."""
+    if model == "merged" or model.startswith("round-"):
+        return "merged"
+    if model == MIXTURE:
+        return "moe"
+    return "mixed" if model.startswith(MIXED_PREFIX) else "experts"
 
 
 def model_titles(study: StudyConfig, names: Iterable[str]) -> dict[str, str]:
