@@ -1,5 +1,7 @@
 """One trainable adapter on a frozen denoiser, which takes part where it is asked to: a student beside the experts that teach it.
 
+As hooks where gradients flow through it, as part of the weights where it draws.
+
 Shapes: I input features, O output features, R rank.
 """
 
@@ -19,6 +21,7 @@ class Student:
 
     def __init__(self, denoiser: torch.nn.Module, start: Iterable[LoraFactors]) -> None:
         denoiser.requires_grad_(False)
+        self._denoiser = denoiser
         self._present = False
         self._factors: dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
         for factors in start:
@@ -46,6 +49,21 @@ class Student:
             yield
         finally:
             self._present = False
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Make the student part of the denoiser's weights within the block, where it costs nothing a call; they come back to the bit."""
+        weights: dict[str, Any] = {name: self._denoiser.get_submodule(name).weight for name in self._factors}
+        base = {name: weight.detach().clone() for name, weight in weights.items()}
+        try:
+            with torch.no_grad():
+                for name, (A_RI, B_OR) in self._factors.items():
+                    weights[name].copy_(base[name] + (B_OR @ A_RI).view(base[name].shape))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(base[name])
 
     def _hook(self, module_name: str) -> Callable[..., torch.Tensor]:
         def add_delta(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:

@@ -167,7 +167,7 @@ class ExpertsConfig(StrictModel):
     workers_per_expert: int = Field(default=1, ge=1)
     """Ray Train workers of each expert."""
     cpus_per_worker: Placement[float] = Field(default=1, gt=0)
-    """CPUs of a worker."""
+    """CPUs of a worker, and its threads; where it alone learns in rounds on one machine, it has those of nft's renderers too."""
     gpus_per_worker: Placement[float] = Field(default=0, ge=0)
     """GPUs of a worker; 0 trains on the CPU."""
     encoders: Placement[int] = Field(default=1, ge=1)

@@ -3,7 +3,6 @@
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import ray.train
@@ -12,7 +11,7 @@ import torch
 from selma_ray.cluster.metrics import count
 from selma_ray.experts.curves import CurveLog
 from selma_ray.experts.fused_trainer import FusedTrainer, fused_trainer_of
-from selma_ray.experts.job import ExpertJob
+from selma_ray.experts.lanes import Lane
 from selma_ray.experts.progress_file import ProgressFile
 
 __all__ = ["fit_fused"]
@@ -22,10 +21,10 @@ logger = logging.getLogger(__name__)
 _KEY_FILE = "fused-experts"
 
 
-def fit_fused(jobs: Sequence[ExpertJob]) -> None:
-    """Fit experts as one, from their last checkpoint or from the start; runs on every worker."""
-    started_s, config = time.monotonic(), jobs[0].config
-    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+def fit_fused(lane: Lane) -> None:
+    """Fit a lane's experts as one, from their last checkpoint or from the start; runs on every worker."""
+    started_s, jobs, config = time.monotonic(), lane.jobs, lane.jobs[0].config
+    torch.set_num_threads(lane.num_threads)
     context = ray.train.get_context()
     rank = context.get_world_rank()
     trainer = fused_trainer_of(jobs, rank, context.get_world_size())

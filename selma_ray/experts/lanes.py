@@ -4,13 +4,13 @@ Where the cluster holds all experts at once, each has a lane of its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from selma_ray.experts.job import ExpertJob
 from selma_ray.experts.selection import is_fitted
 from selma_ray.records import content_id
 
-__all__ = ["Lane", "divide", "lanes_of"]
+__all__ = ["Lane", "divide", "lanes_of", "with_threads_of_renderers"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,13 @@ class Lane:
     jobs: tuple[ExpertJob, ...]
     fused: bool = False
     """Whether they are fitted as one, not one after another."""
+    threads_per_worker: int | None = None
+    """Threads of a worker's numeric libraries; default: one for each of its CPUs."""
+
+    @property
+    def num_threads(self) -> int:
+        """Return the threads of a worker's numeric libraries."""
+        return self.threads_per_worker or max(1, int(self.jobs[0].config.cpus_per_worker))
 
     @property
     def directory(self) -> str:
@@ -50,3 +57,17 @@ def divide(jobs: Sequence[ExpertJob], slots: int) -> list[Lane]:
     """Divide experts into at most `slots` lanes of about equal length, always in the same way, so that a rerun finds its checkpoints."""
     lanes = min(slots, len(jobs))
     return [Lane(tuple(jobs[first::lanes])) for first in range(lanes)]
+
+
+def with_threads_of_renderers(lanes: Sequence[Lane], num_cores: int) -> list[Lane]:
+    """Give the only lane that is still at work, where it learns in rounds, its renderers' threads too, up to the machine's cores.
+
+    They rest while it learns; where several lanes are at work, one's renderers draw while another learns.
+    """
+    at_work = [lane for lane in lanes if lane.unfitted()]
+    config = lanes[0].jobs[0].config  # placement is alike for all
+    if config.nft is None or len(at_work) != 1:
+        return list(lanes)
+    num_cpus = config.cpus_per_worker + config.nft.renderers * config.nft.cpus_per_renderer / config.workers_per_expert
+    threads = max(1, min(int(num_cpus), num_cores))
+    return [replace(lane, threads_per_worker=threads) if lane in at_work else lane for lane in lanes]

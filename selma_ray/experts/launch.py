@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from selma_ray.cluster.config import ClusterConfig
@@ -15,7 +16,7 @@ from selma_ray.errors import TrainingError
 from selma_ray.experts.cache import SkillCache, encode_caches, skill_cache
 from selma_ray.experts.config import ExpertsConfig
 from selma_ray.experts.job import ExpertJob, ExpertResult, finished_result
-from selma_ray.experts.lanes import Lane, lanes_of
+from selma_ray.experts.lanes import Lane, lanes_of, with_threads_of_renderers
 from selma_ray.experts.plan import PlannedExpert, plan_experts
 from selma_ray.experts.rounds import RoundsSource
 from selma_ray.experts.selection import AdapterScorer, CandidateScores, choose_adapter
@@ -143,6 +144,8 @@ def _fit_wave(
     """Fit experts, `slots` at a time, and choose their adapters; returns the failures by name."""
     unfinished = [job for job in wave if finished_result(job) is None]
     lanes = lanes_of(wave, slots)
+    if is_local(cluster):
+        lanes = with_threads_of_renderers(lanes, num_cores=len(os.sched_getaffinity(0)))
     failures: dict[str, Exception] = {}
     if is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -189,7 +192,7 @@ def _fit_lane(lane: Lane, cluster: ClusterConfig, failures: dict[str, Exception]
             failures[failed.name] = error
         if not others:
             return
-        lane = Lane(tuple(others))
+        lane = replace(lane, jobs=tuple(others))
     lane.jobs[0].folder.delete(lane.directory, lane.checkpoints)
 
 

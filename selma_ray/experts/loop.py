@@ -29,8 +29,9 @@ def fit_experts(lane: Lane) -> None:
     # Workers must agree, and a shared folder may not show all of them the same.
     names = broadcast_from_rank_zero([job.name for job in lane.unfitted()])
     if lane.fused and names:
-        fit_fused(lane.jobs)  # all of them, as those that are fitted would be fitted alike
+        fit_fused(lane)  # all of them, as those that are fitted would be fitted alike
         return
+    torch.set_num_threads(lane.num_threads)
     for job in lane.jobs:
         if job.name in names:
             _fit_expert(job)
@@ -39,7 +40,6 @@ def fit_experts(lane: Lane) -> None:
 
 def _fit_expert(job: ExpertJob) -> None:
     started_s = time.monotonic()
-    torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     context = ray.train.get_context()
     rank = context.get_world_rank()
     trainer = trainer_of(job, rank, context.get_world_size())

@@ -65,7 +65,7 @@ class Distiller:
 
     def step(self) -> float:
         """Take one optimiser step on states of every skill; returns their mean squared distance from the experts."""
-        states = [self.states(skill) for skill in self._prompts]
+        states = self.states()
         targets = [self.targets(each) for each in states]
         self.optimizer.zero_grad()
         loss = sum(self.accumulate(each, target) for each, target in zip(states, targets, strict=True))
@@ -79,23 +79,34 @@ class Distiller:
         return float(loss)
 
     @torch.no_grad()
-    def states(self, skill: str) -> States:
-        """Let the student draw images of a skill's prompts; returns some of the states on the way, those of each image apart."""
-        drawings = self._drawings(skill)
+    def states(self) -> list[States]:
+        """Let the student draw images of every skill's prompts, all in one batch; returns some of the states on the way, by skill."""
+        rows = [(skill, drawing) for skill in self._prompts for drawing in self._drawings(skill)]
+        seen = self._courses([drawing for _, drawing in rows])
+        return [self._some_of(skill, rows, seen) for skill in self._prompts]
+
+    def _courses(self, drawings: Sequence[Drawing]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what the denoiser sees at each denoising step of the student's drawing: inputs (NChw) and timesteps (N)."""
         courses = [self._predictor.start(drawing) for drawing in drawings]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        while not courses[0].finished:
-            inputs_NChw = torch.cat([course.model_input() for course in courses])
-            timesteps_N = torch.stack([course.timestep for course in courses])
-            seen.append((inputs_NChw.clone(), timesteps_N))
-            with self.student.present():
+        with self.student.folded():
+            while not courses[0].finished:
+                inputs_NChw = torch.cat([course.model_input() for course in courses])
+                timesteps_N = torch.stack([course.timestep for course in courses])
+                seen.append((inputs_NChw.clone(), timesteps_N))
                 predicted_NChw = self._predicted(inputs_NChw, timesteps_N, drawings)
-            for row, course in enumerate(courses):
-                course.advance(predicted_NChw[row : row + 1])
-        chosen = [(row, step) for row in range(len(drawings)) for step in self._chosen(skill, row, len(seen))]
+                for course, predicted_1Chw in zip(courses, predicted_NChw.split(1), strict=True):
+                    course.advance(predicted_1Chw)
+        return seen
+
+    def _some_of(
+        self, skill: str, rows: Sequence[tuple[str, Drawing]], seen: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> States:
+        own = [row for row, (drawn_for, _) in enumerate(rows) if drawn_for == skill]
+        chosen = [(row, step) for place, row in enumerate(own) for step in self._chosen(skill, place, len(seen))]
         return States(
             skill,
-            tuple(drawings[row] for row, _ in chosen),
+            tuple(rows[row][1] for row, _ in chosen),
             torch.stack([seen[step][0][row] for row, step in chosen]),
             torch.stack([seen[step][1][row] for row, step in chosen]),
         )
@@ -157,8 +168,8 @@ class Distiller:
             for place, position in enumerate(chosen)
         ]  # fmt: skip
 
-    def _chosen(self, skill: str, row: int, steps: int) -> list[int]:
-        rng = random.Random(seed_of(self._seed, distil=skill, step=len(self.losses), states_of=row))
+    def _chosen(self, skill: str, place: int, steps: int) -> list[int]:
+        rng = random.Random(seed_of(self._seed, distil=skill, step=len(self.losses), states_of=place))
         return sorted(rng.sample(range(steps), min(steps, self._config.states_per_image)))
 
 

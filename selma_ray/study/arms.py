@@ -77,7 +77,7 @@ def reuse(run: Run, earlier: Sequence[Run]) -> None:
         if source is None:
             return
         _share(source.folder, run.folder, part.name)
-        if part.is_last and _has_baselines(source.recipe, run.recipe):
+        if part.is_last and (part.stage != "train" or _has_baselines(source.recipe, run.recipe)):
             run.folder.mark_done(part.stage, source.folder.done(part.stage) or {})
 
 

@@ -80,7 +80,7 @@ def exact_predictor(model: ModelConfig) -> Predictor:
 )
 def test_two_passes_give_the_gradient_of_one_naive_pass(run: RunFolder, model: ModelConfig, changes: Any) -> None:
     two = distiller(run, model, **changes)
-    states = [two.states(skill) for skill in PROMPTS]
+    states = two.states()
     targets = [two.targets(each) for each in states]
     for each, target in zip(states, targets, strict=True):
         two.accumulate(each, target)
@@ -107,6 +107,34 @@ def test_two_passes_give_the_gradient_of_one_naive_pass(run: RunFolder, model: M
     for one, other in zip(found, expected, strict=True):
         assert other is not None
         torch.testing.assert_close(one / scale, other / scale, rtol=0, atol=1e-6)
+
+
+def test_what_all_skills_draw_in_one_batch_is_what_each_draws_with_the_student_as_hooks(
+    run: RunFolder, model: ModelConfig
+) -> None:
+    together = distiller(run, model)
+    weights = {name: parameter.clone() for name, parameter in together._predictor.denoiser.named_parameters()}
+    drawn = together.states()
+    for name, parameter in together._predictor.denoiser.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    assert [each.skill for each in drawn] == list(PROMPTS)
+    for each in drawn:
+        assert len(each.drawings) == len(each.inputs) == CONFIG.prompts_per_skill * CONFIG.states_per_image
+        assert {drawing.prompt for drawing in each.drawings} <= set(PROMPTS[each.skill])
+        expected = _course_by_hooks(together, each.drawings[-1])
+        torch.testing.assert_close(each.inputs[-1], expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def _course_by_hooks(distiller: Distiller, drawing: Drawing) -> torch.Tensor:
+    """Return the last input of the denoiser (Chw) where the student draws alone, by hooks."""
+    course, inputs_NChw = distiller._predictor.start(drawing), torch.zeros(())
+    while not course.finished:
+        inputs_NChw = course.model_input().clone()
+        with distiller.student.present():
+            predicted_NChw = distiller._predicted(inputs_NChw, course.timestep[None], [drawing])
+        course.advance(predicted_NChw)
+    return inputs_NChw[0]
 
 
 def _with_folded_weights(run: RunFolder, model: ModelConfig, skill: str | None) -> Predictor:

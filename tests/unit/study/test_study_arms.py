@@ -152,6 +152,7 @@ def test_experts_are_shared_and_baselines_that_are_not_there_are_fitted(
         earlier.folder.local_path("experts", "common", "file")
     )
     assert (run.folder.done("train") is not None) == finished
+    assert run.folder.done("generate") == {"made_by": earlier.folder.uri}
 
 
 def test_encoded_examples_are_shared_where_the_images_are(opened: Any) -> None:
