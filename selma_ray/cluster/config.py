@@ -17,7 +17,7 @@ class ClusterConfig(StrictModel):
     address: str | None = None
     """Address of a running cluster; default: that of RAY_ADDRESS, or else a local one is started."""
     num_cpus: int | None = Field(default=None, ge=1)
-    """Logical CPUs of a local cluster; default: the machine's. With more, what takes several slows itself down: its threads wait for cores."""
+    """Logical CPUs of a local cluster; default: the machine's. With more, processes of several threads each are several times slower."""
     object_store_memory_gb: float = Field(default=1.0, gt=0.1)
     """Shared memory of a local cluster's object store, in GB."""
     use_labels: bool = False
