@@ -144,10 +144,10 @@ def _fit_wave(
     """Fit experts, `slots` at a time, and choose their adapters; returns the failures by name."""
     unfinished = [job for job in wave if finished_result(job) is None]
     lanes = lanes_of(wave, slots)
+    failures: dict[str, Exception] = {}
     if is_local(cluster):
         lanes = with_threads_of_renderers(lanes, num_cores=len(os.sched_getaffinity(0)))
-    failures: dict[str, Exception] = {}
-    if is_local(cluster):  # no machine is taken away with notice here, and the watcher is a process more per lane
+        # No machine is taken away with notice here, and the watcher is a process more per lane.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Daemons, so that an interrupt ends the driver, and with it Ray's controllers, without waiting for training.
     threads = [
