@@ -13,6 +13,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,6 +52,8 @@ class TrainingCost:
     """Predictions of a guided sampling step."""
     guides_above: float = 1.0
     """Guidance scale above which a step is guided."""
+    adapted_parameters: int = 0
+    """Weights of the modules that the adapter changes, of which there is a second copy where it is folded in."""
 
     def predictions(self, guidance_scale: float) -> int:
         """Return the predictions of a sampling step at a guidance scale."""
@@ -92,6 +95,9 @@ def training_cost(
         step_flops=step_flops,
         predictions_per_step=family.predictions_per_step,
         guides_above=family.guides_above,
+        adapted_parameters=sum(
+            layer.get_base_layer().weight.numel() for layer in adapted.modules() if isinstance(layer, LoraLayer)
+        ),
     )
 
 

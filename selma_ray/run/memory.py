@@ -5,7 +5,7 @@ key-value cache of one request. Judges of transformers are left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,11 @@ def _rounds_renderer(recipe: Recipe, nft: NftConfig, gpu_bytes: float | None) ->
     sampling = recipe.images.largest_sampling.model_copy(update={"guidance_scale": nft.guidance_scale})
     remedies = ("experts.nft.prompts_per_call=1", "model.card.offload=model")
     batch_size = nft.prompts_per_call * nft.images_per_prompt
-    return _renderer("train", recipe.model, sampling, batch_size, nft.judge, gpu_bytes, remedies)
+    need = _renderer("train", recipe.model, sampling, batch_size, nft.judge, gpu_bytes, remedies)
+    if recipe.model.card.offload != "none":  # weights, and what is kept of them, wait outside the card
+        return need
+    kept = _training_cost(recipe)[0].adapted_parameters * VALUE_BYTES[recipe.model.dtype]
+    return replace(need, parts={**need.parts, "weights that an expert is folded into": kept})
 
 
 def _merge(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
@@ -169,8 +173,8 @@ def _merge(recipe: Recipe, gpu_bytes: float | None) -> Iterator[Need]:
         cost, parameters = _training_cost(recipe)
         width = VALUE_BYTES[recipe.model.dtype]
         parts = student_memory_parts(
-            cost, distil, len(recipe.skills), recipe.experts.lora.rank, sum(parameters.values()) * width, width,
-            _drawing(recipe.model, recipe.images.largest_sampling).rows(distil.guidance_scale),
+            cost, _drawing(recipe.model, recipe.images.largest_sampling), distil, len(recipe.skills),
+            recipe.experts.lora.rank, sum(parameters.values()) * width, width,
         )  # fmt: skip
         remedies = ("merging.distil.states_per_image=1", "merging.distil.prompts_per_skill=1")
         yield Need("merge", "the student", parts, remedies)
@@ -220,7 +224,7 @@ def _generator(recipe: Recipe, serving: ServingConfig, judge: JudgeConfig | None
     parts = {**need.parts, "base and experts": (cost.parameters + experts) * width}
     if adapters:
         parts["adapters"] = adapters * width
-    return Need(need.stage, need.what, parts, need.remedies)
+    return replace(need, parts=parts)
 
 
 def _together(needs: Sequence[Need]) -> Need:

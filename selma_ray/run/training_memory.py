@@ -7,6 +7,7 @@ from selma_ray.merging.config import DistilConfig
 
 if TYPE_CHECKING:  # which loads torch
     from selma_ray.models.cost import TrainingCost
+    from selma_ray.models.memory import DrawingCost
 
 __all__ = ["VALUE_BYTES", "student_memory_parts", "training_memory_parts"]
 
@@ -47,23 +48,30 @@ def training_memory_parts(cost: "TrainingCost", config: ExpertsConfig, experts: 
 
 def student_memory_parts(
     cost: "TrainingCost",
+    drawing: "DrawingCost",
     config: DistilConfig,
     experts: int,
     expert_rank: int,
     model_bytes: float,
     width: int,
-    rows_per_state: int,
 ) -> dict[str, float]:
-    """Return the bytes that the process of `merging.method: distil` holds: a pipeline, its experts, a student, a skill's activations.
+    """Return the bytes that the process of `merging.method: distil` holds: a pipeline, its experts, a student, a step's largest part.
 
+    In a step the student draws for all skills at once, folded into a copy of the weights; then each skill in turn is taught, and learns.
     A student without a rank of its own has that of all experts together. Values are of `width` bytes, the student's of 4 with its
-    gradients and AdamW's state. A guided state may take two rows of a prediction.
+    gradients and AdamW's state.
     """
     student = cost.lora_parameters * (config.rank or experts * expert_rank) / expert_rank
     states = config.prompts_per_skill * config.states_per_image
+    rows = drawing.rows(config.guidance_scale)
+    taught_rows = rows if config.teacher_guidance_scale is None else drawing.rows(config.teacher_guidance_scale)
+    row_bytes = drawing.row_bytes * width / 4
+    draws = experts * config.prompts_per_skill * rows * row_bytes + width * cost.adapted_parameters
+    is_taught = states * max(rows, taught_rows) * row_bytes
+    learns = states * rows * cost.activation_bytes * width / 4
     return {
         "weights": model_bytes,
         "experts": width * experts * cost.lora_parameters,
         "student and optimiser": 16 * student,
-        "activations": states * rows_per_state * cost.activation_bytes * width / 4,
+        "a step": max(draws, is_taught, learns),
     }

@@ -54,6 +54,9 @@ def test_weights_are_counted_without_loading_them(model: ModelConfig, cost: Any)
     assert cost.parameters == parts.get("unet", parts.get("transformer"))
     adapter = trainable_parameters(adapted_denoiser(model)).values()
     assert cost.lora_parameters == sum(parameter.numel() for parameter in adapter)
+    changed = [name for name, _ in adapted_denoiser(model).named_modules() if name.endswith(".base_layer")]
+    denoiser = adapted_denoiser(model)
+    assert cost.adapted_parameters == sum(denoiser.get_submodule(name).weight.numel() for name in changed)
 
 
 def test_shapes_are_those_of_encoded_examples(model: ModelConfig) -> None:

@@ -126,13 +126,22 @@ def test_renderers_of_rounds_are_counted_with_the_images_of_a_call() -> None:
         )
 
 
+def test_renderers_of_rounds_keep_the_weights_that_experts_are_folded_into() -> None:
+    rounds = ["experts.nft={gpus_per_renderer: 1}"]
+    kept = "weights that an expert is folded into"
+    parts = needs(memory_needs(recipe("sdxl", *rounds), ["train"]))["train", "a renderer"].parts
+    assert 0 < parts[kept] < parts["weights"]
+    offloaded = memory_needs(recipe("sdxl", *rounds, "model.card.offload=model"), ["train"])
+    assert kept not in needs(offloaded)["train", "a renderer"].parts, "they wait in the host's memory"
+
+
 def test_a_student_is_counted_with_its_teachers() -> None:
     distil = ["merging.method=distil", "merging.distil={num_gpus: 1, prompts_per_skill: 4, states_per_image: 4}"]
     student = needs(memory_needs(recipe("sdxl", *distil), ["merge"]))["merge", "the student"].parts
     guided = needs(memory_needs(recipe("sdxl", *distil, "merging.distil.guidance_scale=4"), ["merge"]))[
         "merge", "the student"
     ].parts
-    assert guided["activations"] == pytest.approx(2 * student["activations"])
+    assert guided["a step"] == pytest.approx(2 * student["a step"]), "learning is the largest part of it"
     ranked = needs(memory_needs(recipe("sdxl", *distil, "merging.distil.rank=4"), ["merge"]))[
         "merge", "the student"
     ].parts

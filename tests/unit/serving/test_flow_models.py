@@ -27,7 +27,16 @@ from selma_ray.serving.served import ServedModels
 from tests.tiny_experts import RANKS, save_experts
 from tests.unit.adapters.test_mixing import MIXES, peft_weights
 from tests.unit.models.tiny_families import FLOW_FAMILIES
-from tests.unit.serving.solo import FULL_SIZE_PX, assert_equal_to_solo, random_request, run_mix, solo_image, stepped
+from tests.unit.serving.solo import (
+    FULL_SIZE_PX,
+    assert_alike,
+    assert_equal_to_solo,
+    in_double,
+    random_request,
+    run_mix,
+    solo_image,
+    stepped,
+)
 
 
 @pytest.fixture(scope="module", params=list(FLOW_FAMILIES))
@@ -100,9 +109,10 @@ def test_mixes_of_experts_in_one_batch_equal_set_adapters_one_at_a_time(
     for name, folder in experts.items():
         state = {f"transformer.{key}": value for key, value in peft_weights(folder).items()}
         reference.load_lora_weights(state, adapter_name=name)
-    base: Any = load_pipeline(model, "cpu")
+    in_double(reference)
+    base: Any = in_double(load_pipeline(model, "cpu"))
     batch = StepBatch(
-        denoiser_for(load_pipeline(model, "cpu")),
+        denoiser_for(in_double(load_pipeline(model, "cpu"))),
         4,
         FULL_SIZE_PX,
         denoiser_for(base, open_experts(experts, base.transformer, type(base))),
@@ -116,7 +126,7 @@ def test_mixes_of_experts_in_one_batch_equal_set_adapters_one_at_a_time(
             reference.set_adapters([name for name, _ in request.mix], [weight for _, weight in request.mix])
         else:
             reference.disable_lora()
-        assert np.abs(images[index] - solo_image(reference, request)).max() <= 1, request
+        np.testing.assert_array_equal(images[index], solo_image(reference, request), err_msg=str(request))
         pictures.append(solo_image(reference, plain()))
     assert set(reference.transformer.peft_config) == set(RANKS)
     # The experts change the picture: equality is not that of images without them.
@@ -168,6 +178,6 @@ def test_the_generator_previews_mixes_and_changes_its_weights(model: ModelConfig
         assert distances == sorted(distances, reverse=True)
         mixed = asyncio.run(drawn(plain(mix=(("counting", 1.0),))))[-1]
         asyncio.run(generator.reconfigure({"adapter": experts["counting"]}))
-        assert np.abs(asyncio.run(drawn(plain()))[-1] - mixed).max() <= 1
+        assert_alike(asyncio.run(drawn(plain()))[-1], mixed)
     finally:
         generator.close()
