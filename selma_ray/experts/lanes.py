@@ -65,8 +65,7 @@ def with_threads_of_renderers(lanes: Sequence[Lane], num_cores: int) -> list[Lan
     They rest while it learns; where several lanes are at work, one's renderers draw while another learns.
     """
     at_work = [lane for lane in lanes if lane.unfitted()]
-    config = lanes[0].jobs[0].config  # placement is alike for all
-    if config.nft is None or len(at_work) != 1:
+    if len(at_work) != 1 or (config := at_work[0].jobs[0].config).nft is None:
         return list(lanes)
     num_cpus = config.cpus_per_worker + config.nft.renderers * config.nft.cpus_per_renderer / config.workers_per_expert
     threads = max(1, min(int(num_cpus), num_cores))

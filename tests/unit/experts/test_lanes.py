@@ -81,3 +81,7 @@ def test_lanes_that_work_at_once_keep_to_their_cpus(tmp_path: Path) -> None:
     assert [lane.num_threads for lane in with_threads_of_renderers(lanes, 8)] == [1, 1]
     note_fitted(c)
     assert [lane.num_threads for lane in with_threads_of_renderers(lanes, 8)] == [2, 1]
+    note_fitted(a)
+    note_fitted(b)
+    assert with_threads_of_renderers(lanes, 8) == lanes
+    assert with_threads_of_renderers([], 8) == [], "most runs have no mixture of experts, the second wave"
