@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,19 @@ class _Part:
     keys: tuple[str, ...]
     is_last: bool = True
     """Whether its stage is finished with it."""
+    is_judged: Callable[[Recipe], bool] = lambda _: False
+    """Whether answers to the recipe's questions decide it too."""
 
 
 _PARTS = (
     _Part("prompts", "generate", ("skills", "seed", "prompts", "data.prompts", "evaluation.suite"), is_last=False),
-    _Part("images", "generate", ("model", "data", "images")),
+    _Part("images", "generate", ("model", "data", "images"), is_judged=lambda recipe: recipe.images.selection is not None),
     _Part("cache", "train", (), is_last=False),
-    _Part("experts", "train", ("experts", "evaluation")),
-)
+    _Part(
+        "experts", "train", ("experts", "evaluation"),
+        is_judged=lambda recipe: recipe.experts.nft is not None or recipe.experts.selection is not None,
+    ),
+)  # fmt: skip
 
 
 def check_study(study: Study) -> None:
@@ -96,7 +101,9 @@ def shared_values(recipe: Recipe, part: str) -> list[Any]:
     depth = [each.name for each in _PARTS].index(part) + 1
     whole = identity(recipe)
     whole["experts"] = {key: value for key, value in whole["experts"].items() if key not in _BASELINES}
-    return [_value(whole, key) for each in _PARTS[:depth] for key in each.keys]
+    parts = _PARTS[:depth]
+    values = [_value(whole, key) for each in parts for key in each.keys]
+    return [*values, whole["questions"] if any(each.is_judged(recipe) for each in parts) else None]
 
 
 def _value(mapping: Any, key_path: str) -> Any:

@@ -24,6 +24,9 @@ ARMS = {
 }
 
 
+MINIATURE_JUDGE = {"name": "miniature"}
+
+
 @pytest.fixture
 def study(tmp_path: Path, tiny_pipeline_dir: Path) -> Any:
     """Return a function that makes a study of a recipe whose models are in place."""
@@ -111,6 +114,28 @@ def test_what_other_values_would_change_is_made_again(opened: Any, name: str, sh
     there = {part for part in ("prompts", "images", "cache", "experts") if run.folder.local_path(part).exists()}
     assert there == shared
     assert (run.folder.done("generate") is not None) == ("images" in shared)
+
+
+@pytest.mark.parametrize(
+    ("judged", "shared"),
+    [
+        ({}, {"prompts", "images", "cache", "experts"}),
+        ({"experts.nft": {"judge": MINIATURE_JUDGE}}, {"prompts", "images", "cache"}),
+        ({"experts.selection": {"every_steps": 10}}, {"prompts", "images", "cache"}),
+        ({"images.per_prompt": 2, "images.selection": {"judge": MINIATURE_JUDGE}}, {"prompts"}),
+    ],
+)
+def test_other_questions_make_anew_what_a_judge_decides(study: Any, judged: dict[str, Any], shared: set[str]) -> None:
+    arms = {
+        "selma": {"title": "SELMA", "changes": judged},
+        "exact": {"title": "exact counts", "changes": {**judged, "questions.exact_counts": True}},
+    }
+    one, other = (arm_recipe(study(arms=arms), name, 0) for name in arms)
+    alike = {
+        part for part in ("prompts", "images", "cache", "experts")
+        if shared_values(one, part) == shared_values(other, part)
+    }  # fmt: skip
+    assert alike == shared
 
 
 def test_other_seeds_and_unfinished_runs_are_not_reused(opened: Any) -> None:
