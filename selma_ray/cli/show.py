@@ -112,7 +112,7 @@ def run_study(study: Study) -> None:
         with progress_display(console) as report:
             step.do(report)
         console.print(f"[green]✓[/green] {escape(step.title)} [dim]({_minutes(time.monotonic() - started_s)})[/dim]")
-    console.print(f"Tables: [bold]{escape(study.place('tables.md'))}[/bold]")
+    console.print(f"Tables: [bold]{escape(study.results.path('tables.md'))}[/bold]")
 
 
 def write_report(run: Run) -> None:

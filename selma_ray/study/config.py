@@ -37,6 +37,9 @@ class StudyConfig(StrictModel):
     """Every experiment is made once for each; prompts, images, training and scored images all follow from it."""
     guidance_scales: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
     """Guidance scales that every model is scored at."""
+    suite: str | None = Field(default=None, min_length=1)
+    """Suite that models are scored on; default: evaluation.suite, whose captions alone are kept out of training. The scores, tables and
+    pictures of another suite are in the study's folder `suite=NAME`."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Prompts of the suite that are rendered for a score; default: evaluation.max_prompts."""
     reference: str = "selma"

@@ -9,7 +9,6 @@ from selma_ray.evaluation.examples import drawn_seeds, read_images
 from selma_ray.evaluation.summary import BASE
 from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.pictures import picture_grid, png_bytes
-from selma_ray.storage import RunFolder
 from selma_ray.study.study import Study
 
 __all__ = ["write_pictures"]
@@ -27,7 +26,7 @@ def write_pictures(
 
     Columns are the suite's first two captions of each skill, which stand below the last row; an image that could not be drawn is left grey.
     """
-    scored = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    scored = study.scores(seed, guidance_scale)
     files = {model: scored.files("evaluation", model, "images", suffix=".parquet") for model in titles}
     seeds = drawn_seeds(scored, files[BASE])
     chosen = [(prompt, seeds[prompt]) for prompt in _first_of_each_skill(suite) if prompt in seeds]
@@ -38,7 +37,7 @@ def write_pictures(
     below = tuple(textwrap.fill(prompt, _LINE_LETTERS, max_lines=_LINES, placeholder="…") for prompt, _ in chosen)
     captions = [()] * (len(rows) - 1) + [below]
     picture = picture_grid(rows, _CELL_PX, titles=list(titles.values()), captions=captions)
-    folder, name = RunFolder(study.place()), f"pictures-guidance={guidance_scale:g}.png"
+    folder, name = study.results, f"pictures-guidance={guidance_scale:g}.png"
     folder.write_bytes(png_bytes(picture), name)
     return folder.path(name)
 

@@ -98,7 +98,7 @@ def _scored(study: Study, seeds: int, models: int) -> tuple[tuple[int, SamplingC
 
     config, evaluation = study.config, study.recipe.evaluation
     try:
-        prompts = len(open_suite(evaluation.suite, config.max_prompts or evaluation.max_prompts))
+        prompts = len(open_suite(study.suite, config.max_prompts or evaluation.max_prompts))
     except SelmaError:
         return None
     count = seeds * models * prompts * len(evaluation.seeds)

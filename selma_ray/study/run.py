@@ -1,16 +1,16 @@
 """The steps of a study: for each seed its experiments, then the scores of all their models at every guidance scale."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from selma_ray.cluster.connection import connect
+from selma_ray.judging.questions import PromptWithQuestions
 from selma_ray.progress import Report
 from selma_ray.run.evaluate import models_under_test
 from selma_ray.run.opening import Run, open_run
 from selma_ray.run.stages import run_stage
-from selma_ray.storage import RunFolder
 from selma_ray.study.arms import arm_recipe, check_study, reuse
 from selma_ray.study.config import ArmConfig
 from selma_ray.study.costs import timed
@@ -32,8 +32,9 @@ class StudyStep:
 
 
 def study_steps(study: Study) -> list[StudyStep]:
-    """Return the steps of a study; raises ConfigError for an experiment that cannot be made."""
+    """Return the steps of a study; raises ConfigError for an experiment that cannot be made, JudgeError for a suite that cannot be read."""
     check_study(study)
+    _suite(study)
     config, run = study.config, open_run(study.recipe)
     arms = {(seed, name): open_run(arm_recipe(study, name, seed)) for seed in config.seeds for name in config.arms}
     steps = []
@@ -62,22 +63,22 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
     """Score base and all models of a seed at one guidance scale, then write the tables so far, and the first seed's pictures."""
     from selma_ray.evaluation.config import SECOND_ANSWERS
     from selma_ray.evaluation.run import ModelUnderTest, evaluate_models
-    from selma_ray.judging.suites import open_suite
 
     evaluation = study.recipe.evaluation
     config = evaluation.model_copy(
         update={
             "sampling": evaluation.sampling.model_copy(update={"guidance_scale": guidance_scale}),
+            "suite": study.suite,
             "max_prompts": study.config.max_prompts or evaluation.max_prompts,
             "calibration_scenes": 0,
             "compare_with": {},
         }
     )
-    suite = open_suite(config.suite, config.max_prompts)
+    suite = _suite(study)
     models = {BASE: ModelUnderTest(study.recipe.model)}
     for name, arm in arms.items():
         models |= {f"{name}.{model}": tested for model, tested in _models(arm, study.config.arms[name]).items()}
-    folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    folder = study.scores(seed, guidance_scale)
     folder.wait_out_outages()
     connect(study.recipe.cluster)
     evaluate_models(folder, models, suite, config, seed, study.recipe.cluster, report)
@@ -87,6 +88,12 @@ def _score(study: Study, arms: dict[str, Run], seed: int, guidance_scale: float,
     if seed == study.config.seeds[0]:
         shown = [name for name in models if name == BASE or model_kind(name.partition(".")[2]) != "experts"]
         write_pictures(study, suite, seed, guidance_scale, model_titles(study.config, shown))
+
+
+def _suite(study: Study) -> Sequence[PromptWithQuestions]:
+    from selma_ray.judging.suites import open_suite
+
+    return open_suite(study.suite, study.config.max_prompts or study.recipe.evaluation.max_prompts)
 
 
 def _models(arm: Run, config: ArmConfig) -> dict[str, Any]:

@@ -29,9 +29,23 @@ class Study:
         """Return the folder of the recipe's run."""
         return RunFolder(self.recipe.run_dir)
 
+    @property
+    def suite(self) -> str:
+        """Return the suite that models are scored on."""
+        return self.config.suite or self.recipe.evaluation.suite
+
     def place(self, *parts: str) -> str:
         """Return the full path of `parts` within the study."""
         return self.folder.path(_FOLDER, *parts)
+
+    @property
+    def results(self) -> RunFolder:
+        """Return the folder of what was found on the suite: scores, tables and pictures."""
+        return RunFolder(self.place(*([f"suite={Path(self.config.suite).stem}"] if self.config.suite else [])))
+
+    def scores(self, seed: int, guidance_scale: float) -> RunFolder:
+        """Return the folder of a seed's scored images at a guidance scale."""
+        return RunFolder(self.results.path("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
 
 
 def is_study(path: str | Path) -> bool:

@@ -42,7 +42,7 @@ class StudyScores:
         judge = ""
         for guidance_scale in names.guidance_scales:
             for seed in names.seeds:
-                folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+                folder = study.scores(seed, guidance_scale)
                 done = folder.done("scores")
                 if done is None:
                     continue
@@ -93,7 +93,7 @@ def write_tables(study: Study, scores: StudyScores, second: StudyScores | None =
         "against_reference": {f"{scale:g}": summary["differences"] for scale, summary in against.items()},
         "titles": titles,
     }
-    folder = RunFolder(study.place())
+    folder = study.results
     folder.write_json(values, "study.json")
     text = "\n".join(
         [

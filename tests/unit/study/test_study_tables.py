@@ -1,16 +1,20 @@
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from selma_ray.config import validate
+from selma_ray.errors import JudgeError
 from selma_ray.evaluation.config import EvaluationConfig
 from selma_ray.judging.suites import open_suite
+from selma_ray.models.config import ModelConfig
 from selma_ray.records import ANSWER_SCHEMA
 from selma_ray.run.recipe import Recipe
 from selma_ray.storage import RunFolder
 from selma_ray.study.config import StudyConfig
+from selma_ray.study.run import study_steps
 from selma_ray.study.study import Study
 from selma_ray.study.tables import StudyScores, write_tables
 
@@ -37,7 +41,7 @@ def score(study: Study, seed: int, guidance_scale: float, right: dict[str, int])
 
 def answer(study: Study, seed: int, guidance_scale: float, right: Mapping[str, Collection[str]]) -> None:
     """Write answers: the prompts `right[model]` of each model have every answer yes, the others none."""
-    folder = RunFolder(study.place("scores", f"seed={seed}", f"guidance={guidance_scale:g}"))
+    folder = study.scores(seed, guidance_scale)
     for model in right:
         rows = [
             {
@@ -77,6 +81,23 @@ def test_tables_name_every_model_with_its_interval(study: Study) -> None:
     assert any(line.startswith("| SELMA | 70.0 [") for line in lines)
     assert any(line.startswith("| SELMA: common | 50.0 [") for line in lines)
     assert any(line.startswith("| SELMA | +20.0 [") and line.endswith("(at 1, base at 1) |") for line in lines)
+
+
+def test_scores_on_another_suite_stand_beside_those_of_the_recipe(study: Study) -> None:
+    other = replace(study, config=study.config.model_copy(update={"suite": "/data/mine.jsonl"}))
+    score(study, 0, 1.0, {"base": 5, "selma.merged": 7, "selma.common": 5})
+    assert not StudyScores.read(other, SUITE, CONFIG).pooled
+    score(other, 0, 1.0, {"base": 5, "selma.merged": 9, "selma.common": 5})
+    for each, figure, place in ((study, "70.0", "tables.md"), (other, "90.0", "suite=mine/tables.md")):
+        write_tables(each, StudyScores.read(each, SUITE, CONFIG))
+        assert f"| SELMA | {figure} [" in study.folder.read_bytes("study", place).decode()
+
+
+def test_a_suite_that_cannot_be_read_is_told_before_any_experiment(study: Study, tiny_pipeline_dir: Path) -> None:
+    recipe = study.recipe.model_copy(update={"model": ModelConfig(name=str(tiny_pipeline_dir))})
+    config = study.config.model_copy(update={"suite": "nowhere.jsonl"})
+    with pytest.raises(JudgeError, match=r"nowhere\.jsonl"):
+        study_steps(Study(config, recipe))
 
 
 def test_a_figure_of_fewer_seeds_than_others_says_so(study: Study) -> None:
