@@ -57,7 +57,7 @@ def test_sheets_and_exports_name_their_target(
 def test_titles_of_a_study_are_whole(shown: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     step = SimpleNamespace(title="rank [4] of [bold]LoRA", do=lambda report: None)
     monkeypatch.setattr("selma_ray.study.run.study_steps", lambda study: [step])
-    show.run_study(SimpleNamespace(place=lambda name: f"/[bold]x/{name}"))  # type: ignore[arg-type]
+    show.run_study(SimpleNamespace(results=RunFolder("/[bold]x")))  # type: ignore[arg-type]
     assert shown().count("rank [4] of [bold]LoRA") == 2
     assert "Tables: /[bold]x/tables.md" in shown()
 
