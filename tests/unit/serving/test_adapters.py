@@ -34,7 +34,7 @@ from selma_ray.serving.requests import ImageRequest
 from selma_ray.serving.served import ModelNames, ServedModels
 from tests.tiny_experts import save_experts
 from tests.unit.serving.recorder import Recorder
-from tests.unit.serving.solo import assert_alike, solo_image
+from tests.unit.serving.solo import solo_image
 
 CONFIG = ServingConfig(
     sampling=SamplingConfig(steps=3, guidance_scale=2.0, width_px=64, height_px=64), max_batch_size=4, num_threads=1
@@ -99,7 +99,7 @@ def test_a_file_draws_what_diffusers_own_loader_draws(
     plain = solo_image(reference, REQUEST)
     reference.load_lora_weights(files[name])
     expected = solo_image(reference, REQUEST)
-    assert_alike(drawn(generator, **{name: 1.0}), expected)
+    assert np.abs(drawn(generator, **{name: 1.0}) - expected).max() <= 1
     assert np.abs(expected - plain).max() > 5, "it changes the picture"
 
 

@@ -29,7 +29,6 @@ from tests.unit.adapters.test_mixing import MIXES, peft_weights
 from tests.unit.models.tiny_families import FLOW_FAMILIES
 from tests.unit.serving.solo import (
     FULL_SIZE_PX,
-    assert_alike,
     assert_equal_to_solo,
     in_double,
     random_request,
@@ -178,6 +177,6 @@ def test_the_generator_previews_mixes_and_changes_its_weights(model: ModelConfig
         assert distances == sorted(distances, reverse=True)
         mixed = asyncio.run(drawn(plain(mix=(("counting", 1.0),))))[-1]
         asyncio.run(generator.reconfigure({"adapter": experts["counting"]}))
-        assert_alike(asyncio.run(drawn(plain()))[-1], mixed)
+        assert np.abs(asyncio.run(drawn(plain()))[-1] - mixed).max() <= 1
     finally:
         generator.close()
